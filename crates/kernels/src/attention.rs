@@ -1,0 +1,405 @@
+//! Softmax attention without a stored score matrix: forward and backward work on blocks of query rows, and only the
+//! logarithm of each row's sum of exponentials is kept between them (FlashAttention, arXiv 2205.14135, without its
+//! tiling over keys).
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
+use crate::matmul::{Cores, Matrix, MatrixMut, Output, multiply};
+use crate::{parallel, plain, simd};
+
+/// Query rows whose scores exist at one time.
+const BLOCK: usize = 128;
+
+/// Which keys the queries see. By default all.
+#[derive(Clone, Debug, Default)]
+pub struct AttentionOptions {
+    /// Hides padding.
+    pub keys: Option<KeyMask>,
+    /// Hides keys behind the query.
+    pub causal: bool,
+}
+
+/// Hides the padding between a sample's last text token and its first image token.
+#[derive(Clone, Debug)]
+pub struct KeyMask {
+    lengths: Arc<[usize]>,
+    text: usize,
+    image: usize,
+}
+
+impl KeyMask {
+    /// Key `j` of sample `b` is visible if `j < text_lengths[b]` or `j >= text`.
+    pub fn from_lengths(text_lengths: &[usize], text: usize, image: usize) -> Self {
+        for (sample, length) in text_lengths.iter().enumerate() {
+            assert!(*length <= text, "sample {sample} has {length} of {text} text tokens");
+        }
+        Self { lengths: text_lengths.into(), text, image }
+    }
+
+    /// The hidden keys of one sample.
+    pub(crate) fn hidden(&self, sample: usize) -> Range<usize> {
+        self.lengths[sample]..self.text
+    }
+
+    fn check(&self, batch: usize, tokens: usize) {
+        assert_eq!(self.lengths.len(), batch, "samples of the key mask");
+        assert_eq!(self.text + self.image, tokens, "tokens of the key mask");
+    }
+}
+
+/// `softmax(q kᵀ / √E) v` over the visible keys. A query that sees no key gives zeros.
+///
+/// # Shapes
+/// - `qkv`: `[3, batch, heads, tokens, E]`, as [`crate::joint_qkv`] makes it
+/// - returns: `[batch, tokens, heads · E]`
+pub fn attention(qkv: Tensor<5>, options: AttentionOptions) -> Tensor<3> {
+    let [three, batch, heads, tokens, dim] = qkv.dims();
+    assert_eq!(three, 3, "query, key and value");
+    if let Some(keys) = &options.keys {
+        keys.check(batch, tokens);
+    }
+    if !is_fused(&qkv) {
+        return plain::attention(qkv, options);
+    }
+    let attention = Attention { batch, heads, tokens, dim, options };
+    operation([Input::new(qkv)], |[qkv], _| {
+        let (output, log_sums) = attention.forward(&qkv);
+        let pullback: Pullback<1> = Box::new(move |gradient| {
+            let gradient = attention.backward(&qkv, &log_sums, &gradient);
+            [Some(Values::from_vec(gradient, &[3, batch, heads, tokens, dim]))]
+        });
+        (Values::from_vec(output, &[batch, tokens, heads * dim]), pullback)
+    })
+}
+
+struct Attention {
+    batch: usize,
+    heads: usize,
+    tokens: usize,
+    dim: usize,
+    options: AttentionOptions,
+}
+
+impl Attention {
+    /// The output, and the log-sum-exp of each query row as `[batch, tokens, heads]`.
+    fn forward(&self, qkv: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let Self { batch, heads, tokens, dim, .. } = *self;
+        let width = heads * dim;
+        let units = parallel::units_of(batch, tokens, BLOCK);
+        let mut output = unwritten(batch * tokens * width);
+        let mut log_sums = unwritten(batch * tokens * heads);
+        let outputs = parallel::pieces(&mut output, &units, width);
+        let sums = parallel::pieces(&mut log_sums, &units, heads);
+        units.par_iter().zip(outputs).zip(sums).for_each(|((unit, output), sums)| {
+            let rows = unit.rows.len();
+            let mut scores = unwritten(rows * tokens);
+            for head in 0..heads {
+                let [query, key, value] = self.slabs(qkv, unit.sample, head);
+                self.scores(&query[unit.rows.start * dim..], key, &mut scores);
+                self.softmax(unit, &mut scores, sums.iter_mut().skip(head).step_by(heads));
+                let target = MatrixMut::strided(&mut output[head * dim..], rows, dim, width);
+                let value = Matrix::new(value, tokens, dim);
+                let weights = Matrix::new(&scores, rows, tokens);
+                multiply((target, Output::Overwrite), 1.0, weights, value, Cores::One);
+            }
+        });
+        (output, log_sums)
+    }
+
+    /// Query, key and value of one head, `[tokens, dim]` each.
+    fn slabs<'a>(&self, qkv: &'a [f32], sample: usize, head: usize) -> [&'a [f32]; 3] {
+        let size = self.tokens * self.dim;
+        [0, 1, 2].map(|part| &qkv[((part * self.batch + sample) * self.heads + head) * size..][..size])
+    }
+
+    /// `query keyᵀ / √E` for as many query rows as `scores` has room for.
+    fn scores(&self, query: &[f32], key: &[f32], scores: &mut [f32]) {
+        let rows = scores.len() / self.tokens;
+        let query = Matrix::new(query, rows, self.dim);
+        let key = Matrix::new(key, self.tokens, self.dim).transposed();
+        let scores = MatrixMut::new(scores, rows, self.tokens);
+        multiply((scores, Output::Overwrite), self.scale(), query, key, Cores::One);
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.dim as f32).sqrt()
+    }
+
+    /// The keys that one query sees: those before the padding and those after it.
+    #[inline(always)]
+    fn visible(&self, sample: usize, query: usize) -> [Range<usize>; 2] {
+        let end = if self.options.causal { query + 1 } else { self.tokens };
+        match &self.options.keys {
+            None => [0..end, end..end],
+            Some(keys) => {
+                let hidden = keys.hidden(sample);
+                [0..hidden.start.min(end), hidden.end.min(end)..end]
+            }
+        }
+    }
+
+    /// Turns scores into weights, row by row.
+    fn softmax<'a>(
+        &self,
+        unit: &parallel::Unit,
+        scores: &mut [f32],
+        sums: impl Iterator<Item = &'a mut f32>,
+    ) {
+        let rows = scores.chunks_exact_mut(self.tokens).zip(unit.rows.clone()).zip(sums);
+        simd::vectorized(
+            #[inline(always)]
+            || {
+                for ((row, query), log_sum) in rows {
+                    *log_sum = softmax_row(row, self.visible(unit.sample, query));
+                }
+            },
+        );
+    }
+
+    /// The gradient of `qkv`.
+    fn backward(&self, qkv: &[f32], log_sums: &[f32], gradient: &[f32]) -> Vec<f32> {
+        let Self { batch, heads, tokens, dim, .. } = *self;
+        let slab = tokens * dim;
+        let mut output = unwritten(qkv.len());
+        let (queries, rest) = output.split_at_mut(batch * heads * slab);
+        let (keys, values) = rest.split_at_mut(batch * heads * slab);
+        let slabs =
+            queries.par_chunks_mut(slab).zip(keys.par_chunks_mut(slab)).zip(values.par_chunks_mut(slab));
+        slabs.enumerate().for_each(|(index, ((query, key), value))| {
+            let (sample, head) = (index / heads, index % heads);
+            let head = Head {
+                attention: self,
+                sample,
+                qkv: self.slabs(qkv, sample, head),
+                gradient: &gradient[sample * heads * slab + head * dim..],
+                log_sums: &log_sums[sample * tokens * heads + head..],
+            };
+            head.backward(query, key, value);
+        });
+        output
+    }
+}
+
+/// Weights of one row; gives its log-sum-exp.
+#[inline(always)]
+fn softmax_row(row: &mut [f32], visible: [Range<usize>; 2]) -> f32 {
+    let [first, second] = visible;
+    let largest = simd::max(&row[first.clone()]).max(simd::max(&row[second.clone()]));
+    let mut total = 0.0;
+    for range in [first.clone(), second.clone()] {
+        let scores = &mut row[range];
+        for score in scores.iter_mut() {
+            *score = simd::exp(*score - largest);
+        }
+        total += simd::sum(scores);
+    }
+    let inverse = 1.0 / total;
+    row[first.clone()].iter_mut().for_each(|weight| *weight *= inverse);
+    row[second.clone()].iter_mut().for_each(|weight| *weight *= inverse);
+    hide(row, [first, second]);
+    largest + total.ln()
+}
+
+/// Writes zeros wherever the query does not see.
+#[inline(always)]
+fn hide(row: &mut [f32], [first, second]: [Range<usize>; 2]) {
+    row[first.end..second.start].fill(0.0);
+    row[second.end..].fill(0.0);
+}
+
+/// One head of one sample, for the backward.
+struct Head<'a> {
+    attention: &'a Attention,
+    sample: usize,
+    qkv: [&'a [f32]; 3],
+    /// Of the output, from this head's first column on; rows are `heads · dim` apart.
+    gradient: &'a [f32],
+    /// From this head's first column on; rows are `heads` apart.
+    log_sums: &'a [f32],
+}
+
+impl Head<'_> {
+    /// Writes the gradients of query, key and value.
+    fn backward(&self, query: &mut [f32], key: &mut [f32], value: &mut [f32]) {
+        let (tokens, dim) = (self.attention.tokens, self.attention.dim);
+        let mut scratch = (unwritten(BLOCK.min(tokens) * tokens), unwritten(BLOCK.min(tokens) * tokens));
+        let mut mode = Output::Overwrite;
+        for start in (0..tokens).step_by(BLOCK) {
+            let rows = start..tokens.min(start + BLOCK);
+            let count = rows.len();
+            let (weights, scores) = (&mut scratch.0[..count * tokens], &mut scratch.1[..count * tokens]);
+            self.score_gradients(rows, weights, scores);
+            let (weights, scores) = (Matrix::new(weights, count, tokens), Matrix::new(scores, count, tokens));
+            let queries = Matrix::new(&self.qkv[0][start * dim..], count, dim);
+            let keys = Matrix::new(self.qkv[1], tokens, dim);
+            let into = MatrixMut::new(&mut query[start * dim..], count, dim);
+            multiply((into, Output::Overwrite), 1.0, scores, keys, Cores::One);
+            let into = MatrixMut::new(key, tokens, dim);
+            multiply((into, mode), 1.0, scores.transposed(), queries, Cores::One);
+            let into = MatrixMut::new(value, tokens, dim);
+            multiply((into, mode), 1.0, weights.transposed(), self.output_gradient(start, count), Cores::One);
+            mode = Output::Accumulate;
+        }
+    }
+
+    fn output_gradient(&self, start: usize, count: usize) -> Matrix<'_> {
+        let width = self.attention.heads * self.attention.dim;
+        Matrix::strided(&self.gradient[start * width..], count, self.attention.dim, width)
+    }
+
+    /// The weights again, and the gradient of the unscaled scores `q kᵀ`.
+    fn score_gradients(&self, rows: Range<usize>, weights: &mut [f32], scores: &mut [f32]) {
+        let Attention { heads, tokens, dim, .. } = *self.attention;
+        let scale = self.attention.scale();
+        self.attention.scores(&self.qkv[0][rows.start * dim..], self.qkv[1], weights);
+        let value = Matrix::new(self.qkv[2], tokens, dim).transposed();
+        let into = MatrixMut::new(scores, rows.len(), tokens);
+        multiply(
+            (into, Output::Overwrite),
+            1.0,
+            self.output_gradient(rows.start, rows.len()),
+            value,
+            Cores::One,
+        );
+        let lines = weights.chunks_exact_mut(tokens).zip(scores.chunks_exact_mut(tokens)).zip(rows);
+        simd::vectorized(
+            #[inline(always)]
+            || {
+                for ((weights, scores), query) in lines {
+                    let visible = self.attention.visible(self.sample, query);
+                    score_gradient_row(weights, scores, visible, self.log_sums[query * heads], scale);
+                }
+            },
+        );
+    }
+}
+
+/// `weights` holds scores and `gradient` that of the weights; they become the weights and the scores' gradient.
+#[inline(always)]
+fn score_gradient_row(
+    weights: &mut [f32],
+    gradient: &mut [f32],
+    visible: [Range<usize>; 2],
+    log_sum: f32,
+    scale: f32,
+) {
+    let mut mean = 0.0;
+    for range in visible.clone() {
+        let weights = &mut weights[range.clone()];
+        weights.iter_mut().for_each(|score| *score = simd::exp(*score - log_sum));
+        mean += simd::dot(weights, &gradient[range]);
+    }
+    for range in visible.clone() {
+        for (gradient, weight) in gradient[range.clone()].iter_mut().zip(&weights[range]) {
+            *gradient = weight * (*gradient - mean) * scale;
+        }
+    }
+    hide(weights, visible.clone());
+    hide(gradient, visible);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Outcome, Probe, assert_agree, assert_derivative};
+
+    /// Different summation orders over up to 300 keys.
+    const TOLERANCE: f32 = 5e-6;
+
+    fn run(
+        operation: fn(Tensor<5>, AttentionOptions) -> Tensor<3>,
+        shape: [usize; 4],
+        options: &AttentionOptions,
+    ) -> Outcome {
+        let [batch, heads, tokens, dim] = shape;
+        let mut probe = Probe::new();
+        let qkv = probe.tracked([3, batch, heads, tokens, dim]);
+        let output = operation(qkv, options.clone());
+        probe.finish(output)
+    }
+
+    fn masked(lengths: &[usize], text: usize, image: usize, causal: bool) -> AttentionOptions {
+        AttentionOptions { keys: Some(KeyMask::from_lengths(lengths, text, image)), causal }
+    }
+
+    #[test]
+    fn attention_agrees_with_its_twin() {
+        for causal in [false, true] {
+            let options = AttentionOptions { keys: None, causal };
+            for shape in [[2, 3, 12, 8], [1, 1, 1, 5], [2, 2, 33, 24], [1, 2, 300, 7]] {
+                let fused = run(attention, shape, &options);
+                assert_agree(&fused, &run(plain::attention, shape, &options), TOLERANCE);
+            }
+        }
+    }
+
+    #[test]
+    fn masked_attention_agrees_with_its_twin() {
+        for causal in [false, true] {
+            // Text of 7 tokens, of which 0, 3 and 7 are real; 5 image tokens.
+            let options = masked(&[0, 3, 7], 7, 5, causal);
+            let fused = run(attention, [3, 2, 12, 8], &options);
+            assert_agree(&fused, &run(plain::attention, [3, 2, 12, 8], &options), TOLERANCE);
+        }
+    }
+
+    #[test]
+    fn hidden_keys_and_values_get_no_gradient_and_move_nothing() {
+        let (heads, tokens, dim) = (2, 12, 8);
+        let options = masked(&[3], 7, 5, false);
+        let outcome = run(attention, [1, heads, tokens, dim], &options);
+        let gradient = outcome.gradients[0].as_ref().unwrap();
+        for (part, head, token) in [(1, 0, 3), (1, 1, 6), (2, 0, 5), (2, 1, 3)] {
+            let row = chunk(gradient, (part * heads + head) * tokens + token, dim);
+            assert!(
+                row.iter().all(|value| *value == 0.0),
+                "part {part}, head {head}, token {token}: {row:?}"
+            );
+        }
+        let qkv = fewstep_testkit::random::<5>([3, 1, heads, tokens, dim], 0, &burn::tensor::Device::flex());
+        let hidden = qkv.clone().slice_fill([1..3, 0..1, 0..heads, 3..7, 0..dim], 100.0);
+        let moved = fewstep_testkit::values(attention(hidden, options.clone()));
+        assert_eq!(moved, outcome.output);
+    }
+
+    #[test]
+    fn a_query_without_visible_keys_gives_zeros() {
+        let outcome = run(attention, [1, 2, 6, 8], &masked(&[0], 6, 0, false));
+        assert!(outcome.output.iter().all(|value| *value == 0.0));
+        assert!(outcome.gradients[0].as_ref().unwrap().iter().all(|value| *value == 0.0));
+    }
+
+    #[test]
+    fn large_scores_do_not_overflow() {
+        let qkv =
+            fewstep_testkit::random::<5>([3, 1, 1, 9, 4], 0, &burn::tensor::Device::flex()).mul_scalar(100.0);
+        let output = fewstep_testkit::values(attention(qkv.clone(), AttentionOptions::default()));
+        let expected = fewstep_testkit::values(plain::attention(qkv, AttentionOptions::default()));
+        // Scores near 1e4 carry a rounding error near 1e-3, and values are near 100.
+        fewstep_testkit::assert_close(&output, &expected, 0.3);
+    }
+
+    #[test]
+    fn gradients_are_the_slopes_of_the_values() {
+        for options in [AttentionOptions::default(), masked(&[1, 3], 4, 3, true)] {
+            assert_derivative(3 * 2 * 2 * 7 * 4, |flat| {
+                attention(flat.reshape([3, 2, 2, 7, 4]), options.clone())
+            });
+        }
+    }
+
+    #[test]
+    fn repeated_runs_give_the_same_bits() {
+        let once = || run(attention, [3, 4, 80, 64], &AttentionOptions::default());
+        assert_eq!(once(), once());
+    }
+
+    fn chunk(values: &[f32], index: usize, width: usize) -> &[f32] {
+        crate::norm::chunk(values, index, width)
+    }
+}

@@ -1,0 +1,168 @@
+//! The bridge to burn: turns a forward function and its pullback into one node of the autodiff graph, and gives raw
+//! `f32` access to flex tensors.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+
+use burn::backend::Flex;
+use burn::backend::autodiff::Autodiff;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{Bytes, DType, Device, Shape, Tensor};
+
+type Differentiable = FloatTensor<Autodiff<Flex>>;
+
+/// Maps the gradient of an operation's output to the gradients of its `N` inputs, `None` where nobody tracks them.
+pub(crate) type Pullback<const N: usize> = Box<dyn Fn(Values) -> [Option<Values>; N] + Send + Sync>;
+
+/// Whether the fused operations run where `tensor` lives; if not, the caller takes the plain twin.
+pub(crate) fn is_fused<const D: usize>(tensor: &Tensor<D>) -> bool {
+    tensor.device() == Device::flex()
+}
+
+/// Runs `forward` as one node of the autodiff graph.
+///
+/// `forward` gets the values of the inputs and which of them are tracked. Its pullback must give a gradient to exactly
+/// the tracked inputs: burn panics much later about a tracked input that got none.
+pub(crate) fn operation<const N: usize, const D: usize>(
+    inputs: [Input; N],
+    forward: impl FnOnce([Values; N], [bool; N]) -> (Values, Pullback<N>),
+) -> Tensor<D> {
+    let tracked = inputs.each_ref().map(|input| input.tracked);
+    if !inputs.iter().any(|input| input.autodiff) {
+        let values = inputs.map(|input| Values::new(input.tensor.into_primitive()));
+        return Tensor::from_primitive::<Flex>(forward(values, tracked).0.0);
+    }
+    let nodes = inputs.each_ref().map(|input| input.tensor.node());
+    let values = inputs.map(|input| Values::new(input.tensor.into_primitive()));
+    let (output, pullback) = forward(values, tracked);
+    let prepared = Fused::<N>.prepare::<NoCheckpointing>(nodes).compute_bound().stateful();
+    Tensor::from_primitive::<Autodiff<Flex>>(match prepared {
+        OpsKind::Tracked(node) => node.finish(State(Arc::new(pullback)), output.0),
+        OpsKind::UnTracked(node) => node.finish(output.0),
+    })
+}
+
+/// One input of an operation. Tensors without autodiff join a graph as constants.
+pub(crate) struct Input {
+    tensor: Differentiable,
+    tracked: bool,
+    autodiff: bool,
+}
+
+impl Input {
+    pub(crate) fn new<const D: usize>(tensor: Tensor<D>) -> Self {
+        let tracked = tensor.is_tracked();
+        let autodiff = tensor.device().is_autodiff();
+        let tensor = if autodiff {
+            tensor.try_into_primitive::<Autodiff<Flex>>().expect("the caller checked for the flex device")
+        } else {
+            Differentiable::new(
+                tensor.try_into_primitive::<Flex>().expect("the caller checked for the flex device"),
+            )
+        };
+        Self { tensor, tracked, autodiff }
+    }
+
+    /// The tensor, or a stand-in without values.
+    pub(crate) fn optional<const D: usize>(tensor: Option<Tensor<D>>) -> Self {
+        tensor.map(Self::new).unwrap_or_else(|| Self {
+            tensor: Differentiable::new(Values::from_vec(Vec::new(), &[0]).0),
+            tracked: false,
+            autodiff: false,
+        })
+    }
+}
+
+/// The values of one tensor in row-major order, shared with burn: cloning copies nothing.
+#[derive(Clone)]
+pub(crate) struct Values(FlexTensor);
+
+impl Values {
+    /// Copies only tensors whose values are not in row-major order.
+    pub(crate) fn new(tensor: FlexTensor) -> Self {
+        assert_eq!(
+            tensor.dtype(),
+            DType::F32,
+            "fused operations take f32 tensors, found {:?}",
+            tensor.dtype()
+        );
+        if tensor.as_slice::<f32>().is_some() { Self(tensor) } else { Self(tensor.to_contiguous()) }
+    }
+
+    pub(crate) fn from_vec(values: Vec<f32>, shape: &[usize]) -> Self {
+        let shape = Shape::from(shape.to_vec());
+        assert_eq!(values.len(), shape.num_elements(), "{} values for shape {shape:?}", values.len());
+        Self(FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape), DType::F32))
+    }
+
+    /// The values of a tensor without its autodiff history.
+    pub(crate) fn detached<const D: usize>(tensor: Tensor<D>) -> Self {
+        Self::new(Input::new(tensor).tensor.into_primitive())
+    }
+
+    /// The tensor, for an operation that lies outside of any graph.
+    pub(crate) fn into_tensor<const D: usize>(self) -> Tensor<D> {
+        Tensor::from_primitive::<Flex>(self.0)
+    }
+
+    /// Write access; copies first if somebody else holds these values.
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
+        let (start, end) = self.0.layout().contiguous_offsets().expect("checked when it was made");
+        &mut self.0.storage_mut::<f32>()[start..end]
+    }
+}
+
+impl Deref for Values {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        self.0.as_slice::<f32>().expect("checked when it was made")
+    }
+}
+
+/// A buffer for an operation that writes every element before any is read.
+///
+/// Zero-filling would be one more pass over memory, as long as a whole element-wise operation takes.
+pub(crate) fn unwritten(len: usize) -> Vec<f32> {
+    let mut buffer = Vec::with_capacity(len);
+    // SAFETY: the capacity is `len`, every bit pattern is a valid `f32`, and each caller overwrites all of it.
+    #[allow(clippy::uninit_vec)]
+    unsafe {
+        buffer.set_len(len);
+    }
+    buffer
+}
+
+#[derive(Debug)]
+struct Fused<const N: usize>;
+
+#[derive(Clone)]
+struct State<const N: usize>(Arc<Pullback<N>>);
+
+impl<const N: usize> fmt::Debug for State<N> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("fused operation")
+    }
+}
+
+impl<const N: usize> Backward<Flex, N> for Fused<N> {
+    type State = State<N>;
+
+    fn backward(self, operation: Ops<Self::State, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
+        let output_gradient = Values::new(gradients.consume::<Flex>(&operation.node));
+        let input_gradients = operation.state.0(output_gradient);
+        for (parent, gradient) in operation.parents.into_iter().zip(input_gradients) {
+            match (parent, gradient) {
+                (Some(parent), Some(gradient)) => gradients.register::<Flex>(parent.id, gradient.0),
+                (Some(_), None) => panic!("a fused operation gave no gradient to a tracked input"),
+                (None, _) => {}
+            }
+        }
+    }
+}

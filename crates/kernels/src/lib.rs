@@ -1,0 +1,40 @@
+//! The operations that training and sampling spend their time in, fused for the CPU.
+//!
+//! burn's flex backend runs element-wise operations on one core and stores every intermediate. Each operation here is
+//! one pass over its inputs on all cores, keeps only what its backward needs, and skips the gradients nobody asked for.
+//! It is registered as one node of burn's autodiff graph. On every other device the same call runs [`plain`], the
+//! same formula written with burn's own operations; the tests hold both to each other.
+//!
+//! Everything is `f32`. The same input gives the same bits on every run: work is cut into fixed pieces that do not
+//! depend on which thread runs them. `unsafe` code of the project lives in this crate only.
+//!
+//! The crate leaves out convolution, mixed precision and anything that reads or writes files.
+
+mod activation;
+mod adamw;
+mod allocator;
+mod attention;
+mod extension;
+mod inject;
+mod linear;
+mod matmul;
+mod norm;
+mod parallel;
+pub mod plain;
+mod residual;
+mod rotary;
+mod simd;
+#[cfg(test)]
+mod testing;
+mod tokens;
+
+pub use activation::{Gelu, gelu};
+pub use adamw::{AdamW, AdamWStep, Moments, lerp_in_place, squared_norm};
+pub use allocator::tune_allocator;
+pub use attention::{AttentionOptions, KeyMask, attention};
+pub use inject::inject;
+pub use linear::{LowRank, Projection, linear, linear_concat};
+pub use norm::{Modulation, norm_modulate, rms_norm};
+pub use residual::gated_residual;
+pub use rotary::{QkvStream, RotaryTable, joint_qkv};
+pub use tokens::split_tokens;

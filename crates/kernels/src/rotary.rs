@@ -1,0 +1,326 @@
+//! From two streams' projections to the joined query, key and value of an attention: RMS norm of queries and keys,
+//! rotary position embedding, and the change of layout, in one pass.
+
+use std::sync::Arc;
+
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
+use crate::norm::{chunk, rms_row, rms_row_backward};
+use crate::{parallel, plain, simd};
+
+/// Cosines and sines of every position's rotation angles. Cloning copies nothing.
+#[derive(Clone, Debug)]
+pub struct RotaryTable {
+    pub(crate) cos: Arc<[f32]>,
+    pub(crate) sin: Arc<[f32]>,
+    pub(crate) pairs: usize,
+}
+
+impl RotaryTable {
+    /// `cos` and `sin` have a row of `pairs` elements for each position. Pair `i` rotates elements `2i` and `2i + 1`.
+    pub fn new(cos: Vec<f32>, sin: Vec<f32>, pairs: usize) -> Self {
+        assert_eq!(cos.len(), sin.len(), "cosines and sines");
+        assert!(pairs > 0 && cos.len().is_multiple_of(pairs), "{} cosines in rows of {pairs}", cos.len());
+        Self { cos: cos.into(), sin: sin.into(), pairs }
+    }
+
+    /// Number of positions.
+    pub fn positions(&self) -> usize {
+        self.cos.len() / self.pairs
+    }
+
+    /// Rotates one head in place; `direction` -1 turns back.
+    #[inline(always)]
+    fn rotate(&self, position: usize, row: &mut [f32], direction: f32) {
+        let (cos, sin) = (chunk(&self.cos, position, self.pairs), chunk(&self.sin, position, self.pairs));
+        for ((pair, cos), sin) in row.chunks_exact_mut(2).zip(cos).zip(sin) {
+            let (real, imaginary, sin) = (pair[0], pair[1], direction * sin);
+            pair[0] = real * cos - imaginary * sin;
+            pair[1] = real * sin + imaginary * cos;
+        }
+    }
+}
+
+/// One stream's projections and the weights of its query and key norms.
+#[derive(Clone, Debug)]
+pub struct QkvStream {
+    /// `[batch, tokens, 3 · heads · E]`, query, key and value side by side.
+    pub qkv: Tensor<3>,
+    /// `[E]`
+    pub norm_q: Tensor<1>,
+    /// `[E]`
+    pub norm_k: Tensor<1>,
+}
+
+/// Normalises and rotates queries and keys head by head and joins both streams, text first.
+///
+/// # Shapes
+/// - `rotary`: at least as many positions as both streams have tokens, position 0 being the first text token
+/// - returns: `[3, batch, heads, text + image, E]`
+pub fn joint_qkv(
+    text: QkvStream,
+    image: QkvStream,
+    heads: usize,
+    rotary: &RotaryTable,
+    epsilon: f32,
+) -> Tensor<5> {
+    if !is_fused(&image.qkv) {
+        return plain::joint_qkv(text, image, heads, rotary, epsilon);
+    }
+    let joint = Joint::new(&text, &image, heads, rotary, epsilon);
+    let inputs = [text, image]
+        .map(|stream| [Input::new(stream.qkv), Input::new(stream.norm_q), Input::new(stream.norm_k)]);
+    let [[text, text_q, text_k], [image, image_q, image_k]] = inputs;
+    operation([text, text_q, text_k, image, image_q, image_k], |values, tracked| {
+        let output = joint.forward(values.each_ref().map(|values| &**values));
+        let shape = joint.shape();
+        let pullback: Pullback<6> = Box::new(move |gradient| {
+            joint.backward(values.each_ref().map(|values| &**values), tracked, &gradient)
+        });
+        (Values::from_vec(output, &shape), pullback)
+    })
+}
+
+struct Joint {
+    batch: usize,
+    heads: usize,
+    dim: usize,
+    /// Tokens of the text and of the image.
+    tokens: [usize; 2],
+    rotary: RotaryTable,
+    epsilon: f32,
+}
+
+/// Tensors of one stream, in the order of these indices.
+const INPUTS: usize = 3;
+const QKV: usize = 0;
+const NORM_Q: usize = 1;
+
+impl Joint {
+    fn new(text: &QkvStream, image: &QkvStream, heads: usize, rotary: &RotaryTable, epsilon: f32) -> Self {
+        let [batch, text_tokens, width] = text.qkv.dims();
+        let [image_batch, image_tokens, image_width] = image.qkv.dims();
+        assert_eq!((batch, width), (image_batch, image_width), "batch and width of text and image");
+        let dim = width / 3 / heads;
+        assert_eq!(3 * heads * dim, width, "query, key and value of {heads} heads");
+        for stream in [text, image] {
+            assert_eq!(
+                (stream.norm_q.dims(), stream.norm_k.dims()),
+                ([dim], [dim]),
+                "norm weights of a head"
+            );
+        }
+        let tokens = text_tokens + image_tokens;
+        assert_eq!(rotary.pairs * 2, dim, "rotary pairs of a head");
+        assert!(rotary.positions() >= tokens, "{tokens} tokens have {} positions", rotary.positions());
+        Self { batch, heads, dim, tokens: [text_tokens, image_tokens], rotary: rotary.clone(), epsilon }
+    }
+
+    fn total(&self) -> usize {
+        self.tokens[0] + self.tokens[1]
+    }
+
+    fn shape(&self) -> [usize; 5] {
+        [3, self.batch, self.heads, self.total(), self.dim]
+    }
+
+    fn forward(&self, values: [&[f32]; 6]) -> Vec<f32> {
+        let slab = self.total() * self.dim;
+        let mut output = unwritten(3 * self.batch * self.heads * slab);
+        output.par_chunks_mut(slab).enumerate().for_each(|(index, slab)| {
+            simd::vectorized(
+                #[inline(always)]
+                || {
+                    let (text, image) = slab.split_at_mut(self.tokens[0] * self.dim);
+                    self.fill(0, &values[..INPUTS], index, text);
+                    self.fill(1, &values[INPUTS..], index, image);
+                },
+            );
+        });
+        output
+    }
+
+    /// Fills one stream's rows of slab `index`, which counts query, key, value, then samples, then heads.
+    #[inline(always)]
+    fn fill(&self, stream: usize, values: &[&[f32]], index: usize, output: &mut [f32]) {
+        let (part, sample, head) =
+            (index / self.heads / self.batch, index / self.heads % self.batch, index % self.heads);
+        let first_position = stream * self.tokens[0];
+        for (token, output) in output.chunks_exact_mut(self.dim).enumerate() {
+            let row = sample * self.tokens[stream] + token;
+            let x = chunk(values[QKV], (row * 3 + part) * self.heads + head, self.dim);
+            if part == 2 {
+                output.copy_from_slice(x);
+            } else {
+                rms_row(x, values[NORM_Q + part], self.epsilon, output);
+                self.rotary.rotate(first_position + token, output, 1.0);
+            }
+        }
+    }
+
+    fn backward(&self, values: [&[f32]; 6], tracked: [bool; 6], gradient: &[f32]) -> [Option<Values>; 6] {
+        let mut gradients = [const { None }; 6];
+        for stream in 0..2 {
+            let range = stream * INPUTS..(stream + 1) * INPUTS;
+            if !tracked[range.clone()].contains(&true) {
+                continue;
+            }
+            let (qkv, norms) = self.stream_backward(stream, &values[range.clone()], gradient);
+            let shape = [self.batch, self.tokens[stream], 3 * self.heads * self.dim];
+            let (norm_q, norm_k) = norms.split_at(self.dim);
+            let found = [
+                Values::from_vec(qkv, &shape),
+                Values::from_vec(norm_q.to_vec(), &[self.dim]),
+                Values::from_vec(norm_k.to_vec(), &[self.dim]),
+            ];
+            for (index, found) in range.zip(found) {
+                gradients[index] = tracked[index].then_some(found);
+            }
+        }
+        gradients
+    }
+
+    /// Gradients of one stream's projections and of its two norm weights, joined.
+    fn stream_backward(&self, stream: usize, values: &[&[f32]], gradient: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let width = 3 * self.heads * self.dim;
+        let units = parallel::units(self.batch, self.tokens[stream], width);
+        let mut output = unwritten(self.batch * self.tokens[stream] * width);
+        let mut norms = vec![0.0; units.len() * 2 * self.dim];
+        let pieces = parallel::pieces(&mut output, &units, width);
+        let work = units.par_iter().zip(pieces).zip(norms.par_chunks_mut(2 * self.dim));
+        work.for_each(|((unit, output), norms)| {
+            simd::vectorized(
+                #[inline(always)]
+                || {
+                    for (token, output) in unit.rows.clone().zip(output.chunks_exact_mut(width)) {
+                        self.token_backward((stream, unit.sample, token), values, gradient, output, norms);
+                    }
+                },
+            );
+        });
+        (output, parallel::sum_rows(&norms, 2 * self.dim))
+    }
+
+    /// `at` is stream, sample and token.
+    #[inline(always)]
+    fn token_backward(
+        &self,
+        at: (usize, usize, usize),
+        values: &[&[f32]],
+        gradient: &[f32],
+        output: &mut [f32],
+        norms: &mut [f32],
+    ) {
+        let (stream, sample, token) = at;
+        let position = stream * self.tokens[0] + token;
+        let x = chunk(values[QKV], sample * self.tokens[stream] + token, output.len());
+        for (index, output) in output.chunks_exact_mut(self.dim).enumerate() {
+            let (part, head) = (index / self.heads, index % self.heads);
+            let slab = (part * self.batch + sample) * self.heads + head;
+            output.copy_from_slice(chunk(gradient, slab * self.total() + position, self.dim));
+            if part < 2 {
+                self.rotary.rotate(position, output, -1.0);
+                let norm = &mut norms[part * self.dim..][..self.dim];
+                rms_row_backward(
+                    chunk(x, index, self.dim),
+                    values[NORM_Q + part],
+                    self.epsilon,
+                    output,
+                    norm,
+                );
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Cutter, Outcome, Probe, assert_agree, assert_derivative};
+    use fewstep_testkit::{random_values, values};
+
+    type Operation = fn(QkvStream, QkvStream, usize, &RotaryTable, f32) -> Tensor<5>;
+
+    fn table(positions: usize, pairs: usize) -> RotaryTable {
+        let angles = random_values(positions * pairs, 50);
+        RotaryTable::new(
+            angles.iter().map(|angle| angle.cos()).collect(),
+            angles.iter().map(|angle| angle.sin()).collect(),
+            pairs,
+        )
+    }
+
+    fn run(
+        operation: Operation,
+        [batch, text, image]: [usize; 3],
+        [heads, dim]: [usize; 2],
+        tracked: u32,
+    ) -> Outcome {
+        let mut probe = Probe::new();
+        let mut stream = |tokens, bits: u32| QkvStream {
+            qkv: probe.input([batch, tokens, 3 * heads * dim], bits & 1 != 0),
+            norm_q: probe.input([dim], bits & 2 != 0),
+            norm_k: probe.input([dim], bits & 4 != 0),
+        };
+        let (text_stream, image_stream) = (stream(text, tracked), stream(image, tracked >> 3));
+        let output = operation(text_stream, image_stream, heads, &table(text + image, dim / 2), 1e-6);
+        probe.finish(output)
+    }
+
+    #[test]
+    fn joint_qkv_agrees_with_its_twin() {
+        for (sizes, heads) in
+            [([2, 7, 5], [3, 8]), ([1, 16, 64], [4, 64]), ([3, 1, 2], [1, 2]), ([2, 3, 9], [2, 22])]
+        {
+            let fused = run(joint_qkv, sizes, heads, 0b111_111);
+            // The norm weights' gradients sum over batch, tokens and heads.
+            assert_agree(&fused, &run(plain::joint_qkv, sizes, heads, 0b111_111), 5e-6);
+        }
+    }
+
+    #[test]
+    fn untracked_inputs_get_no_gradient() {
+        for tracked in [0b000_001, 0b001_000, 0b010_100, 0b110_001] {
+            let fused = run(joint_qkv, [2, 7, 5], [3, 8], tracked);
+            assert_agree(&fused, &run(plain::joint_qkv, [2, 7, 5], [3, 8], tracked), 5e-6);
+        }
+    }
+
+    #[test]
+    fn gradients_are_the_slopes_of_the_values() {
+        let (text, image, heads, dim) = (2, 3, 2, 4);
+        let width = 3 * heads * dim;
+        assert_derivative((text + image) * width + 4 * dim, |flat| {
+            let mut cut = Cutter::new(flat);
+            let mut stream = |tokens| QkvStream {
+                qkv: cut.next([1, tokens, width]),
+                norm_q: cut.next([dim]),
+                norm_k: cut.next([dim]),
+            };
+            let (text_stream, image_stream) = (stream(text), stream(image));
+            joint_qkv(text_stream, image_stream, heads, &table(text + image, dim / 2), 1e-5)
+        });
+    }
+
+    #[test]
+    fn a_quarter_turn_moves_each_pair_counterclockwise() {
+        let device = burn::tensor::Device::flex();
+        let stream = |value: f32| QkvStream {
+            qkv: Tensor::from_data([[[value, 0.0, 0.0, value, 5.0, 6.0]]], &device),
+            norm_q: Tensor::ones([2], &device),
+            norm_k: Tensor::ones([2], &device),
+        };
+        // The text's token stands still, the image's turns by 90 degrees.
+        let rotary = RotaryTable::new(vec![1.0, 0.0], vec![0.0, 1.0], 1);
+        let joint = values(joint_qkv(stream(3.0), stream(2.0), 1, &rotary, 0.0));
+        let one = 2.0_f32.sqrt();
+        fewstep_testkit::assert_close(
+            &joint,
+            // Query, key and value, the text's token first: the norm makes each row's mean square one.
+            &[one, 0.0, 0.0, one, 0.0, one, -one, 0.0, 5.0, 6.0, 5.0, 6.0],
+            1e-6,
+        );
+    }
+}
