@@ -1,0 +1,119 @@
+//! The noise levels a sampler walks through.
+
+use serde::{Deserialize, Serialize};
+
+use crate::FlowError;
+
+/// Noise levels s_1 > … > s_N > s_{N+1} = 0 of a run with N steps; s_1 is at most 1.
+///
+/// A student is trained for one grid. It is stored with data sets and weights as a plain list of numbers, and
+/// equality is exact.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<f32>", into = "Vec<f32>")]
+pub struct SigmaGrid(Vec<f32>);
+
+impl SigmaGrid {
+    /// A grid of given levels, the final 0 included.
+    ///
+    /// # Errors
+    /// When there are fewer than two, one is not finite, the first is above 1, one does not fall below its
+    /// predecessor, or the last is not 0.
+    pub fn new(sigmas: Vec<f32>) -> Result<Self, FlowError> {
+        let length = sigmas.len();
+        if length < 2 {
+            return Err(FlowError::ShortGrid { length });
+        }
+        let bad = |index, expected| FlowError::Grid { index, length, found: sigmas[index], expected };
+        if let Some(at) = sigmas.iter().position(|sigma| !sigma.is_finite()) {
+            return Err(bad(at, "a finite number"));
+        }
+        if sigmas[0] > 1.0 {
+            return Err(bad(0, "at most 1, which is pure noise"));
+        }
+        if let Some(at) = sigmas.windows(2).position(|pair| pair[1] >= pair[0]) {
+            return Err(bad(at + 1, "less than the entry before it"));
+        }
+        if sigmas[length - 1] != 0.0 {
+            return Err(bad(length - 1, "0 at the end"));
+        }
+        Ok(Self(sigmas))
+    }
+
+    /// Equal steps from 1 to 0.
+    ///
+    /// # Errors
+    /// When `steps` is 0.
+    pub fn uniform(steps: usize) -> Result<Self, FlowError> {
+        if steps == 0 {
+            return Err(FlowError::NoSteps);
+        }
+        Self::new((0..=steps).map(|k| 1.0 - k as f32 / steps as f32).collect())
+    }
+
+    /// Number of steps, one less than of levels.
+    pub fn steps(&self) -> usize {
+        self.0.len() - 1
+    }
+
+    /// All levels, the final 0 included.
+    pub fn as_slice(&self) -> &[f32] {
+        &self.0
+    }
+
+    /// Start and end of every step, in order.
+    pub fn pairs(&self) -> impl DoubleEndedIterator<Item = (f32, f32)> + ExactSizeIterator + '_ {
+        self.0.windows(2).map(|pair| (pair[0], pair[1]))
+    }
+}
+
+impl TryFrom<Vec<f32>> for SigmaGrid {
+    type Error = FlowError;
+
+    fn try_from(sigmas: Vec<f32>) -> Result<Self, FlowError> {
+        Self::new(sigmas)
+    }
+}
+
+impl From<SigmaGrid> for Vec<f32> {
+    fn from(grid: SigmaGrid) -> Self {
+        grid.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(sigmas: &[f32]) -> String {
+        SigmaGrid::new(sigmas.to_vec()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_refused_grid_names_the_entry() {
+        assert_eq!(
+            refusal(&[0.0]),
+            "sigma grid: found 1 entries, expected at least 2 (a start and the final 0)"
+        );
+        assert!(refusal(&[1.5, 0.0]).starts_with("sigma grid: entry 0 of 2: found 1.5,"));
+        assert!(refusal(&[1.0, f32::NAN, 0.0]).starts_with("sigma grid: entry 1 of 3: found NaN,"));
+        assert!(refusal(&[1.0, 0.5, 0.5, 0.0]).starts_with("sigma grid: entry 2 of 4: found 0.5,"));
+        assert!(refusal(&[1.0, 0.1]).starts_with("sigma grid: entry 1 of 2: found 0.1,"));
+        assert!(refusal(&[1.0, 0.5, -0.5]).starts_with("sigma grid: entry 2 of 3: found -0.5,"));
+    }
+
+    #[test]
+    fn pairs_walk_from_noise_to_picture() {
+        let grid = SigmaGrid::uniform(4).unwrap();
+        assert_eq!(grid.pairs().collect::<Vec<_>>(), [(1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)]);
+        assert_eq!(grid.steps(), 4);
+    }
+
+    #[test]
+    fn json_is_a_list_of_numbers_and_is_checked_when_read() {
+        let grid = SigmaGrid::new(vec![1.0, 0.02, 0.0]).unwrap();
+        let text = serde_json::to_string(&grid).unwrap();
+        assert_eq!(text, "[1.0,0.02,0.0]");
+        assert_eq!(serde_json::from_str::<SigmaGrid>(&text).unwrap(), grid);
+        assert!(serde_json::from_str::<SigmaGrid>("[0.5, 0.6, 0.0]").is_err());
+    }
+}

@@ -1,0 +1,97 @@
+//! The straight path between a picture and noise, and its three readings (rectified flow, arXiv 2209.03003).
+
+use burn::tensor::Tensor;
+
+/// The state at `sigma`: (1 − sigma)·clean + sigma·noise.
+///
+/// # Shapes
+/// - `clean`, `noise` and the result: `[B, …]`, equal.
+/// - `sigma`: `[B]`, one level per sample.
+pub fn noisy<const D: usize>(clean: Tensor<D>, noise: Tensor<D>, sigma: Tensor<1>) -> Tensor<D> {
+    let sigma = per_sample(sigma, &clean);
+    clean * (1.0 - sigma.clone()) + noise * sigma
+}
+
+/// The derivative of the state by sigma: noise − clean. It points away from the picture.
+///
+/// # Shapes
+/// All `[B, …]`, equal.
+pub fn velocity<const D: usize>(clean: Tensor<D>, noise: Tensor<D>) -> Tensor<D> {
+    noise - clean
+}
+
+/// The picture that a state and its velocity point to: noisy − sigma·velocity.
+///
+/// # Shapes
+/// - `noisy`, `velocity` and the result: `[B, …]`, equal.
+/// - `sigma`: `[B]`, one level per sample.
+pub fn clean<const D: usize>(noisy: Tensor<D>, velocity: Tensor<D>, sigma: Tensor<1>) -> Tensor<D> {
+    let sigma = per_sample(sigma, &noisy);
+    noisy - velocity * sigma
+}
+
+fn per_sample<const D: usize>(sigma: Tensor<1>, like: &Tensor<D>) -> Tensor<D> {
+    let [levels] = sigma.dims();
+    let batch = like.dims()[0];
+    assert_eq!(levels, batch, "{levels} sigmas for a batch of {batch}");
+    let mut shape = [1; D];
+    shape[0] = batch;
+    sigma.reshape(shape)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+    use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden, random, values};
+
+    #[test]
+    fn each_sample_stands_at_its_own_sigma() {
+        let device = Device::flex();
+        let clean = Tensor::<2>::from_floats([[1.0, 2.0], [3.0, -4.0]], &device);
+        let noise = Tensor::<2>::from_floats([[5.0, 0.0], [-1.0, 4.0]], &device);
+        let sigma = Tensor::<1>::from_floats([0.25, 1.0], &device);
+        // 0.75·1 + 0.25·5, 0.75·2 + 0; the second row is all noise. Exact in binary.
+        assert_close(&values(noisy(clean.clone(), noise.clone(), sigma)), &[2.0, 1.5, -1.0, 4.0], 0.0);
+        assert_close(&values(velocity(clean, noise)), &[4.0, -2.0, -4.0, 8.0], 0.0);
+    }
+
+    #[test]
+    fn the_velocity_leads_back_to_the_clean_picture() {
+        let device = Device::flex();
+        let (picture, noise) = (random::<4>([3, 2, 4, 5], 1, &device), random::<4>([3, 2, 4, 5], 2, &device));
+        let sigma = Tensor::<1>::from_floats([0.0, 0.3, 1.0], &device);
+        let state = noisy(picture.clone(), noise.clone(), sigma.clone());
+        // Three roundings of values up to 5: 3 · 5 · 6e-8.
+        assert_tensors_close(clean(state, velocity(picture.clone(), noise), sigma), picture, 1e-6);
+    }
+
+    #[test]
+    fn state_and_velocity_equal_diffsynths_training_pair() {
+        let device = Device::flex();
+        let goldens = Golden::open(golden("schedulers/schedulers.safetensors"));
+        let [picture, noise] = ["query.x0", "query.eps"].map(|key| goldens.tensor::<2>(key, &device));
+        let peer = "ds.Qwen-Image.train1000";
+        let (timesteps, sigmas) =
+            (goldens.f32s(&format!("{peer}.timesteps")), goldens.f32s(&format!("{peer}.sigmas")));
+        for query in ["3.7", "250.0", "499.5", "777.7", "1000.0"] {
+            let asked: f32 = query.parse().unwrap();
+            let distance = |at: &usize| (timesteps[*at] - asked).abs();
+            let nearest = (0..timesteps.len()).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap();
+            let sigma = Tensor::<1>::full([2], sigmas[nearest], &device);
+            let peer_state = goldens.tensor::<2>(&format!("{peer}.query{query}.add_noise"), &device);
+            // The last bit of a number below 4: the peer may fuse the multiply-add.
+            assert_tensors_close(noisy(picture.clone(), noise.clone(), sigma), peer_state, 2.4e-7);
+            let peer_target = goldens.tensor::<2>(&format!("{peer}.query{query}.target"), &device);
+            assert_tensors_close(velocity(picture.clone(), noise.clone()), peer_target, 0.0);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "2 sigmas for a batch of 3")]
+    fn a_missing_sigma_is_refused() {
+        let device = Device::flex();
+        let x = Tensor::<2>::zeros([3, 1], &device);
+        noisy(x.clone(), x, Tensor::<1>::zeros([2], &device));
+    }
+}

@@ -1,0 +1,71 @@
+//! The adjoint's promise: peak memory does not grow with the number of steps, while the plain tape's does.
+//!
+//! Alone in its test binary, because it reads the peak resident size of the whole process.
+#![cfg(target_os = "linux")]
+
+use burn::tensor::{Device, Tensor, activation::tanh};
+use fewstep_flow::{SigmaGrid, Solver, adjoint, sample};
+use fewstep_testkit::random;
+
+const BATCH: usize = 64;
+const WIDTH: usize = 64;
+/// Wide enough that one step's graph (two activations of 8 MiB) outweighs everything else in the process.
+const HIDDEN: usize = 32 * 1024;
+
+/// A two-layer network whose activations are large and whose state is small.
+struct Net {
+    up: Tensor<2>,
+    down: Tensor<2>,
+}
+
+impl Net {
+    fn velocity(&self, state: Tensor<2>) -> Tensor<2> {
+        tanh(state.matmul(self.up.clone())).matmul(self.down.clone())
+    }
+}
+
+fn by_adjoint(plain: &Net, tracked: &Net, noise: Tensor<2>, steps: usize) {
+    let grid = SigmaGrid::uniform(steps).expect("at least one step");
+    let states = adjoint::rollout(&grid, noise, |state, _| plain.velocity(state));
+    let loss_gradient = states[steps].clone();
+    adjoint::backward(&grid, &states, loss_gradient, |_, state, _, cotangent| {
+        adjoint::pull_back(state, cotangent, |state| tracked.velocity(state)).input_gradient
+    });
+}
+
+fn by_tape(tracked: &Net, noise: Tensor<2>, steps: usize) {
+    let grid = SigmaGrid::uniform(steps).expect("at least one step");
+    sample(Solver::Euler, &grid, noise.autodiff(), |state, _| tracked.velocity(state))
+        .square()
+        .sum()
+        .backward();
+}
+
+/// The largest resident size so far, in KiB.
+fn peak_kib() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux describes every process");
+    let peak =
+        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB")?.trim().parse().ok());
+    peak.expect("a line such as \"VmHWM:  1234 kB\"")
+}
+
+#[test]
+fn adjoint_memory_does_not_grow_with_the_steps() {
+    let device = Device::flex();
+    let up = random([WIDTH, HIDDEN], 1, &device) * 0.1;
+    let down = random([HIDDEN, WIDTH], 2, &device) * 0.005;
+    let track = |weight: &Tensor<2>| weight.clone().autodiff().require_grad();
+    let tracked = Net { up: track(&up), down: track(&down) };
+    let plain = Net { up, down };
+    let noise = random([BATCH, WIDTH], 3, &device);
+
+    by_adjoint(&plain, &tracked, noise.clone(), 2);
+    let two_steps = peak_kib();
+    by_adjoint(&plain, &tracked, noise.clone(), 8);
+    let eight_steps = peak_kib();
+    by_tape(&tracked, noise, 8);
+    let tape = peak_kib();
+    assert!(eight_steps < 1.05 * two_steps, "{two_steps} KiB at 2 steps, {eight_steps} KiB at 8");
+    // The check above means nothing unless the graph is what fills the memory: the tape must stand out.
+    assert!(tape > 1.3 * eight_steps, "{eight_steps} KiB by adjoint, {tape} KiB by tape");
+}
