@@ -1,0 +1,77 @@
+//! Builds what the repository ships of emoji: the pictures with their captions, and a tokenizer for the captions.
+
+mod captions;
+mod contact_sheet;
+mod iconify;
+mod pictures;
+mod tokenizer;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+use fewstep_data::emoji::{EmojiSet, Language};
+
+/// Builds assets/emoji and the teacher's tokenizer from upstream emoji packages.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Join the upstream pictures with their labels and write the data set.
+    Pictures {
+        /// Folder with the four upstream files; assets/emoji/README.md lists them.
+        #[arg(long)]
+        source: PathBuf,
+        /// Folder to write concepts.jsonl and a zip of pictures per style to.
+        #[arg(long, default_value = "assets/emoji")]
+        output: PathBuf,
+    },
+    /// Train the byte-level BPE tokenizer on all captions of a built data set.
+    Tokenizer {
+        /// Folder of the data set.
+        #[arg(long, default_value = "assets/emoji")]
+        emoji: PathBuf,
+        /// Folder to write the tokenizer files to.
+        #[arg(long, default_value = "assets/teacher/tokenizer")]
+        output: PathBuf,
+        /// Number of tokens, special ones not counted.
+        #[arg(long, default_value_t = 3000)]
+        vocabulary: usize,
+    },
+    /// Draw some concepts of a built data set in all styles, to look at.
+    ContactSheet {
+        /// Folder of the data set.
+        #[arg(long, default_value = "assets/emoji")]
+        emoji: PathBuf,
+        /// The png file to write.
+        #[arg(long)]
+        output: PathBuf,
+        /// Number of concepts, spread evenly over the set.
+        #[arg(long, default_value_t = 96)]
+        concepts: usize,
+    },
+    /// Write the set as an ordinary data set: pictures, metadata.csv, and held_out.csv for evaluation.
+    DataSet {
+        /// Folder of the data set.
+        #[arg(long, default_value = "assets/emoji")]
+        emoji: PathBuf,
+        /// The folder to write; it must not hold anything yet.
+        #[arg(long)]
+        output: PathBuf,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().command {
+        Command::Pictures { source, output } => pictures::build(&source, &output),
+        Command::Tokenizer { emoji, output, vocabulary } => tokenizer::build(&emoji, &output, vocabulary),
+        Command::ContactSheet { emoji, output, concepts } => contact_sheet::draw(&emoji, &output, concepts),
+        Command::DataSet { emoji, output } => {
+            let languages = [Language::English, Language::Chinese];
+            Ok(EmojiSet::open(&emoji)?.write_training_folder(&output, &languages, None)?)
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Files that are either the old one or the new one, whatever happens while they are written.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Replaces the file at `path` by `bytes`; see [`write_with`].
+///
+/// # Errors
+/// As [`write_with`].
+pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_with(path, |file| file.write_all(bytes))
+}
+
+/// Replaces the file at `path` by what `fill` writes, creating missing folders.
+///
+/// The bytes go to a temporary file beside the target, are synced to the disk and then renamed, and the folder is
+/// synced too, so a crash or a full disk leaves the old file.
+///
+/// # Errors
+/// Whatever `fill` or the file system reports. The temporary file is gone by then.
+pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(folder)?;
+    let temporary = Temporary::beside(folder, path)?;
+    let mut file = File::create_new(&temporary.0)?;
+    fill(&mut file)?;
+    file.sync_all()?;
+    drop(file);
+    fs::rename(&temporary.0, path)?;
+    sync_folder(folder)
+}
+
+/// A temporary path whose file is removed when the value goes; after the rename there is nothing left to remove.
+struct Temporary(PathBuf);
+
+impl Temporary {
+    fn beside(folder: &Path, target: &Path) -> io::Result<Self> {
+        /// Told apart from other threads by this number and from other processes by the process id.
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let mut hidden = OsString::from(".");
+        hidden.push(name);
+        hidden.push(format!(".{}.{unique}.part", std::process::id()));
+        Ok(Self(folder.join(hidden)))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // Nothing can be done about a file that cannot be removed, and after a success there is none.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// A rename is on the disk only once its folder is.
+#[cfg(unix)]
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+/// Folders cannot be opened for syncing elsewhere.
+#[cfg(not(unix))]
+fn sync_folder(_folder: &Path) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<OsString> {
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+    }
+
+    #[test]
+    fn write_replaces_the_old_file_and_creates_folders() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("deep/er/file.txt");
+        write(&path, b"old").unwrap();
+        write(&path, b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(names(path.parent().unwrap()), ["file.txt"]);
+    }
+
+    #[test]
+    fn a_failing_writer_leaves_the_old_file_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file.txt");
+        write(&path, b"old").unwrap();
+        let failed = write_with(&path, |file| {
+            file.write_all(b"half of the n")?;
+            Err(io::ErrorKind::StorageFull.into())
+        });
+        assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["file.txt"]);
+    }
+
+    #[test]
+    fn a_failing_writer_leaves_no_file_where_there_was_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file.txt");
+        write_with(&path, |_| Err(io::ErrorKind::Other.into())).unwrap_err();
+        assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_target_that_is_a_folder_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("taken")).unwrap();
+        fs::write(folder.path().join("taken/x"), b"x").unwrap();
+        write(&folder.path().join("taken"), b"y").unwrap_err();
+        assert_eq!(names(folder.path()), ["taken"]);
+    }
+}

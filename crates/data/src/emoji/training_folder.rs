@@ -1,0 +1,104 @@
+//! The bundled set written out as the kind of data set that users bring.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::{EmojiSet, Item, Language};
+use crate::DataError;
+use crate::metadata::{ImageRow, write_image_csv};
+
+impl EmojiSet {
+    /// Writes the set as an ordinary data set, so that it is read like any other.
+    ///
+    /// `metadata.csv` with columns `image,prompt` names the training pictures, below `images/`; `held_out.csv`
+    /// names the others, below `held_out/`. A picture has a row for each language. `concepts` limits the set to
+    /// that many concepts, spread evenly over it. The folder appears only when it is complete.
+    ///
+    /// # Errors
+    /// When the folder holds something already or cannot be written.
+    pub fn write_training_folder(
+        &self,
+        folder: &Path,
+        languages: &[Language],
+        concepts: Option<usize>,
+    ) -> Result<(), DataError> {
+        refuse_taken(folder)?;
+        let partial = hidden_beside(folder);
+        let chosen = evenly(self.concepts.len(), concepts.unwrap_or(self.concepts.len()));
+        let write = || {
+            remove_folder(&partial)?;
+            for part in [Part::Training, Part::HeldOut] {
+                let of_part =
+                    |item: &Item<'_>| chosen[item.concept] && item.held_out == (part == Part::HeldOut);
+                let items: Vec<_> = self.items().filter(of_part).collect();
+                self.write_part(&partial, part, &items, languages)?;
+            }
+            fs::rename(&partial, folder).map_err(DataError::io(folder))
+        };
+        write().inspect_err(|_| drop(fs::remove_dir_all(&partial)))
+    }
+
+    fn write_part(
+        &self,
+        folder: &Path,
+        part: Part,
+        items: &[Item<'_>],
+        languages: &[Language],
+    ) -> Result<(), DataError> {
+        let (metadata, images) = part.names();
+        let path = folder.join(images);
+        fs::create_dir_all(&path).map_err(DataError::io(&path))?;
+        let mut rows = Vec::new();
+        for item in items {
+            let image = format!("{images}/{}_{}.png", self.concepts[item.concept].hex, item.style.name());
+            let path = folder.join(&image);
+            // Synced one by one, thousands of pictures would take minutes on some disks.
+            fs::write(&path, item.picture.to_png()).map_err(DataError::io(&path))?;
+            let row = |&language| ImageRow { image: image.clone(), prompt: item.caption(language).into() };
+            rows.extend(languages.iter().map(row));
+        }
+        write_image_csv(&folder.join(metadata), &rows)
+    }
+}
+
+/// What is trained on and what is kept from it.
+#[derive(Clone, Copy, PartialEq)]
+enum Part {
+    Training,
+    HeldOut,
+}
+
+impl Part {
+    /// The metadata file and the folder of pictures.
+    fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Training => ("metadata.csv", "images"),
+            Self::HeldOut => ("held_out.csv", "held_out"),
+        }
+    }
+}
+
+/// Where the folder is prepared: `.name.part` in the same place.
+fn hidden_beside(folder: &Path) -> PathBuf {
+    let mut hidden = OsString::from(".");
+    hidden.push(folder.file_name().unwrap_or_default());
+    hidden.push(".part");
+    folder.with_file_name(hidden)
+}
+
+/// Which of `all` concepts to take so that `wanted` of them are spread evenly.
+pub(super) fn evenly(all: usize, wanted: usize) -> Vec<bool> {
+    let wanted = wanted.min(all);
+    (0..all).map(|at| (at + 1) * wanted / all > at * wanted / all).collect()
+}
+
+fn refuse_taken(folder: &Path) -> Result<(), DataError> {
+    let taken = fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some());
+    if taken { Err(DataError::FolderTaken { path: folder.into() }) } else { Ok(()) }
+}
+
+/// Removes what an interrupted run left.
+fn remove_folder(folder: &Path) -> Result<(), DataError> {
+    if folder.exists() { fs::remove_dir_all(folder).map_err(DataError::io(folder)) } else { Ok(()) }
+}

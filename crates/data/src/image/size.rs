@@ -1,0 +1,83 @@
+//! Which size a picture is trained at, and which data must already have it.
+
+use std::fmt;
+use std::path::Path;
+
+use super::Picture;
+use crate::DataError;
+use crate::metadata::Metadata;
+
+/// A picture's size in pixels; shown as width x height.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Size {
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}", self.width, self.height)
+    }
+}
+
+/// The rule that gives every picture its training size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resize {
+    /// All pictures to one size.
+    Exact {
+        /// Rows.
+        height: usize,
+        /// Columns.
+        width: usize,
+    },
+    /// Each picture at its own size, shrunk to at most `max_pixels` and rounded down to multiples of `division`.
+    MaxPixels {
+        /// The largest area in pixels; smaller pictures are not enlarged.
+        max_pixels: usize,
+        /// What both sides must be multiples of: the family's division factor.
+        division: usize,
+    },
+}
+
+impl Resize {
+    /// The training size of a picture, as DiffSynth's `ImageCropAndResize.get_height_width` computes it.
+    ///
+    /// # Errors
+    /// When a side rounds down to nothing.
+    pub fn target_size(self, picture: Size) -> Result<Size, DataError> {
+        let (max_pixels, division) = match self {
+            Self::Exact { height, width } => return Ok(Size { height, width }),
+            Self::MaxPixels { max_pixels, division } => (max_pixels, division),
+        };
+        let area = picture.height * picture.width;
+        let shrink = if area > max_pixels { (area as f64 / max_pixels as f64).sqrt() } else { 1.0 };
+        let rounded = |side: usize| (side as f64 / shrink) as usize / division * division;
+        let target = Size { height: rounded(picture.height), width: rounded(picture.width) };
+        if target.height == 0 || target.width == 0 {
+            return Err(DataError::TooSmall { found: picture, division });
+        }
+        Ok(target)
+    }
+}
+
+/// Checks that every picture of distillation data already has its training size.
+///
+/// Such a picture is what the teacher made of a known noise; resized, it is no longer the end of that path. Reads only the
+/// files' headers.
+///
+/// # Errors
+/// For the first row whose picture would be resized, is missing or is unreadable.
+pub fn refuse_resize(metadata: &Metadata, base: &Path, resize: Resize) -> Result<(), DataError> {
+    for row in &metadata.rows {
+        let image = row.image_file("image", base)?;
+        let found = Picture::size_of(&image)?;
+        let (path, number) = (row.path().to_path_buf(), row.number);
+        let expected = resize.target_size(found).map_err(|fault| fault.at_row(&path, number))?;
+        if found != expected {
+            return Err(DataError::WouldResize { path, row: number, image, found, expected });
+        }
+    }
+    Ok(())
+}

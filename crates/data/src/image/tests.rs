@@ -1,0 +1,184 @@
+use std::path::PathBuf;
+
+use fewstep_testkit::{Golden, assert_close, golden};
+use serde_json::Value;
+
+use super::*;
+use crate::metadata::Metadata;
+
+fn data(name: &str) -> PathBuf {
+    golden("data").join(name)
+}
+
+fn golden_rows() -> Vec<Value> {
+    serde_json::from_slice(&fs::read(data("data.json")).unwrap()).unwrap()
+}
+
+fn number(row: &Value, key: &str) -> Option<usize> {
+    row[key].as_u64().map(|number| number as usize)
+}
+
+fn pair(row: &Value) -> [Picture; 2] {
+    ["input", "output"].map(|key| Picture::load(&data(row[key].as_str().unwrap())).unwrap())
+}
+
+fn striped(width: usize, height: usize) -> Picture {
+    let rgb = (0..3 * width * height).map(|at| (at * 37 % 256) as u8).collect();
+    Picture { width, height, rgb }
+}
+
+/// A data set of one picture of 30x20 px.
+fn one_picture() -> (tempfile::TempDir, Metadata) {
+    let folder = tempfile::tempdir().unwrap();
+    striped(30, 20).save_png(&folder.path().join("a.png")).unwrap();
+    let path = folder.path().join("metadata.csv");
+    fs::write(&path, "image,prompt\na.png,a cat\n").unwrap();
+    (folder, Metadata::read(&path).unwrap())
+}
+
+#[test]
+fn crop_and_resize_equals_the_peer_bit_for_bit() {
+    let rows: Vec<_> = golden_rows().into_iter().filter(|row| row["mode"].is_null()).collect();
+    assert_eq!(rows.len(), 8);
+    for row in rows {
+        let resize = match number(&row, "max_pixels") {
+            Some(max_pixels) => Resize::MaxPixels { max_pixels, division: 16 },
+            None => Resize::Exact {
+                height: number(&row, "height").unwrap(),
+                width: number(&row, "width").unwrap(),
+            },
+        };
+        let [input, output] = pair(&row);
+        let target = resize.target_size(input.size()).unwrap();
+        assert_eq!(target, output.size(), "{row}");
+        assert!(input.crop_and_resize(target) == output, "{row}: pixels differ");
+    }
+}
+
+#[test]
+fn every_mode_is_converted_as_by_the_peer() {
+    let rows: Vec<_> = golden_rows().into_iter().filter(|row| !row["mode"].is_null()).collect();
+    assert_eq!(rows.len(), 7);
+    for row in rows {
+        let [input, output] = pair(&row);
+        assert!(input == output, "{row}: pixels differ");
+    }
+}
+
+#[test]
+fn pixels_equal_the_peer_bit_for_bit() {
+    let goldens = Golden::open(data("data.safetensors"));
+    let pixels = Picture::load(&data("pixels.png")).unwrap().to_pixels();
+    assert_close(&pixels, &goldens.f32s("pixels_f32"), 0.0);
+}
+
+#[test]
+fn truncating_equals_the_peer_bit_for_bit() {
+    let goldens = Golden::open(data("data.safetensors"));
+    let picture = Picture::from_pixels(&goldens.f32s("to_image_in"), 16, 16, Rounding::Truncate);
+    let expected: Vec<u8> = goldens.i64s("to_image_u8").into_iter().map(|level| level as u8).collect();
+    assert_eq!(picture.rgb, expected);
+}
+
+#[test]
+fn nearest_rounding_takes_every_level_back_to_itself() {
+    let picture = striped(16, 16);
+    assert_eq!(Picture::from_pixels(&picture.to_pixels(), 16, 16, Rounding::Nearest), picture);
+    let beyond = Picture::from_pixels(&[-3.0, 0.1, 3.0], 1, 1, Rounding::Nearest);
+    assert_eq!(beyond.rgb, [0, 140, 255]);
+}
+
+#[test]
+fn a_saved_picture_is_loaded_unchanged() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("new/picture.png");
+    let picture = striped(17, 9);
+    picture.save_png(&path).unwrap();
+    assert_eq!(Picture::load(&path).unwrap(), picture);
+    assert_eq!(Picture::size_of(&path).unwrap(), Size { height: 9, width: 17 });
+}
+
+#[test]
+fn a_picture_of_its_target_size_is_left_alone() {
+    let picture = striped(13, 7);
+    assert_eq!(picture.crop_and_resize(picture.size()), picture);
+}
+
+#[test]
+fn a_picture_smaller_than_the_division_factor_is_refused() {
+    let resize = Resize::MaxPixels { max_pixels: 4096, division: 16 };
+    let error = resize.target_size(Size { height: 40, width: 15 }).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "a picture of 15x40 px rounds down to nothing; expected at least 16 px on each side\n\
+         hint: give the height and the width to scale it to"
+    );
+}
+
+#[test]
+fn a_picture_that_claims_a_huge_size_is_refused_before_decoding() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("huge.png");
+    let mut bytes = striped(4, 4).to_png();
+    bytes[16..24].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 0]);
+    fs::write(&path, with_header_checksum(bytes)).unwrap();
+    let error = Picture::load(&path).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        format!(
+            "{}: found a picture of 65536x65536 px, expected at most 16384 px on each side",
+            path.display()
+        )
+    );
+}
+
+/// Png's CRC-32 of the header chunk, so that only its content is wrong.
+fn with_header_checksum(mut png: Vec<u8>) -> Vec<u8> {
+    let crc = png[12..29].iter().fold(u32::MAX, |crc, &byte| {
+        (0..8).fold(
+            crc ^ u32::from(byte),
+            |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xEDB8_8320 } else { crc >> 1 },
+        )
+    });
+    png[29..33].copy_from_slice(&(!crc).to_be_bytes());
+    png
+}
+
+#[test]
+fn a_file_that_is_no_picture_or_a_truncated_one_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.png");
+    fs::write(&path, "no picture").unwrap();
+    let text = Picture::load(&path).unwrap_err().to_string();
+    assert!(text.starts_with(&format!("{}: no readable picture: ", path.display())), "{text}");
+    let png = striped(32, 32).to_png();
+    fs::write(&path, &png[..png.len() / 2]).unwrap();
+    let text = Picture::load(&path).unwrap_err().to_string();
+    assert!(text.starts_with(&format!("{}: no readable picture: ", path.display())), "{text}");
+}
+
+#[test]
+fn distillation_refuses_a_picture_that_would_be_resized() {
+    let (folder, metadata) = one_picture();
+    let error = refuse_resize(&metadata, folder.path(), Resize::Exact { height: 64, width: 48 }).unwrap_err();
+    let at = folder.path().display();
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "{at}/metadata.csv, row 1: {at}/a.png is 30x20 px, but this run trains at 48x64 px and would resize it; \
+             distillation needs the teacher's own pixels\n\
+             hint: generate the pictures at 48x64, or pass --height 20 --width 30"
+        )
+    );
+    refuse_resize(&metadata, folder.path(), Resize::Exact { height: 20, width: 30 }).unwrap();
+}
+
+#[test]
+fn distillation_refuses_a_picture_that_would_be_rounded_down() {
+    let (folder, metadata) = one_picture();
+    let dynamic = |division| Resize::MaxPixels { max_pixels: 1 << 20, division };
+    refuse_resize(&metadata, folder.path(), dynamic(16)).unwrap_err();
+    refuse_resize(&metadata, folder.path(), dynamic(10)).unwrap();
+    let error = refuse_resize(&metadata, folder.path(), dynamic(32)).unwrap_err().to_string();
+    assert!(error.contains("metadata.csv, row 1: a picture of 30x20 px rounds down to nothing"), "{error}");
+}

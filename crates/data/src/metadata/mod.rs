@@ -1,0 +1,188 @@
+//! Metadata files: which pictures a data set has and what is known of each.
+//!
+//! A csv, json or jsonl file becomes [`Row`]s of named text values; typed access checks one value and, where it is wrong,
+//! names the file, the row and the column.
+
+mod read;
+mod rows;
+
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use crate::DataError;
+pub use rows::{DistillRow, ImageRow, RandDevice, write_distill_csv, write_image_csv};
+
+/// The rows of one metadata file.
+#[derive(Clone, Debug)]
+pub struct Metadata {
+    /// The file, for messages.
+    pub path: Arc<Path>,
+    /// Its rows in the file's order.
+    pub rows: Vec<Row>,
+}
+
+/// One row: named values as text.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// Counts from 1; a header does not count.
+    pub number: usize,
+    /// Column name and value, in the file's order. JSON's null is left out; lists and objects are JSON text.
+    pub values: Vec<(String, String)>,
+    file: Arc<Path>,
+}
+
+impl Metadata {
+    /// Reads a file whose extension says what it is: csv with a header line, json with a list of objects, or jsonl with
+    /// an object per line.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is not UTF-8, or breaks its format's rules.
+    pub fn read(path: &Path) -> Result<Self, DataError> {
+        let file: Arc<Path> = path.into();
+        let records = read::records(path)?;
+        let rows =
+            records.into_iter().zip(1..).map(|(values, number)| Row { number, values, file: file.clone() });
+        Ok(Self { rows: rows.collect(), path: file })
+    }
+
+    /// Every row's picture and prompt.
+    ///
+    /// # Errors
+    /// For the first row that lacks one of them, or whose picture lies outside the base folder.
+    pub fn image_rows(&self) -> Result<Vec<ImageRow>, DataError> {
+        self.rows.iter().map(ImageRow::from_row).collect()
+    }
+
+    /// Every row as teacher data: picture, prompt and the teacher's noise.
+    ///
+    /// # Errors
+    /// For the first row with a missing or malformed value.
+    pub fn distill_rows(&self) -> Result<Vec<DistillRow>, DataError> {
+        self.rows.iter().map(DistillRow::from_row).collect()
+    }
+
+    /// The file of every row's picture.
+    ///
+    /// # Errors
+    /// For the first row that names no picture, one outside `base`, or one that is not there.
+    pub fn image_files(&self, base: &Path) -> Result<Vec<PathBuf>, DataError> {
+        self.rows.iter().map(|row| row.image_file("image", base)).collect()
+    }
+}
+
+impl Row {
+    /// The metadata file this row is from.
+    pub fn path(&self) -> &Path {
+        &self.file
+    }
+
+    /// The value of a column, if the row has it.
+    pub fn get(&self, column: &str) -> Option<&str> {
+        self.values.iter().find(|(name, _)| name == column).map(|(_, value)| value.as_str())
+    }
+
+    /// The value of a column, which may be empty.
+    ///
+    /// # Errors
+    /// When the row lacks the column.
+    pub fn text(&self, column: &str) -> Result<&str, DataError> {
+        self.get(column).ok_or_else(|| DataError::MissingColumn {
+            path: self.path().into(),
+            row: self.number,
+            column: column.into(),
+            found: self.values.iter().map(|(name, _)| name.clone()).collect(),
+        })
+    }
+
+    /// The value of a column that holds integers from 0.
+    ///
+    /// # Errors
+    /// When it is missing, negative, fractional, too large or no number.
+    pub fn integer(&self, column: &str) -> Result<u64, DataError> {
+        let text = self.text(column)?;
+        text.trim().parse().map_err(|_| self.wrong(column, text, INTEGER))
+    }
+
+    /// The value of a column that holds a number from 0.
+    ///
+    /// # Errors
+    /// When it is missing, negative, not finite or no number.
+    pub fn number(&self, column: &str) -> Result<f32, DataError> {
+        let text = self.text(column)?;
+        let number = text.trim().parse().ok().filter(|number: &f32| number.is_finite() && *number >= 0.0);
+        number.ok_or_else(|| self.wrong(column, text, NUMBER))
+    }
+
+    /// The value of a column that names a picture, as written: relative to the data set's base folder.
+    ///
+    /// # Errors
+    /// When it is missing, empty, absolute, or leads out of the base folder.
+    pub fn image(&self, column: &str) -> Result<&str, DataError> {
+        let text = self.text(column)?;
+        if stays_inside(Path::new(text)) { Ok(text) } else { Err(self.wrong(column, text, RELATIVE_PATH)) }
+    }
+
+    /// The picture a column names, below `base`.
+    ///
+    /// # Errors
+    /// As [`Self::image`], and when there is no such file.
+    pub fn image_file(&self, column: &str, base: &Path) -> Result<PathBuf, DataError> {
+        let file = base.join(self.image(column)?);
+        if file.is_file() {
+            return Ok(file);
+        }
+        let (path, column) = (self.path().into(), column.into());
+        Err(DataError::MissingImage { path, row: self.number, column, image: file })
+    }
+
+    fn wrong(&self, column: &str, found: &str, kind: Kind) -> DataError {
+        DataError::Value {
+            path: self.path().into(),
+            row: self.number,
+            column: column.into(),
+            found: found.into(),
+            expected: kind.expected,
+            hint: kind.hint,
+        }
+    }
+}
+
+/// What a column holds and what to do when it holds something else.
+#[derive(Clone, Copy)]
+struct Kind {
+    expected: &'static str,
+    hint: &'static str,
+}
+
+const INTEGER: Kind = Kind {
+    expected: "an integer from 0 to 18446744073709551615",
+    hint: "write it without sign, decimal point and quotes; pandas turns a column of integers with gaps into fractions",
+};
+const NUMBER: Kind =
+    Kind { expected: "a number from 0", hint: "write it like 1 or 4.5; cfg_scale 1 is guidance off" };
+const RELATIVE_PATH: Kind = Kind {
+    expected: "a path relative to the dataset base path that does not leave it",
+    hint: "move the picture below the dataset base path, or name a folder above both as the base path",
+};
+const RAND_DEVICE: Kind =
+    Kind { expected: "cpu or cuda", hint: "it names the generator that drew the teacher's noise" };
+const STEPS: Kind =
+    Kind { expected: "an integer from 1", hint: "it is the number of sampling steps the student shall take" };
+
+/// Whether a relative path stays below its base at every component. Links in the file system are the user's own.
+fn stays_inside(path: &Path) -> bool {
+    let mut depth = 0_i64;
+    let below = path.components().all(|component| {
+        depth += match component {
+            Component::Normal(_) => 1,
+            Component::CurDir => 0,
+            Component::ParentDir => -1,
+            Component::RootDir | Component::Prefix(_) => return false,
+        };
+        depth >= 0
+    });
+    below && depth > 0
+}
+
+#[cfg(test)]
+mod tests;

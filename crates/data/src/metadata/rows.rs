@@ -1,0 +1,108 @@
+//! Rows with a meaning: a captioned picture, and a teacher's picture with the noise it came from.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{RAND_DEVICE, Row, STEPS};
+use crate::{DataError, atomic};
+
+/// A captioned picture. Its field names are the columns' names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRow {
+    /// The picture, relative to the data set's base folder.
+    pub image: String,
+    /// The caption; may be empty.
+    pub prompt: String,
+}
+
+/// A teacher's picture and how the student shall draw it. Its field names are the columns' names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DistillRow {
+    /// The picture, relative to the data set's base folder.
+    pub image: String,
+    /// What both teacher and student are asked for; may be empty.
+    pub prompt: String,
+    /// The seed of the initial noise.
+    pub seed: u64,
+    /// The generator of the initial noise.
+    pub rand_device: RandDevice,
+    /// The student's sampling steps, at least 1.
+    pub num_inference_steps: usize,
+    /// The student's guidance; 1 is off.
+    pub cfg_scale: f32,
+}
+
+/// The random number generator that draws initial noise, named as torch names its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RandDevice {
+    /// torch's CPU generator, a Mersenne Twister.
+    Cpu,
+    /// torch's CUDA generator, Philox.
+    Cuda,
+}
+
+impl ImageRow {
+    pub(super) fn from_row(row: &Row) -> Result<Self, DataError> {
+        Ok(Self { image: row.image("image")?.into(), prompt: row.text("prompt")?.into() })
+    }
+}
+
+impl DistillRow {
+    pub(super) fn from_row(row: &Row) -> Result<Self, DataError> {
+        Ok(Self {
+            image: row.image("image")?.into(),
+            prompt: row.text("prompt")?.into(),
+            seed: row.integer("seed")?,
+            rand_device: RandDevice::from_row(row, "rand_device")?,
+            num_inference_steps: steps(row, "num_inference_steps")?,
+            cfg_scale: row.number("cfg_scale")?,
+        })
+    }
+}
+
+impl RandDevice {
+    fn from_row(row: &Row, column: &str) -> Result<Self, DataError> {
+        match row.text(column)? {
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda),
+            other => Err(row.wrong(column, other, RAND_DEVICE)),
+        }
+    }
+}
+
+fn steps(row: &Row, column: &str) -> Result<usize, DataError> {
+    let found = row.integer(column)?;
+    usize::try_from(found)
+        .ok()
+        .filter(|steps| *steps > 0)
+        .ok_or_else(|| row.wrong(column, &found.to_string(), STEPS))
+}
+
+/// Writes teacher data as csv, atomically, with [`DistillRow`]'s fields as columns in their order.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_distill_csv(path: &Path, rows: &[DistillRow]) -> Result<(), DataError> {
+    write_csv(path, &["image", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale"], rows)
+}
+
+/// Writes captioned pictures as csv, atomically, with [`ImageRow`]'s fields as columns in their order.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_image_csv(path: &Path, rows: &[ImageRow]) -> Result<(), DataError> {
+    write_csv(path, &["image", "prompt"], rows)
+}
+
+/// The header is written even when there are no rows, which serde alone would not do.
+fn write_csv(path: &Path, header: &[&str], rows: &[impl Serialize]) -> Result<(), DataError> {
+    let mut writer = csv::WriterBuilder::new().has_headers(false).from_writer(Vec::new());
+    let in_memory = "rows of plain fields always serialise, and writing to memory cannot fail";
+    writer.write_record(header).expect(in_memory);
+    for row in rows {
+        writer.serialize(row).expect(in_memory);
+    }
+    atomic::write(path, &writer.into_inner().expect(in_memory)).map_err(DataError::io(path))
+}

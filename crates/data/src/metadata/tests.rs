@@ -1,0 +1,206 @@
+use std::fs;
+
+use super::*;
+
+const DISTILL_HEADER: &str = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale\n";
+
+/// Metadata of a file of this name and content, with its folder shown as `.`.
+fn read(name: &str, content: impl AsRef<[u8]>) -> Result<Metadata, String> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(name);
+    fs::write(&path, content).unwrap();
+    Metadata::read(&path).map_err(|error| without_folder(&error, folder.path()))
+}
+
+fn without_folder(error: &DataError, folder: &Path) -> String {
+    error.to_string().replace(&folder.display().to_string(), ".")
+}
+
+fn values(metadata: &Metadata) -> Vec<Vec<(&str, &str)>> {
+    metadata
+        .rows
+        .iter()
+        .map(|row| row.values.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect())
+        .collect()
+}
+
+/// What is wrong with a row of teacher data.
+fn distill_error(row: &str) -> String {
+    let metadata = read("m.csv", format!("{DISTILL_HEADER}a.png,first,0,cpu,4,1\n{row}\n")).unwrap();
+    let error = metadata.distill_rows().unwrap_err();
+    without_folder(&error, metadata.path.parent().unwrap())
+}
+
+#[test]
+fn csv_keeps_commas_quotes_and_newlines_inside_quotes() {
+    let text = "\u{feff}image,prompt\r\na.png,\"a cat, \"\"sitting\"\"\nand looking\"\r\nb.png,\r\n";
+    let metadata = read("m.csv", text).unwrap();
+    assert_eq!(
+        values(&metadata),
+        [
+            [("image", "a.png"), ("prompt", "a cat, \"sitting\"\nand looking")],
+            [("image", "b.png"), ("prompt", "")]
+        ]
+    );
+    assert_eq!(metadata.rows.iter().map(|row| row.number).collect::<Vec<_>>(), [1, 2]);
+}
+
+#[test]
+fn the_three_formats_give_the_same_rows() {
+    let csv = read("m.csv", "image,prompt,seed\na.png,猫,7\nb.png,,8\n").unwrap();
+    let json =
+        r#"[{"image": "a.png", "prompt": "猫", "seed": 7}, {"image": "b.png", "prompt": "", "seed": 8}]"#;
+    let json = read("m.json", json).unwrap();
+    let jsonl = "\u{feff}{\"image\": \"a.png\", \"prompt\": \"猫\", \"seed\": 7}\r\n\r\n{\"image\": \"b.png\", \"prompt\": \"\", \"seed\": 8}\r\n";
+    let jsonl = read("m.JSONL", jsonl).unwrap();
+    assert_eq!(values(&csv), values(&json));
+    assert_eq!(values(&csv), values(&jsonl));
+}
+
+#[test]
+fn json_null_is_a_missing_value_and_a_list_stays_json() {
+    let metadata = read("m.json", r#"[{"image": ["a.png", "b.png"], "prompt": null}]"#).unwrap();
+    assert_eq!(values(&metadata), [[("image", r#"["a.png","b.png"]"#)]]);
+    assert!(metadata.rows[0].text("prompt").is_err());
+}
+
+#[test]
+fn distill_rows_are_written_and_read_back_unchanged() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("metadata.csv");
+    let row = |prompt: &str, seed, rand_device, cfg_scale| DistillRow {
+        image: "images/0.png".into(),
+        prompt: prompt.into(),
+        seed,
+        rand_device,
+        num_inference_steps: 4,
+        cfg_scale,
+    };
+    let rows =
+        [row("a \"cat\",\nsitting", u64::MAX, RandDevice::Cpu, 1.0), row("", 0, RandDevice::Cuda, 4.1)];
+    write_distill_csv(&path, &rows).unwrap();
+    assert_eq!(Metadata::read(&path).unwrap().distill_rows().unwrap(), rows);
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(text.starts_with(DISTILL_HEADER), "{text}");
+    assert!(text.contains("18446744073709551615,cpu,4,1.0\n"), "{text}");
+}
+
+#[test]
+fn a_csv_without_rows_still_has_its_header() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("metadata.csv");
+    write_image_csv(&path, &[]).unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "image,prompt\n");
+    assert_eq!(Metadata::read(&path).unwrap().image_rows().unwrap(), []);
+}
+
+#[test]
+fn a_missing_column_is_named_with_those_found() {
+    let metadata = read("m.csv", "image,caption\na.png,a cat\n").unwrap();
+    let error = without_folder(&metadata.image_rows().unwrap_err(), metadata.path.parent().unwrap());
+    assert_eq!(
+        error,
+        "./m.csv, row 1: column `prompt` is missing; found image, caption\n\
+         hint: add a column `prompt`; names are compared letter by letter"
+    );
+    let error =
+        without_folder(&metadata.rows[0].integer("seed").unwrap_err(), metadata.path.parent().unwrap());
+    assert_eq!(
+        error,
+        "./m.csv, row 1: column `seed` is missing; found image, caption\n\
+         hint: distillation needs the teacher's settings of every picture; `generate` writes them"
+    );
+}
+
+#[test]
+fn a_seed_that_is_no_integer_from_0_is_named() {
+    for seed in ["", "4.0", "-1", "x1", "18446744073709551616", "1e3"] {
+        assert_eq!(
+            distill_error(&format!("b.png,second,{seed},cpu,4,1")),
+            format!(
+                "./m.csv, row 2, column `seed`: found `{seed}`, expected an integer from 0 to 18446744073709551615\n\
+                 hint: write it without sign, decimal point and quotes; pandas turns a column of integers with gaps into fractions"
+            )
+        );
+    }
+}
+
+#[test]
+fn a_guidance_that_is_no_number_from_0_is_named() {
+    for cfg_scale in ["", "four", "-1", "NaN", "inf"] {
+        assert_eq!(
+            distill_error(&format!("b.png,second,0,cpu,4,{cfg_scale}")),
+            format!(
+                "./m.csv, row 2, column `cfg_scale`: found `{cfg_scale}`, expected a number from 0\n\
+                 hint: write it like 1 or 4.5; cfg_scale 1 is guidance off"
+            )
+        );
+    }
+}
+
+#[test]
+fn an_unknown_generator_and_no_steps_are_named() {
+    assert_eq!(
+        distill_error("b.png,second,0,mps,4,1"),
+        "./m.csv, row 2, column `rand_device`: found `mps`, expected cpu or cuda\n\
+         hint: it names the generator that drew the teacher's noise"
+    );
+    assert_eq!(
+        distill_error("b.png,second,0,cpu,0,1"),
+        "./m.csv, row 2, column `num_inference_steps`: found `0`, expected an integer from 1\n\
+         hint: it is the number of sampling steps the student shall take"
+    );
+}
+
+#[test]
+fn a_picture_outside_the_base_folder_is_refused() {
+    for image in ["", ".", "/etc/a.png", "../a.png", "a/../../a.png", "a/.."] {
+        assert_eq!(
+            distill_error(&format!("{image},second,0,cpu,4,1")),
+            format!(
+                "./m.csv, row 2, column `image`: found `{image}`, expected a path relative to the dataset base path that does not leave it\n\
+                 hint: move the picture below the dataset base path, or name a folder above both as the base path"
+            )
+        );
+    }
+    for image in ["a.png", "./a.png", "a/../b.png", "猫 1.png"] {
+        assert!(stays_inside(Path::new(image)), "{image}");
+    }
+}
+
+#[test]
+fn a_missing_picture_is_named_with_row_column_and_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.csv");
+    fs::write(&path, "image,prompt\nm.csv,itself\nimages/b.png,a cat\n").unwrap();
+    let error = Metadata::read(&path).unwrap().image_files(folder.path()).unwrap_err();
+    assert_eq!(
+        without_folder(&error, folder.path()),
+        "./m.csv, row 2, column `image`: found no file ./images/b.png\n\
+         hint: pictures are looked for relative to the dataset base path"
+    );
+}
+
+#[test]
+fn broken_files_are_named_with_their_row() {
+    let error = |name, content: &[u8]| read(name, content).unwrap_err();
+    assert_eq!(
+        error("m.txt", b""),
+        "./m.txt: no metadata format: found extension `txt`, expected csv, json or jsonl"
+    );
+    assert_eq!(
+        error("m.csv", b"image,prompt\na.png,b\nb.png,a cat, sitting\n"),
+        "./m.csv, row 2: found 3 values, expected 2 as in the header\nhint: put values with commas into double quotes"
+    );
+    assert_eq!(error("m.csv", b"image,seed,image\n"), "./m.csv: column `image` appears twice in the header");
+    assert_eq!(error("m.json", b"{}"), "./m.json: found an object, expected a list of objects");
+    assert_eq!(error("m.json", b"[{}, 3]"), "./m.json, row 2: found a number, expected an object");
+    assert_eq!(error("m.jsonl", b"{}\n[]\n"), "./m.jsonl, row 2: found a list, expected an object");
+    assert_eq!(
+        error("m.jsonl", b"{}\n{\"a\"\n"),
+        "./m.jsonl, row 2: EOF while parsing an object at line 1 column 4"
+    );
+    assert!(error("m.csv", b"image\n\xff\n").starts_with("./m.csv: not UTF-8: "));
+    let missing = Metadata::read(Path::new("nowhere/m.csv")).unwrap_err().to_string();
+    assert!(missing.starts_with("nowhere/m.csv: No such file"), "{missing}");
+}
