@@ -1,0 +1,150 @@
+//! What can go wrong with a model folder or a weight file.
+
+use std::path::{Path, PathBuf};
+
+/// Errors of loading, saving and running models.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A folder is no model folder.
+    #[error("{}: no model folder: {missing} is missing\nhint: give the folder that holds model_index.json", path.display())]
+    NoModelFolder {
+        /// The folder.
+        path: PathBuf,
+        /// What was looked for.
+        missing: String,
+    },
+    /// A JSON file does not say what it should.
+    #[error("{}: {reason}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, found against expected.
+        reason: String,
+    },
+    /// A class this program has no code for.
+    #[error("{}: {role} of class {found}, expected one of {}", path.display(), expected.join(", "))]
+    UnknownClass {
+        /// The file that names the class.
+        path: PathBuf,
+        /// The component.
+        role: &'static str,
+        /// The class found.
+        found: String,
+        /// The classes there is code for.
+        expected: Vec<&'static str>,
+    },
+    /// A file is no safetensors file.
+    #[error("{}: no valid safetensors file: {reason}\nhint: the file is truncated, damaged or of another format; download or write it again", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// The parser's reason.
+        reason: String,
+    },
+    /// Keys of a weight file and of the model differ.
+    #[error("{}: weights do not fit the model: {}\nhint: is it the file of another model, or of another size of it?", path.display(), mismatch(missing, unknown))]
+    Keys {
+        /// The file or folder.
+        path: PathBuf,
+        /// Keys the model has and the file lacks.
+        missing: Vec<String>,
+        /// Keys the file has and the model lacks.
+        unknown: Vec<String>,
+    },
+    /// A tensor has another shape than the model's.
+    #[error("{}: tensor {key} has shape {found:?}, expected {expected:?}", path.display())]
+    Shape {
+        /// The file or folder.
+        path: PathBuf,
+        /// The tensor's key.
+        key: String,
+        /// Its shape in the file.
+        found: Vec<usize>,
+        /// Its shape in the model.
+        expected: Vec<usize>,
+    },
+    /// A tensor has a type that cannot be read as numbers.
+    #[error("{}: tensor {key} has type {found}, expected F32, F16 or BF16", path.display())]
+    DataType {
+        /// The file or folder.
+        path: PathBuf,
+        /// The tensor's key.
+        key: String,
+        /// Its type in the file.
+        found: String,
+    },
+    /// A weight that is not finite.
+    #[error("{}: tensor {key} holds a value that is not finite\nhint: the file was written by a diverged run; take an earlier checkpoint", path.display())]
+    NotFinite {
+        /// The file or folder.
+        path: PathBuf,
+        /// The tensor's key.
+        key: String,
+    },
+    /// The tokenizer cannot be built or used.
+    #[error("{}: tokenizer: {reason}", path.display())]
+    Tokenizer {
+        /// Its folder.
+        path: PathBuf,
+        /// The reason.
+        reason: String,
+    },
+    /// A picture size the family cannot make.
+    #[error("{axis} {found} px is not divisible by {factor}\nhint: the nearest sizes are {} and {}", found / factor * factor, found.div_ceil(*factor) * factor)]
+    Size {
+        /// "height" or "width".
+        axis: &'static str,
+        /// The size asked for, in pixels.
+        found: usize,
+        /// The division factor of the family.
+        factor: usize,
+    },
+    /// LoRA targets that match nothing.
+    #[error("no layer matches the LoRA target modules {}\nhint: this model has {}", targets.join(", "), available.join(", "))]
+    NoTarget {
+        /// The names asked for.
+        targets: Vec<String>,
+        /// Names that would match.
+        available: Vec<String>,
+    },
+    /// A picture that cannot be read or written.
+    #[error(transparent)]
+    Picture(#[from] fewstep_data::DataError),
+    /// A schedule that cannot be computed.
+    #[error(transparent)]
+    Flow(#[from] fewstep_flow::FlowError),
+}
+
+impl ModelError {
+    /// For `map_err` on file operations.
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError + '_ {
+        move |source| ModelError::Io { path: path.to_owned(), source }
+    }
+}
+
+/// Names at most a handful of keys of each kind.
+fn mismatch(missing: &[String], unknown: &[String]) -> String {
+    const SHOWN: usize = 6;
+    let list = |label: &str, keys: &[String]| {
+        let more =
+            if keys.len() > SHOWN { format!(" and {} more", keys.len() - SHOWN) } else { String::new() };
+        let shown: Vec<&str> = keys.iter().take(SHOWN).map(String::as_str).collect();
+        format!("{} {label} ({}{more})", keys.len(), shown.join(", "))
+    };
+    let mut parts = Vec::new();
+    if !missing.is_empty() {
+        parts.push(list("missing", missing));
+    }
+    if !unknown.is_empty() {
+        parts.push(list("unknown", unknown));
+    }
+    parts.join("; ")
+}

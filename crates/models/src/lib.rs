@@ -1,0 +1,24 @@
+//! Model families in their official folder layouts.
+//!
+//! A family is one folder of this crate (its transformer, text encoder, VAE, key names and sampling
+//! defaults) and one line in [`Model`]. Everything outside this crate sees a family only through
+//! [`Model`]'s methods, [`Denoiser`] and [`Condition`]; nobody else matches on its variants.
+
+mod condition;
+mod error;
+pub mod lora;
+mod model;
+mod named;
+mod parts;
+mod pipeline;
+pub mod qwen_image;
+pub mod sampling;
+mod weights;
+
+pub use condition::Condition;
+pub use error::ModelError;
+pub use model::{Denoiser, Model};
+pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};
+pub use parts::linear::{Linear, LowRankAdapter};
+pub use pipeline::{Generated, LoraFile, Pipeline, PipelineOptions, Request};
+pub use weights::{WeightFiles, WeightType, read_info, save_tensors, weights_hash};

@@ -1,0 +1,59 @@
+//! A projection as every family uses it: dense, with or without a low-rank adapter beside it.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Tensor};
+use fewstep_kernels::{LowRank, Projection, linear};
+
+/// `y = x Wᵀ + b`, plus the adapter's branch where one is attached.
+#[derive(Module, Debug)]
+pub struct Linear {
+    /// `[out, in]`, the layout of the weight files: nothing is transposed on loading or saving.
+    pub weight: Param<Tensor<2>>,
+    /// `[out]`.
+    pub bias: Option<Param<Tensor<1>>>,
+    /// The adapter; `None` in the base model.
+    pub lora: Option<LowRankAdapter>,
+}
+
+/// A low-rank update `scale · up · down` of one [`Linear`] (LoRA, arXiv 2106.09685).
+#[derive(Module, Debug)]
+pub struct LowRankAdapter {
+    /// `[rank, in]`, `lora_A` in weight files.
+    pub down: Param<Tensor<2>>,
+    /// `[out, rank]`, `lora_B` in weight files.
+    pub up: Param<Tensor<2>>,
+    /// alpha / rank.
+    pub scale: f32,
+}
+
+impl Linear {
+    /// A projection of zeros, to be filled by the loader or the initialiser.
+    pub(crate) fn zeros(input: usize, output: usize, bias: bool, device: &Device) -> Self {
+        Self {
+            weight: Param::from_tensor(Tensor::zeros([output, input], device)),
+            bias: bias.then(|| Param::from_tensor(Tensor::zeros([output], device))),
+            lora: None,
+        }
+    }
+
+    /// The tensors the kernels take.
+    pub(crate) fn projection(&self) -> Projection {
+        Projection {
+            weight: self.weight.val(),
+            bias: self.bias.as_ref().map(Param::val),
+            low_rank: self.lora.as_ref().map(|lora| LowRank {
+                down: lora.down.val(),
+                up: lora.up.val(),
+                scale: lora.scale,
+            }),
+        }
+    }
+
+    /// Applies the projection to the last axis.
+    ///
+    /// # Shapes
+    /// - `x`: `[.., in]`; output `[.., out]`
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        linear(x, self.projection())
+    }
+}

@@ -1,0 +1,21 @@
+//! Sinusoidal features of the time, as the transformers' time embedders take them.
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+/// Sinusoids of `scale · value`, cosines first, frequencies `max_period^(−i/half)`.
+///
+/// The order of the multiplications is that of diffusers' `get_timestep_embedding`, so that f32
+/// rounding agrees with it: (value · frequency) · scale.
+///
+/// # Shapes
+/// - `value`: `[B]`; output `[B, width]` with an even `width`
+pub(crate) fn sinusoidal(value: Tensor<1>, width: usize, scale: f32) -> Tensor<2> {
+    const MAX_PERIOD: f32 = 10_000.0;
+    let half = width / 2;
+    let frequencies: Vec<f32> =
+        (0..half).map(|i| (-MAX_PERIOD.ln() * i as f32 / half as f32).exp()).collect();
+    let device: Device = value.device();
+    let frequencies = Tensor::<1>::from_data(TensorData::new(frequencies, [half]), &device);
+    let angle = value.unsqueeze_dim::<2>(1).mul(frequencies.unsqueeze_dim::<2>(0)).mul_scalar(scale);
+    Tensor::cat(vec![angle.clone().cos(), angle.sin()], 1)
+}

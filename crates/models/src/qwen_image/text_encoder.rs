@@ -1,0 +1,237 @@
+//! The language model of Qwen2.5-VL without its vision tower (arXiv 2502.13923): pre-norm causal
+//! transformer with grouped queries, half-split rotary embeddings and gated MLPs.
+//!
+//! For text alone the three sections of its rotary embedding carry the same positions, which makes it
+//! the ordinary one.
+
+use std::path::Path;
+
+use burn::module::{Module, Param};
+use burn::tensor::activation::silu;
+use burn::tensor::module::embedding;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use fewstep_kernels::{AttentionOptions, attention, rms_norm};
+
+use super::config::TextEncoderConfig;
+use super::tokenizer::PromptTokens;
+use crate::parts::linear::Linear;
+use crate::parts::rotary::frequencies;
+use crate::weights::{KeyMap, WeightFiles, load};
+use crate::{Condition, ModelError};
+
+/// The published files hold the vision tower and an output head too.
+pub(super) const KEYS: KeyMap = KeyMap { prefix: "model.", rules: &[], ignored: &["visual.", "lm_head."] };
+
+/// The language model; its states after the final norm are the condition.
+#[derive(Module, Debug)]
+pub struct TextEncoder {
+    embed_tokens: Embedding,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    #[module(skip)]
+    config: TextEncoderConfig,
+}
+
+#[derive(Module, Debug)]
+struct Embedding {
+    /// `[vocabulary, J]`
+    weight: Param<Tensor<2>>,
+}
+
+#[derive(Module, Debug)]
+struct RmsNorm {
+    weight: Param<Tensor<1>>,
+}
+
+#[derive(Module, Debug)]
+struct Layer {
+    input_layernorm: RmsNorm,
+    self_attn: SelfAttention,
+    post_attention_layernorm: RmsNorm,
+    mlp: GatedMlp,
+}
+
+#[derive(Module, Debug)]
+struct SelfAttention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+}
+
+#[derive(Module, Debug)]
+struct GatedMlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+/// Cosines and sines, `[1, 1, T, E/2]` each.
+#[derive(Clone)]
+struct Rotation {
+    cos: Tensor<4>,
+    sin: Tensor<4>,
+}
+
+impl TextEncoder {
+    /// Loads the component `text_encoder/` of a model folder on the plain side of `device`.
+    ///
+    /// # Errors
+    /// If its config or weights are missing, damaged or do not fit each other.
+    pub fn from_pretrained(folder: &Path, device: &Device) -> Result<Self, ModelError> {
+        let zeros = Self::zeros(&TextEncoderConfig::read(folder)?, device);
+        load(zeros, &WeightFiles::open(&folder.join("text_encoder"))?, &KEYS)
+    }
+
+    pub(super) fn zeros(config: &TextEncoderConfig, device: &Device) -> Self {
+        let norm = || RmsNorm { weight: Param::from_tensor(Tensor::zeros([config.hidden_size], device)) };
+        let table = Tensor::zeros([config.vocab_size, config.hidden_size], device);
+        Self {
+            embed_tokens: Embedding { weight: Param::from_tensor(table) },
+            layers: (0..config.num_hidden_layers)
+                .map(|_| Layer {
+                    input_layernorm: norm(),
+                    self_attn: SelfAttention::zeros(config, device),
+                    post_attention_layernorm: norm(),
+                    mlp: GatedMlp::zeros(config, device),
+                })
+                .collect(),
+            norm: norm(),
+            config: config.clone(),
+        }
+    }
+
+    /// Runs the prompts as one right-padded batch and drops the template's leading tokens.
+    ///
+    /// Padding comes after the tokens and attention is causal, so no valid token sees it.
+    pub fn forward(&self, tokens: &PromptTokens) -> Condition {
+        let device = self.embed_tokens.weight.val().device();
+        let longest = tokens.ids.iter().map(Vec::len).max().unwrap_or(0);
+        let mut hidden = embedding(self.embed_tokens.weight.val(), padded_ids(&tokens.ids, longest, &device));
+        let rotation = self.rotation(longest, &device);
+        for layer in &self.layers {
+            hidden = layer.forward(hidden, &rotation, &self.config);
+        }
+        let hidden = self.norm.forward(hidden, &self.config); // [B, T, J]
+        let [batch, _, width] = hidden.dims();
+        let text = hidden.slice([0..batch, tokens.drop_tokens..longest, 0..width]);
+        let lengths = tokens.ids.iter().map(|ids| ids.len() - tokens.drop_tokens).collect();
+        zero_padding(Condition { text, lengths })
+    }
+
+    fn rotation(&self, positions: usize, device: &Device) -> Rotation {
+        let head_dim = self.config.hidden_size / self.config.num_attention_heads;
+        let frequencies: Vec<f32> = frequencies(head_dim, self.config.rope_theta).collect();
+        let angles = (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
+        let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(f32::sin_cos).unzip();
+        let shape = [1, 1, positions, head_dim / 2];
+        let tensor = |values| Tensor::from_data(TensorData::new(values, shape), device);
+        Rotation { cos: tensor(cos), sin: tensor(sin) }
+    }
+}
+
+fn padded_ids(ids: &[Vec<u32>], longest: usize, device: &Device) -> Tensor<2, Int> {
+    let pad = |list: &Vec<u32>| {
+        let mut row: Vec<i32> = list.iter().map(|id| *id as i32).collect();
+        row.resize(longest, 0);
+        row
+    };
+    let values: Vec<i32> = ids.iter().flat_map(pad).collect();
+    Tensor::from_data(TensorData::new(values, [ids.len(), longest]), device)
+}
+
+/// Sets the states past each prompt's length to zero.
+fn zero_padding(condition: Condition) -> Condition {
+    let [batch, tokens, _] = condition.text.dims();
+    if condition.lengths.iter().all(|length| *length == tokens) {
+        return condition;
+    }
+    let row =
+        |length: &usize| (0..tokens).map(|token| f32::from(u8::from(token < *length))).collect::<Vec<_>>();
+    let mask: Vec<f32> = condition.lengths.iter().flat_map(row).collect();
+    let mask = Tensor::from_data(TensorData::new(mask, [batch, tokens, 1]), &condition.text.device());
+    Condition { text: condition.text * mask, lengths: condition.lengths }
+}
+
+impl RmsNorm {
+    fn forward(&self, x: Tensor<3>, config: &TextEncoderConfig) -> Tensor<3> {
+        rms_norm(x, self.weight.val(), config.rms_norm_eps)
+    }
+}
+
+impl Layer {
+    fn forward(&self, x: Tensor<3>, rotation: &Rotation, config: &TextEncoderConfig) -> Tensor<3> {
+        let attended =
+            self.self_attn.forward(self.input_layernorm.forward(x.clone(), config), rotation, config);
+        let x = x + attended;
+        let updated = self.mlp.forward(self.post_attention_layernorm.forward(x.clone(), config));
+        x + updated
+    }
+}
+
+impl SelfAttention {
+    fn zeros(config: &TextEncoderConfig, device: &Device) -> Self {
+        let width = config.hidden_size;
+        let grouped = width / config.num_attention_heads * config.num_key_value_heads;
+        Self {
+            q_proj: Linear::zeros(width, width, true, device),
+            k_proj: Linear::zeros(width, grouped, true, device),
+            v_proj: Linear::zeros(width, grouped, true, device),
+            o_proj: Linear::zeros(width, width, false, device),
+        }
+    }
+
+    fn forward(&self, x: Tensor<3>, rotation: &Rotation, config: &TextEncoderConfig) -> Tensor<3> {
+        let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
+        let query = rotate(split_heads(self.q_proj.forward(x.clone()), heads), rotation);
+        let key = rotate(split_heads(self.k_proj.forward(x.clone()), groups), rotation);
+        let value = split_heads(self.v_proj.forward(x), groups);
+        let packed =
+            Tensor::stack(vec![query, repeat(key, heads / groups), repeat(value, heads / groups)], 0);
+        self.o_proj.forward(attention(packed, AttentionOptions { keys: None, causal: true }))
+    }
+}
+
+/// `[B, T, heads · E]` to `[B, heads, T, E]`.
+fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
+    let [batch, tokens, width] = x.dims();
+    x.reshape([batch, tokens, heads, width / heads]).swap_dims(1, 2)
+}
+
+/// Rotates the pairs (i, i + E/2) of every head.
+fn rotate(x: Tensor<4>, rotation: &Rotation) -> Tensor<4> {
+    let [batch, heads, tokens, head_dim] = x.dims();
+    let half = |range| x.clone().slice([0..batch, 0..heads, 0..tokens, range]);
+    let (first, second) = (half(0..head_dim / 2), half(head_dim / 2..head_dim));
+    let (cos, sin) = (rotation.cos.clone(), rotation.sin.clone());
+    let rotated_first = first.clone() * cos.clone() - second.clone() * sin.clone();
+    let rotated_second = second * cos + first * sin;
+    Tensor::cat(vec![rotated_first, rotated_second], 3)
+}
+
+/// Gives each group of query heads its own copy of a key or value head.
+fn repeat(x: Tensor<4>, times: usize) -> Tensor<4> {
+    let [batch, groups, tokens, head_dim] = x.dims();
+    x.unsqueeze_dim::<5>(2).expand([batch, groups, times, tokens, head_dim]).reshape([
+        batch,
+        groups * times,
+        tokens,
+        head_dim,
+    ])
+}
+
+impl GatedMlp {
+    fn zeros(config: &TextEncoderConfig, device: &Device) -> Self {
+        let (width, inner) = (config.hidden_size, config.intermediate_size);
+        Self {
+            gate_proj: Linear::zeros(width, inner, false, device),
+            up_proj: Linear::zeros(width, inner, false, device),
+            down_proj: Linear::zeros(inner, width, false, device),
+        }
+    }
+
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let gate = silu(self.gate_proj.forward(x.clone()));
+        self.down_proj.forward(gate * self.up_proj.forward(x))
+    }
+}

@@ -1,0 +1,62 @@
+//! Drawing latents: a solver, a sigma grid, guidance, and a model.
+
+use burn::tensor::{Tensor, TensorData};
+use fewstep_flow::guidance::guided;
+use fewstep_flow::{SigmaGrid, Solver, sample};
+
+use crate::{Condition, Denoiser};
+
+/// What a sampler is told about the prompts.
+#[derive(Clone, Debug)]
+pub struct Guidance {
+    /// States of the prompts.
+    pub condition: Condition,
+    /// States of the negative prompts; needed where `cfg_scale` is not 1.
+    pub unconditional: Option<Condition>,
+    /// Guidance scale; 1 is off.
+    pub cfg_scale: f32,
+}
+
+impl Guidance {
+    /// Conditional sampling without guidance.
+    pub fn off(condition: Condition) -> Self {
+        Self { condition, unconditional: None, cfg_scale: 1.0 }
+    }
+}
+
+/// Velocity under guidance at one time for the whole batch.
+///
+/// # Shapes
+/// - `noisy` and output: `[B, C, H, W]`
+///
+/// # Panics
+/// If guidance is on without an unconditional state.
+pub fn guided_velocity(
+    denoiser: &impl Denoiser,
+    noisy: Tensor<4>,
+    sigma: f32,
+    guidance: &Guidance,
+) -> Tensor<4> {
+    let batch = noisy.dims()[0];
+    let sigma = Tensor::<1>::from_data(TensorData::new(vec![sigma; batch], [batch]), &noisy.device());
+    let conditional = denoiser.velocity(noisy.clone(), sigma.clone(), &guidance.condition);
+    if guidance.cfg_scale == 1.0 {
+        return conditional;
+    }
+    let unconditional = guidance.unconditional.as_ref().expect("guidance needs an unconditional state");
+    guided(conditional, denoiser.velocity(noisy, sigma, unconditional), guidance.cfg_scale)
+}
+
+/// Draws latents from noise.
+///
+/// # Shapes
+/// - `noise` and output: `[B, C, H, W]`
+pub fn sample_latents(
+    denoiser: &impl Denoiser,
+    solver: Solver,
+    grid: &SigmaGrid,
+    noise: Tensor<4>,
+    guidance: &Guidance,
+) -> Tensor<4> {
+    sample(solver, grid, noise, |noisy, sigma| guided_velocity(denoiser, noisy, sigma, guidance))
+}

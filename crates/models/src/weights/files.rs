@@ -1,0 +1,180 @@
+//! Reading: which file holds which key, checked and memory-mapped.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use sha2::{Digest, Sha256};
+
+use crate::ModelError;
+
+/// The tensors of one weight file or of all shards of one component.
+pub struct WeightFiles {
+    path: PathBuf,
+    maps: Vec<(PathBuf, Mmap)>,
+    /// Key → index into `maps`.
+    keys: BTreeMap<String, usize>,
+}
+
+impl std::fmt::Debug for WeightFiles {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "WeightFiles({}, {} tensors)", self.path.display(), self.keys.len())
+    }
+}
+
+impl WeightFiles {
+    /// Opens a safetensors file, or the shards of a component's folder.
+    ///
+    /// # Errors
+    /// If there is no such file, a shard named by an index is missing, or a header is damaged.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let files = if path.is_dir() { component_files(path)? } else { vec![path.to_owned()] };
+        let mut opened = Self { path: path.to_owned(), maps: Vec::new(), keys: BTreeMap::new() };
+        for file in files {
+            opened.add(file)?;
+        }
+        Ok(opened)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<(), ModelError> {
+        let map = map_file(&path)?;
+        let tensors = parse(&path, &map)?;
+        for key in tensors.names() {
+            self.keys.insert(key.to_owned(), self.maps.len());
+        }
+        self.maps.push((path, map));
+        Ok(())
+    }
+
+    /// The path that was opened, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All keys, sorted.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.keys.keys().map(String::as_str)
+    }
+
+    /// Whether a key is present.
+    pub fn contains(&self, key: &str) -> bool {
+        self.keys.contains_key(key)
+    }
+
+    /// Shape and values of a tensor, as f32.
+    ///
+    /// # Errors
+    /// If the key is absent or its type is no floating point type.
+    pub fn read(&self, key: &str) -> Result<(Vec<usize>, Vec<f32>), ModelError> {
+        let missing = || ModelError::Keys {
+            path: self.path.clone(),
+            missing: vec![key.to_owned()],
+            unknown: Vec::new(),
+        };
+        let (path, map) = &self.maps[*self.keys.get(key).ok_or_else(missing)?];
+        let tensors = parse(path, map)?;
+        let view = tensors.tensor(key).map_err(|_| missing())?;
+        let values = to_f32(view.dtype(), view.data()).ok_or_else(|| ModelError::DataType {
+            path: path.clone(),
+            key: key.to_owned(),
+            found: format!("{:?}", view.dtype()),
+        })?;
+        Ok((view.shape().to_vec(), values))
+    }
+}
+
+/// The `__metadata__` of a safetensors file; empty where it has none.
+///
+/// # Errors
+/// If the file cannot be read or its header is damaged.
+pub fn read_info(path: &Path) -> Result<BTreeMap<String, String>, ModelError> {
+    let map = map_file(path)?;
+    let (_, header) = SafeTensors::read_metadata(&map).map_err(|error| damaged(path, &error))?;
+    Ok(header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect())
+}
+
+/// SHA-256 over the weight files of a model folder: component names, file names and bytes.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn weights_hash(folder: &Path) -> Result<String, ModelError> {
+    let mut hash = Sha256::new();
+    for component in subfolders(folder)? {
+        for file in component_files(&component).unwrap_or_default() {
+            let relative = file.strip_prefix(folder).unwrap_or(&file);
+            hash.update(relative.to_string_lossy().as_bytes());
+            hash.update(map_file(&file)?);
+        }
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn subfolders(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let entries = std::fs::read_dir(folder).map_err(ModelError::io(folder))?;
+    let mut folders: Vec<PathBuf> =
+        entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir()).collect();
+    folders.sort();
+    Ok(folders)
+}
+
+/// The weight files of a component: those an index names, otherwise the one safetensors file.
+fn component_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let entries = std::fs::read_dir(folder).map_err(ModelError::io(folder))?;
+    let mut names: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    names.sort();
+    let ends = |path: &PathBuf, suffix: &str| path.to_string_lossy().ends_with(suffix);
+    if let Some(index) = names.iter().find(|path| ends(path, ".safetensors.index.json")) {
+        return indexed_files(folder, index);
+    }
+    let files: Vec<PathBuf> = names.into_iter().filter(|path| ends(path, ".safetensors")).collect();
+    if files.is_empty() {
+        let missing =
+            format!("{} with *.safetensors", folder.file_name().unwrap_or_default().to_string_lossy());
+        return Err(ModelError::NoModelFolder { path: folder.to_owned(), missing });
+    }
+    Ok(files)
+}
+
+fn indexed_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let config = |reason: String| ModelError::Config { path: index.to_owned(), reason };
+    let text = std::fs::read_to_string(index).map_err(ModelError::io(index))?;
+    let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| config(error.to_string()))?;
+    let shards = json["weight_map"].as_object().ok_or_else(|| config("no object `weight_map`".into()))?;
+    let mut files: Vec<PathBuf> =
+        shards.values().filter_map(|name| Some(folder.join(name.as_str()?))).collect();
+    files.sort();
+    files.dedup();
+    Ok(files)
+}
+
+fn map_file(path: &Path) -> Result<Mmap, ModelError> {
+    let file = File::open(path).map_err(ModelError::io(path))?;
+    // SAFETY: the map is read-only; like every user of memory-mapped weights we rely on nobody
+    // truncating the file while the process reads it.
+    #[allow(unsafe_code)]
+    unsafe { Mmap::map(&file) }.map_err(ModelError::io(path))
+}
+
+fn parse<'a>(path: &Path, map: &'a Mmap) -> Result<SafeTensors<'a>, ModelError> {
+    SafeTensors::deserialize(map).map_err(|error| damaged(path, &error))
+}
+
+fn damaged(path: &Path, error: &safetensors::SafeTensorError) -> ModelError {
+    ModelError::Safetensors { path: path.to_owned(), reason: error.to_string() }
+}
+
+/// Little-endian numbers of a floating point type as f32; `None` for other types.
+fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    let pairs = || bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+    match dtype {
+        Dtype::F32 => {
+            Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        }
+        Dtype::F16 => Some(pairs().map(|bits| f16::from_bits(bits).to_f32()).collect()),
+        Dtype::BF16 => Some(pairs().map(|bits| bf16::from_bits(bits).to_f32()).collect()),
+        _ => None,
+    }
+}

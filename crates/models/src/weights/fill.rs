@@ -1,0 +1,112 @@
+//! Filling a module's parameters: from weight files, or with fresh random numbers.
+
+use std::collections::BTreeSet;
+
+use burn::module::{Module, Param};
+use burn::tensor::{Tensor, TensorData};
+use fewstep_flow::noise::TorchGenerator;
+
+use super::{KeyMap, WeightFiles};
+use crate::{ModelError, NamedMapper, map_named};
+
+/// Loads every parameter of a component.
+///
+/// # Errors
+/// Lists the keys the files lack and those the module does not have; names a tensor of another shape
+/// or with values that are not finite.
+pub(crate) fn load<M: Module>(module: M, files: &WeightFiles, keys: &KeyMap) -> Result<M, ModelError> {
+    let mut loader = Loader { files, keys, used: BTreeSet::new(), missing: Vec::new(), error: None };
+    let module = map_named(module, &mut loader);
+    if let Some(error) = loader.error {
+        return Err(error);
+    }
+    let ignored = |key: &str| keys.ignored.iter().any(|prefix| key.starts_with(prefix));
+    let unknown: Vec<String> =
+        files.keys().filter(|key| !loader.used.contains(*key) && !ignored(key)).map(str::to_owned).collect();
+    if loader.missing.is_empty() && unknown.is_empty() {
+        return Ok(module);
+    }
+    Err(ModelError::Keys { path: files.path().to_owned(), missing: loader.missing, unknown })
+}
+
+struct Loader<'a> {
+    files: &'a WeightFiles,
+    keys: &'a KeyMap,
+    used: BTreeSet<String>,
+    missing: Vec<String>,
+    error: Option<ModelError>,
+}
+
+impl Loader<'_> {
+    fn read<const D: usize>(&mut self, key: &str, expected: [usize; D]) -> Result<Vec<f32>, ModelError> {
+        let (found, values) = self.files.read(key)?;
+        let path = || self.files.path().to_owned();
+        if found != expected {
+            return Err(ModelError::Shape {
+                path: path(),
+                key: key.to_owned(),
+                found,
+                expected: expected.to_vec(),
+            });
+        }
+        if values.iter().any(|value| !value.is_finite()) {
+            return Err(ModelError::NotFinite { path: path(), key: key.to_owned() });
+        }
+        Ok(values)
+    }
+}
+
+impl NamedMapper for Loader<'_> {
+    fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let key = self.keys.key(name);
+        if !self.files.contains(&key) {
+            self.missing.push(key);
+            return parameter;
+        }
+        let shape = parameter.val().dims();
+        match self.read(&key, shape) {
+            Ok(values) => {
+                self.used.insert(key);
+                replace(parameter, values)
+            }
+            Err(error) => {
+                self.error.get_or_insert(error);
+                parameter
+            }
+        }
+    }
+}
+
+/// Fills every parameter of a component with fresh numbers.
+///
+/// Matrices are normal with variance 1 / fan-in, biases zero, norm weights one; a parameter whose name
+/// contains one of `zeros` starts at zero (the modulations and the last projection, so that every
+/// block starts as the identity: adaLN-Zero, arXiv 2212.09748).
+pub(crate) fn initialize<M: Module>(module: M, generator: &mut TorchGenerator, zeros: &[&str]) -> M {
+    map_named(module, &mut Initializer { generator, zeros })
+}
+
+struct Initializer<'a> {
+    generator: &'a mut TorchGenerator,
+    zeros: &'a [&'a str],
+}
+
+impl NamedMapper for Initializer<'_> {
+    fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let shape = parameter.val().dims();
+        let count = shape.iter().product();
+        let values = if self.zeros.iter().any(|zero| name.contains(zero)) || name.ends_with("bias") {
+            vec![0.0; count]
+        } else if D == 1 {
+            vec![1.0; count]
+        } else {
+            let deviation = (shape[1..].iter().product::<usize>() as f32).sqrt().recip();
+            self.generator.randn(count).into_iter().map(|value| value * deviation).collect()
+        };
+        replace(parameter, values)
+    }
+}
+
+fn replace<const D: usize>(parameter: Param<Tensor<D>>, values: Vec<f32>) -> Param<Tensor<D>> {
+    parameter.map(|old| Tensor::from_data(TensorData::new(values, old.dims()), &old.device()))
+}

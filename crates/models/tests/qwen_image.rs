@@ -1,0 +1,146 @@
+//! The Qwen-Image components against numbers of diffusers and DiffSynth-Studio (goldens/qwen_image).
+
+use burn::tensor::{Device, Tensor, TensorData};
+use fewstep_models::qwen_image::{PromptTokenizer, TextEncoder, Transformer};
+use fewstep_models::{Condition, ModelError};
+use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden, values};
+
+/// Absolute, on unit-scale activations; the f32 rounding of the peers was measured at 1.2e-6.
+const TOLERANCE: f32 = 1e-5;
+
+fn folder() -> std::path::PathBuf {
+    golden("qwen_image/model")
+}
+
+/// Velocity of the golden case `name`, packed, with its prompt states.
+fn velocity(name: &str, golden: &Golden) -> Tensor<3> {
+    let device = Device::flex();
+    let transformer = Transformer::from_pretrained(&folder(), &device).expect("the golden model loads");
+    let text: Tensor<3> = golden.tensor(&format!("{name}.prompt_embeds"), &device);
+    let latents = golden.shape(&format!("{name}.latents"));
+    let packed = pack(golden.tensor(&format!("{name}.latents"), &device));
+    let lengths = match golden.keys().contains(&format!("{name}.mask")) {
+        true => {
+            let mask = golden.i64s(&format!("{name}.mask"));
+            mask.chunks_exact(text.dims()[1]).map(|row| row.iter().sum::<i64>() as usize).collect()
+        }
+        false => vec![text.dims()[1]; latents[0]],
+    };
+    let sigma: Tensor<1> = golden.tensor::<1>(&format!("{name}.timestep"), &device) / 1000.0;
+    transformer.forward(packed, sigma, &Condition { text, lengths }, [latents[2] / 2, latents[3] / 2])
+}
+
+/// 2×2 patches, channel-major, written here a second time so that the crate's packing is checked.
+fn pack(latents: Tensor<4>) -> Tensor<3> {
+    let [batch, channels, height, width] = latents.dims();
+    let source = values(latents.clone());
+    let mut packed = Vec::with_capacity(source.len());
+    for b in 0..batch {
+        for (row, column) in (0..height / 2).flat_map(|row| (0..width / 2).map(move |column| (row, column))) {
+            for c in 0..channels {
+                for (i, j) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                    let index = ((b * channels + c) * height + 2 * row + i) * width + 2 * column + j;
+                    packed.push(source[index]);
+                }
+            }
+        }
+    }
+    let shape = [batch, height * width / 4, channels * 4];
+    Tensor::from_data(TensorData::new(packed, shape), &latents.device())
+}
+
+#[test]
+fn transformer_equals_the_peer_on_square_wide_and_odd_latents() {
+    let golden = Golden::open(golden("qwen_image/transformer.safetensors"));
+    for case in ["sq64", "w96", "odd144x80"] {
+        let expected: Tensor<3> = golden.tensor(&format!("{case}.diffusers_out_packed"), &Device::flex());
+        assert_tensors_close(velocity(case, &golden), expected, TOLERANCE);
+    }
+}
+
+#[test]
+fn transformer_equals_the_peer_on_a_batch_with_padded_prompts() {
+    let golden = Golden::open(golden("qwen_image/transformer.safetensors"));
+    let expected: Tensor<3> = golden.tensor("batch2.diffusers_out_packed", &Device::flex());
+    assert_tensors_close(velocity("batch2", &golden), expected, TOLERANCE);
+}
+
+#[test]
+fn tokenizer_gives_the_peers_ids() {
+    let text = std::fs::read_to_string(golden("qwen_image/tokens.json")).expect("golden is there");
+    let json: serde_json::Value = serde_json::from_str(&text).expect("golden is JSON");
+    let tokenizer = PromptTokenizer::read(&folder()).expect("the golden tokenizer loads");
+    for row in json["rows"].as_array().expect("rows") {
+        let prompt = row["prompt"].as_str().expect("prompt").to_owned();
+        let expected: Vec<u32> = row["input_ids"]
+            .as_array()
+            .expect("ids")
+            .iter()
+            .map(|id| id.as_u64().expect("id") as u32)
+            .collect();
+        let tokens = tokenizer.encode(std::slice::from_ref(&prompt)).expect("tokenises");
+        assert_eq!(tokens.ids[0], expected, "prompt {prompt:?}");
+        assert_eq!(tokens.drop_tokens, 34);
+    }
+}
+
+#[test]
+fn text_encoder_equals_the_peer_alone_and_in_a_padded_batch() {
+    let golden_states = Golden::open(golden("qwen_image/text_encoder.safetensors"));
+    let text = std::fs::read_to_string(golden("qwen_image/tokens.json")).expect("golden is there");
+    let json: serde_json::Value = serde_json::from_str(&text).expect("golden is JSON");
+    let prompts: Vec<String> = json["rows"]
+        .as_array()
+        .expect("rows")
+        .iter()
+        .map(|row| row["prompt"].as_str().expect("prompt").to_owned())
+        .collect();
+    let device = Device::flex();
+    let tokenizer = PromptTokenizer::read(&folder()).expect("the golden tokenizer loads");
+    let encoder = TextEncoder::from_pretrained(&folder(), &device).expect("the golden encoder loads");
+    let encode = |prompts: &[String]| encoder.forward(&tokenizer.encode(prompts).expect("tokenises"));
+    for (index, prompt) in prompts.iter().enumerate() {
+        let expected: Tensor<3> = golden_states.tensor(&format!("p{index}.prompt_embeds"), &device);
+        assert_tensors_close(encode(std::slice::from_ref(prompt)).text, expected, TOLERANCE);
+    }
+    let batch = encode(&prompts[..2]);
+    let expected: Tensor<3> = golden_states.tensor("batch01.prompt_embeds", &device);
+    assert_tensors_close(batch.text, expected, TOLERANCE);
+    let mask = golden_states.i64s("batch01.mask");
+    let rows = mask.chunks_exact(mask.len() / 2);
+    assert_eq!(batch.lengths, rows.map(|row| row.iter().sum::<i64>() as usize).collect::<Vec<_>>());
+}
+
+#[test]
+fn weights_of_another_size_are_refused_with_the_tensor_named() {
+    let temporary = tempfile::tempdir().expect("temporary folder");
+    let target = temporary.path().join("transformer");
+    std::fs::create_dir(&target).expect("folder");
+    for entry in std::fs::read_dir(folder().join("transformer")).expect("golden folder") {
+        let path = entry.expect("entry").path();
+        std::fs::copy(&path, target.join(path.file_name().expect("name"))).expect("copy");
+    }
+    let config = std::fs::read_to_string(target.join("config.json")).expect("config");
+    let edit = |from: &str, to: &str| {
+        assert!(config.contains(from), "{from} in the golden config");
+        std::fs::write(target.join("config.json"), config.replace(from, to)).expect("write");
+        Transformer::from_pretrained(temporary.path(), &Device::flex()).expect_err("must not load")
+    };
+    let wider = edit("\"joint_attention_dim\": 64", "\"joint_attention_dim\": 80");
+    assert!(matches!(&wider, ModelError::Shape { key, .. } if key == "txt_norm.weight"), "{wider}");
+    let deeper = edit("\"num_layers\": 3", "\"num_layers\": 4").to_string();
+    assert!(
+        deeper.contains("missing") && deeper.contains("transformer_blocks.3.img_mod.1.weight"),
+        "{deeper}"
+    );
+    let shallower = edit("\"num_layers\": 3", "\"num_layers\": 2").to_string();
+    assert!(shallower.contains("unknown") && shallower.contains("transformer_blocks.2."), "{shallower}");
+}
+
+#[test]
+fn finite_values_come_out() {
+    // A guard for the tests above: equal NaNs must not pass as close.
+    let golden = Golden::open(golden("qwen_image/transformer.safetensors"));
+    let out = values(velocity("sq64", &golden));
+    assert_close(&[out.iter().map(|value| value * 0.0).sum()], &[0.0], 0.0);
+}
