@@ -1,0 +1,22 @@
+//! Judging pictures and showing what a run came to.
+//!
+//! [`judge`] turns pictures into features, [`metrics`] compares features, latents and pixels, [`report`] holds one
+//! evaluation and writes it as a terminal table, `report.json` and a self-contained `report.html` with [`charts`];
+//! [`grid`] draws the contact sheets that a training leaves behind. Sampling and timing are the caller's.
+
+pub mod charts;
+pub mod error;
+pub mod grid;
+mod html;
+pub mod judge;
+pub mod metrics;
+mod mobilenet;
+mod product;
+pub mod report;
+mod table;
+
+pub use charts::{Chart, Curve};
+pub use error::ReportError;
+pub use judge::{Features, Judge};
+pub use metrics::{Retrieval, kid, latent_mse, psnr_db, retrieval};
+pub use report::{Grid, GridRow, Report, Row, Stage};
