@@ -61,6 +61,9 @@ enum Command {
         /// The folder to write; it must not hold anything yet.
         #[arg(long)]
         output: PathBuf,
+        /// Only concepts of these groups, separated by commas [default: all].
+        #[arg(long, value_delimiter = ',')]
+        groups: Vec<String>,
     },
 }
 
@@ -69,9 +72,10 @@ fn main() -> anyhow::Result<()> {
         Command::Pictures { source, output } => pictures::build(&source, &output),
         Command::Tokenizer { emoji, output, vocabulary } => tokenizer::build(&emoji, &output, vocabulary),
         Command::ContactSheet { emoji, output, concepts } => contact_sheet::draw(&emoji, &output, concepts),
-        Command::DataSet { emoji, output } => {
+        Command::DataSet { emoji, output, groups } => {
             let languages = [Language::English, Language::Chinese];
-            Ok(EmojiSet::open(&emoji)?.write_training_folder(&output, &languages, None)?)
+            let groups: Vec<&str> = groups.iter().map(String::as_str).collect();
+            Ok(EmojiSet::open(&emoji)?.write_training_folder(&output, &languages, &groups)?)
         }
     }
 }

@@ -16,6 +16,14 @@ pub enum DataError {
         /// The system's reason.
         reason: io::Error,
     },
+    /// A group that no concept of the bundled set has.
+    #[error("no emoji group `{found}`, expected one of {}", expected.join(", "))]
+    Group {
+        /// The group asked for.
+        found: String,
+        /// The groups there are.
+        expected: Vec<String>,
+    },
     /// A provenance file that does not parse.
     #[error("{}: no valid provenance: {reason}\nhint: the file was changed by hand; generate the data set again", path.display())]
     Provenance {

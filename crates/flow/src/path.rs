@@ -30,6 +30,22 @@ pub fn clean<const D: usize>(noisy: Tensor<D>, velocity: Tensor<D>, sigma: Tenso
     noisy - velocity * sigma
 }
 
+/// The velocity of a network that predicts the clean picture: (noisy − clean) / sigma.
+///
+/// Sigmas below [`SIGMA_FLOOR`] are taken as the floor, as the quotient would magnify the network's error without
+/// bound (arXiv 2511.13720, section 4, clips the same quotient there).
+///
+/// # Shapes
+/// - `noisy`, `clean` and the result: `[B, …]`, equal.
+/// - `sigma`: `[B]`, one level per sample.
+pub fn velocity_of_clean<const D: usize>(noisy: Tensor<D>, clean: Tensor<D>, sigma: Tensor<1>) -> Tensor<D> {
+    let sigma = per_sample(sigma.clamp_min(SIGMA_FLOOR), &noisy);
+    (noisy - clean) / sigma
+}
+
+/// Smallest sigma [`velocity_of_clean`] divides by.
+pub const SIGMA_FLOOR: f32 = 0.05;
+
 fn per_sample<const D: usize>(sigma: Tensor<1>, like: &Tensor<D>) -> Tensor<D> {
     let [levels] = sigma.dims();
     let batch = like.dims()[0];
@@ -64,6 +80,26 @@ mod tests {
         let state = noisy(picture.clone(), noise.clone(), sigma.clone());
         // Three roundings of values up to 5: 3 · 5 · 6e-8.
         assert_tensors_close(clean(state, velocity(picture.clone(), noise), sigma), picture, 1e-6);
+    }
+
+    #[test]
+    fn a_clean_prediction_has_the_velocity_that_leads_to_it() {
+        let device = Device::flex();
+        let (picture, noise) = (random::<3>([3, 4, 5], 1, &device), random::<3>([3, 4, 5], 2, &device));
+        let sigma = Tensor::<1>::from_floats([0.05, 0.3, 1.0], &device);
+        let state = noisy(picture.clone(), noise.clone(), sigma.clone());
+        let found = velocity_of_clean(state, picture.clone(), sigma);
+        // Roundings of the state, up to 5 · 6e-8, divided by 0.05.
+        assert_tensors_close(found, velocity(picture, noise), 1e-5);
+    }
+
+    #[test]
+    fn the_quotient_is_bounded_below_the_floor() {
+        let device = Device::flex();
+        let (state, clean) =
+            (Tensor::<2>::from_floats([[1.0]], &device), Tensor::<2>::from_floats([[0.5]], &device));
+        let found = velocity_of_clean(state, clean, Tensor::from_floats([1e-4], &device));
+        assert_close(&values(found), &[10.0], 1e-5);
     }
 
     #[test]

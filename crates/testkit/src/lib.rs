@@ -6,7 +6,9 @@
 mod compare;
 mod golden;
 mod random;
+mod tiny;
 
 pub use compare::{assert_close, assert_tensors_close, finite_difference, values};
 pub use golden::{Golden, golden};
 pub use random::{random, random_values};
+pub use tiny::write_tiny_configs;

@@ -1,7 +1,6 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-use super::training_folder::evenly;
 use super::*;
 use crate::metadata::Metadata;
 
@@ -84,10 +83,11 @@ fn a_training_folder_is_an_ordinary_data_set_without_held_out_captions() {
     let set = bundled();
     let parent = tempfile::tempdir().unwrap();
     let folder = parent.path().join("emoji");
-    set.write_training_folder(&folder, &[Language::English, Language::Chinese], Some(200)).unwrap();
+    set.write_training_folder(&folder, &[Language::English, Language::Chinese], &["food & drink"]).unwrap();
     let training = prompts(folder.join("metadata.csv"));
     let held_out = prompts(folder.join("held_out.csv"));
-    assert_eq!(training.len() + held_out.len(), 2 * 3 * 200);
+    let concepts = set.concepts().iter().filter(|concept| concept.group == "food & drink").count();
+    assert_eq!(training.len() + held_out.len(), 2 * 3 * concepts);
     assert!(!held_out.is_empty());
     let training: HashSet<_> = training.into_iter().collect();
     assert!(held_out.iter().all(|prompt| !training.contains(prompt)));
@@ -102,10 +102,8 @@ fn a_training_folder_is_an_ordinary_data_set_without_held_out_captions() {
 fn a_folder_that_holds_something_is_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("mine"), "x").unwrap();
-    let error = bundled()
-        .write_training_folder(folder.path(), &[Language::English], Some(1))
-        .unwrap_err()
-        .to_string();
+    let error =
+        bundled().write_training_folder(folder.path(), &[Language::English], &[]).unwrap_err().to_string();
     assert_eq!(
         error,
         format!(
@@ -129,9 +127,14 @@ fn a_concept_without_a_picture_is_named() {
 }
 
 #[test]
-fn a_subset_is_spread_evenly() {
-    let chosen = evenly(10, 4);
-    let at: Vec<_> = (0..10).filter(|&at| chosen[at]).collect();
-    assert_eq!(at, [2, 4, 7, 9]);
-    assert!(evenly(3, 7).into_iter().all(|chosen| chosen));
+fn an_unknown_group_is_answered_with_the_groups_there_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let written =
+        bundled().write_training_folder(&folder.path().join("emoji"), &[Language::English], &["animals"]);
+    let error = written.unwrap_err().to_string();
+    assert!(
+        error.starts_with("no emoji group `animals`, expected one of activities, animals & nature"),
+        "{error}"
+    );
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }

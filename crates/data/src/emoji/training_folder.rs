@@ -1,5 +1,6 @@
 //! The bundled set written out as the kind of data set that users bring.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,20 +13,20 @@ impl EmojiSet {
     /// Writes the set as an ordinary data set, so that it is read like any other.
     ///
     /// `metadata.csv` with columns `image,prompt` names the training pictures, below `images/`; `held_out.csv`
-    /// names the others, below `held_out/`. A picture has a row for each language. `concepts` limits the set to
-    /// that many concepts, spread evenly over it. The folder appears only when it is complete.
+    /// names the others, below `held_out/`. A picture has a row for each language. `groups` limits the set to
+    /// concepts of these groups; empty takes all. The folder appears only when it is complete.
     ///
     /// # Errors
-    /// When the folder holds something already or cannot be written.
+    /// When no concept has one of the groups, or the folder holds something already or cannot be written.
     pub fn write_training_folder(
         &self,
         folder: &Path,
         languages: &[Language],
-        concepts: Option<usize>,
+        groups: &[&str],
     ) -> Result<(), DataError> {
         refuse_taken(folder)?;
         let partial = hidden_beside(folder);
-        let chosen = evenly(self.concepts.len(), concepts.unwrap_or(self.concepts.len()));
+        let chosen = self.of_groups(groups)?;
         let write = || {
             remove_folder(&partial)?;
             for part in [Part::Training, Part::HeldOut] {
@@ -37,6 +38,21 @@ impl EmojiSet {
             fs::rename(&partial, folder).map_err(DataError::io(folder))
         };
         write().inspect_err(|_| drop(fs::remove_dir_all(&partial)))
+    }
+
+    /// For each concept whether it has one of the groups.
+    fn of_groups(&self, groups: &[&str]) -> Result<Vec<bool>, DataError> {
+        let unknown = |group: &&&str| !self.concepts.iter().any(|concept| concept.group == **group);
+        if let Some(found) = groups.iter().find(unknown) {
+            let expected: BTreeSet<String> =
+                self.concepts.iter().map(|concept| concept.group.clone()).collect();
+            return Err(DataError::Group {
+                found: (*found).into(),
+                expected: expected.into_iter().collect(),
+            });
+        }
+        let chosen = |group: &str| groups.is_empty() || groups.contains(&group);
+        Ok(self.concepts.iter().map(|concept| chosen(&concept.group)).collect())
     }
 
     fn write_part(
@@ -85,12 +101,6 @@ fn hidden_beside(folder: &Path) -> PathBuf {
     hidden.push(folder.file_name().unwrap_or_default());
     hidden.push(".part");
     folder.with_file_name(hidden)
-}
-
-/// Which of `all` concepts to take so that `wanted` of them are spread evenly.
-pub(super) fn evenly(all: usize, wanted: usize) -> Vec<bool> {
-    let wanted = wanted.min(all);
-    (0..all).map(|at| (at + 1) * wanted / all > at * wanted / all).collect()
 }
 
 fn refuse_taken(folder: &Path) -> Result<(), DataError> {

@@ -26,6 +26,9 @@ pub struct TransformerConfig {
     pub joint_attention_dim: usize,
     /// Rotary dims of (frame, row, column); they add up to E.
     pub axes_dims_rope: [usize; 3],
+    /// What the output means; the published model predicts velocities.
+    #[serde(default)]
+    pub prediction_type: PredictionType,
     /// Distilled guidance input; not supported.
     #[serde(default)]
     guidance_embeds: bool,
@@ -38,6 +41,20 @@ pub struct TransformerConfig {
     /// Variant of later models; not supported.
     #[serde(default)]
     use_layer3d_rope: bool,
+}
+
+/// What a transformer's output means.
+///
+/// Small models on large pixel patches learn far better when they predict the picture: a velocity carries all of the
+/// noise, which has to pass through every layer (arXiv 2511.13720).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PredictionType {
+    /// noise − clean.
+    #[default]
+    Velocity,
+    /// The clean latents.
+    Clean,
 }
 
 /// The text model of `text_encoder/config.json` (Qwen2.5-VL); the vision tower is not used.

@@ -20,9 +20,10 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::noise::TorchGenerator;
+use fewstep_flow::path::velocity_of_clean;
 use fewstep_flow::schedule::SchedulerConfig;
 
-pub use config::{PromptTemplate, TextEncoderConfig, TransformerConfig, VaeConfig};
+pub use config::{PredictionType, PromptTemplate, TextEncoderConfig, TransformerConfig, VaeConfig};
 pub use text_encoder::TextEncoder;
 pub use tokenizer::PromptTokenizer;
 pub use transformer::Transformer;
@@ -122,9 +123,13 @@ impl QwenImage {
     /// The velocity of [`crate::Denoiser`].
     pub(crate) fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {
         let [_, channels, height, width] = noisy.dims();
-        let packed = latents::pack(noisy);
-        let velocity = self.transformer.forward(packed, sigma, condition, [height / 2, width / 2]);
-        latents::unpack(velocity, [channels, height, width])
+        let packed = latents::pack(noisy.clone());
+        let output = self.transformer.forward(packed, sigma.clone(), condition, [height / 2, width / 2]);
+        let output = latents::unpack(output, [channels, height, width]);
+        match self.transformer.prediction_type() {
+            PredictionType::Velocity => output,
+            PredictionType::Clean => velocity_of_clean(noisy, output, sigma),
+        }
     }
 
     /// Pixels per transformer token along one side.

@@ -11,7 +11,7 @@ use fewstep_kernels::{
     joint_qkv, linear_concat, norm_modulate, rms_norm, split_tokens,
 };
 
-use super::config::TransformerConfig;
+use super::config::{PredictionType, TransformerConfig};
 use super::rotary::joint_table;
 use crate::parts::linear::Linear;
 use crate::parts::timestep::sinusoidal;
@@ -158,7 +158,12 @@ impl Transformer {
         }
     }
 
-    /// Velocity of packed latents.
+    /// What [`Transformer::forward`] returns.
+    pub fn prediction_type(&self) -> PredictionType {
+        self.config.prediction_type
+    }
+
+    /// The output at packed latents, a velocity or clean latents by [`Transformer::prediction_type`].
     ///
     /// # Shapes
     /// - `packed`: `[B, N, 4C]` with N = rows · columns

@@ -1,0 +1,15 @@
+//! The subcommands of `fewstep` as functions, for programs that want whole steps of the way rather than
+//! the parts in the other crates.
+
+pub mod args;
+pub mod demo;
+pub mod evaluate;
+pub mod generate;
+pub mod parse;
+pub mod progress;
+pub mod train;
+
+/// Exit code of a run that a signal stopped, as shells report SIGINT.
+pub const INTERRUPTED: u8 = 130;
+/// Exit code of wrong usage, as clap's.
+pub const WRONG_USAGE: u8 = 2;

@@ -1,0 +1,31 @@
+//! `fewstep` makes diffusion models few-step. This file only dispatches.
+
+use std::process::ExitCode;
+
+use fewstep::args::{Cli, Command};
+use fewstep::progress::Terminal;
+use fewstep::{INTERRUPTED, WRONG_USAGE, demo, evaluate, generate, train};
+
+fn main() -> ExitCode {
+    fewstep_kernels::tune_allocator();
+    let (cli, matches) = Cli::parse();
+    let terminal = Terminal::new(false);
+    let outcome = match &cli.command {
+        Command::Train(flags) => train::train(flags, &matches),
+        Command::Generate(flags) => generate::generate(flags, &terminal).map(|()| ExitCode::SUCCESS),
+        Command::Evaluate(flags) => evaluate::run(flags, &terminal).map(|()| ExitCode::SUCCESS),
+        Command::Demo(flags) => demo::run(flags, &terminal).map(|finished| match finished {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::from(INTERRUPTED),
+        }),
+    };
+    outcome.unwrap_or_else(|error| fail(&error))
+}
+
+/// Prints an error with its causes; libraries put a `hint:` line last where one helps.
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error:#}");
+    let usage =
+        error.downcast_ref::<fewstep_train::TrainError>().is_some_and(fewstep_train::TrainError::is_usage);
+    if usage { ExitCode::from(WRONG_USAGE) } else { ExitCode::FAILURE }
+}

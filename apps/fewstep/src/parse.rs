@@ -1,0 +1,69 @@
+//! Values of flags that are more than a number or a path.
+
+use std::path::PathBuf;
+
+use fewstep_flow::Solver;
+use fewstep_models::LoraFile;
+
+/// A student to evaluate.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Student {
+    /// What the report calls it.
+    pub name: String,
+    /// A LoRA file or a model folder.
+    pub path: PathBuf,
+}
+
+/// `FILE` or `FILE:alpha`.
+pub fn lora_file(text: &str) -> Result<LoraFile, String> {
+    let (path, alpha) = match text.rsplit_once(':') {
+        Some((path, alpha)) if !alpha.contains(['/', '\\']) => (path, number(alpha)?),
+        _ => (text, 1.0),
+    };
+    Ok(LoraFile { path: path.into(), alpha })
+}
+
+fn number(text: &str) -> Result<f32, String> {
+    let parsed = text.parse::<f32>().ok().filter(|alpha| alpha.is_finite());
+    parsed.ok_or_else(|| format!("alpha {text:?}, expected a number as in FILE:0.5"))
+}
+
+/// `NAME=PATH`.
+pub fn student(text: &str) -> Result<Student, String> {
+    match text.split_once('=') {
+        Some((name, path)) if !name.is_empty() && !path.is_empty() => {
+            Ok(Student { name: name.into(), path: path.into() })
+        }
+        _ => Err(format!("{text:?}, expected NAME=PATH")),
+    }
+}
+
+/// `euler` or `heun`.
+pub fn solver(text: &str) -> Result<Solver, String> {
+    match text {
+        "euler" => Ok(Solver::Euler),
+        "heun" => Ok(Solver::Heun),
+        _ => Err("expected euler or heun".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lora_files_take_an_alpha_after_the_last_colon() {
+        let file = |path: &str, alpha| Ok(LoraFile { path: path.into(), alpha });
+        assert_eq!(lora_file("a.safetensors"), file("a.safetensors", 1.0));
+        assert_eq!(lora_file("dir/a.safetensors:-0.5"), file("dir/a.safetensors", -0.5));
+        assert_eq!(lora_file("C:/a.safetensors"), file("C:/a.safetensors", 1.0));
+        assert!(lora_file("a.safetensors:half").is_err());
+    }
+
+    #[test]
+    fn students_need_a_name_and_a_path() {
+        assert_eq!(student("LoRA=a=b"), Ok(Student { name: "LoRA".into(), path: "a=b".into() }));
+        assert!(student("a.safetensors").is_err());
+        assert!(student("=a").is_err());
+    }
+}

@@ -1,0 +1,164 @@
+//! What a person sees of long work: a bar on a terminal, a plain line every few seconds elsewhere.
+
+use std::cell::RefCell;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use fewstep_train::{Event, Observer, Started};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+
+/// Time between plain lines.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Progress of work that consists of countable parts.
+pub trait Progress {
+    /// Work begins; `total` is the number of parts.
+    fn start(&self, what: &str, total: u64);
+    /// That many more parts are done.
+    fn advance(&self, parts: u64);
+    /// A sentence about the parts to come, such as the present loss.
+    fn note(&self, note: &str);
+    /// Work is over.
+    fn finish(&self);
+    /// A line of its own.
+    fn say(&self, line: &str);
+}
+
+/// The process's standard error as the place for progress.
+pub struct Terminal {
+    quiet: bool,
+    work: RefCell<Option<Work>>,
+}
+
+/// The work under way.
+struct Work {
+    what: String,
+    note: String,
+    /// Hidden where there is no terminal; it counts and estimates there too.
+    bar: ProgressBar,
+    last_line: Instant,
+}
+
+impl Terminal {
+    /// Shows progress on standard error, or nothing at all.
+    pub fn new(quiet: bool) -> Self {
+        Self { quiet, work: RefCell::new(None) }
+    }
+}
+
+impl Progress for Terminal {
+    fn start(&self, what: &str, total: u64) {
+        let bar = if self.quiet || !std::io::stderr().is_terminal() {
+            ProgressBar::hidden()
+        } else {
+            ProgressBar::new(total).with_style(bar_style())
+        };
+        bar.set_length(total);
+        bar.set_prefix(what.to_owned());
+        let (what, note) = (what.to_owned(), String::new());
+        *self.work.borrow_mut() = Some(Work { what, note, bar, last_line: Instant::now() });
+    }
+
+    fn advance(&self, parts: u64) {
+        let mut work = self.work.borrow_mut();
+        let Some(work) = work.as_mut() else { return };
+        work.bar.inc(parts);
+        if !self.quiet && work.bar.is_hidden() && work.last_line.elapsed() >= LINE_EVERY {
+            work.last_line = Instant::now();
+            eprintln!("{}", work.line());
+        }
+    }
+
+    fn note(&self, note: &str) {
+        if let Some(work) = self.work.borrow_mut().as_mut() {
+            work.bar.set_message(note.to_owned());
+            note.clone_into(&mut work.note);
+        }
+    }
+
+    fn finish(&self) {
+        let Some(work) = self.work.borrow_mut().take() else { return };
+        if !self.quiet && work.bar.is_hidden() {
+            eprintln!("{}", work.line());
+        }
+        work.bar.finish();
+    }
+
+    fn say(&self, line: &str) {
+        match self.work.borrow().as_ref() {
+            _ if self.quiet => {}
+            Some(work) => work.bar.suspend(|| eprintln!("{line}")),
+            None => eprintln!("{line}"),
+        }
+    }
+}
+
+impl Work {
+    fn line(&self) -> String {
+        let (done, total) = (self.bar.position(), self.bar.length().unwrap_or_default());
+        let left = HumanDuration(self.bar.eta());
+        format!("{} {done}/{total}, {:.3}/s, {left} left {}", self.what, self.bar.per_sec(), self.note)
+    }
+}
+
+fn bar_style() -> ProgressStyle {
+    ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {per_sec} {eta} left {msg}")
+        .expect("the template is fixed and well-formed")
+}
+
+/// Shows a training run.
+pub struct TrainProgress {
+    terminal: Terminal,
+}
+
+impl TrainProgress {
+    /// Shows progress on standard error, or nothing at all.
+    pub fn new(quiet: bool) -> Self {
+        Self { terminal: Terminal::new(quiet) }
+    }
+
+    /// Ends the bar.
+    pub fn finish(&self) {
+        self.terminal.finish();
+    }
+
+    /// Prints a line.
+    pub fn say(&self, line: &str) {
+        self.terminal.say(line);
+    }
+
+    fn started(&self, started: &Started) {
+        let Started { first_step, total_steps, rows, trained_parameters, parameters, .. } = started;
+        self.say(&format!("training {trained_parameters} of {parameters} parameters on {rows} rows"));
+        self.terminal.start("step", *total_steps);
+        self.terminal.skip(*first_step);
+    }
+}
+
+impl Observer for TrainProgress {
+    fn on(&mut self, event: Event<'_>) {
+        match event {
+            Event::Started(started) => self.started(&started),
+            Event::Step { loss, .. } => {
+                self.terminal.note(&format!("loss {loss:.4}"));
+                self.terminal.advance(1);
+            }
+            Event::Logged(line) => {
+                self.terminal.note(&format!("loss {:.4}, {:.1} samples/s", line.loss, line.samples_per_sec))
+            }
+            Event::Message(message) => self.say(&message),
+            Event::Samples(path) => self.say(&format!("samples: {}", path.display())),
+            Event::Checkpoint(_) | Event::Finished(_) => {}
+        }
+    }
+}
+
+impl Terminal {
+    /// Parts that earlier work did; the rate does not count them.
+    fn skip(&self, parts: u64) {
+        if let Some(work) = self.work.borrow().as_ref() {
+            work.bar.set_position(parts);
+            work.bar.reset_eta();
+        }
+    }
+}

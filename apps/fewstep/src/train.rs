@@ -1,0 +1,72 @@
+//! `fewstep train`: runs or continues the run that a recipe describes.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context as _, Result};
+use burn::tensor::Device;
+use clap::{ArgMatches, Args};
+use fewstep_train::{Context, Outcome, Recipe};
+
+use crate::INTERRUPTED;
+use crate::progress::TrainProgress;
+
+/// Flags of `train`.
+#[derive(Args, Debug)]
+pub struct TrainArgs {
+    /// Recipe file (TOML); flags win over it
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    config: Option<PathBuf>,
+    /// Print nothing but errors
+    #[arg(long, help_heading = "Run")]
+    quiet: bool,
+    #[command(flatten)]
+    recipe: Recipe,
+}
+
+/// Trains until the recipe's last step or Ctrl-C.
+///
+/// # Errors
+/// As [`fewstep_train::run`].
+pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
+    let recipe = flags.recipe.resolve(matches, flags.config.as_deref())?;
+    let stop = stop_on_signal()?;
+    let context = Context { device: Device::flex(), stop: &stop, version: &version() };
+    let mut progress = TrainProgress::new(flags.quiet);
+    let outcome = fewstep_train::run(&recipe, context, &mut progress);
+    progress.finish();
+    match outcome? {
+        Outcome::Finished(path) => {
+            progress.say(&format!("finished: {}", path.display()));
+            Ok(ExitCode::SUCCESS)
+        }
+        Outcome::Stopped(step) => {
+            progress.say(&format!("stopped after step {step}; the same command continues"));
+            Ok(ExitCode::from(INTERRUPTED))
+        }
+    }
+}
+
+/// Program, version and, where the build was told, commit.
+pub fn version() -> String {
+    let commit = option_env!("FEWSTEP_COMMIT").map_or(String::new(), |commit| format!(", commit {commit}"));
+    format!("fewstep {}{commit}", env!("CARGO_PKG_VERSION"))
+}
+
+/// The first signal asks the run to finish its step and save; the second ends the process at once.
+///
+/// # Errors
+/// If the handler cannot be installed.
+pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let asked = stop.clone();
+    let handler = move || {
+        if asked.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED.into());
+        }
+    };
+    ctrlc::set_handler(handler).context("cannot listen for Ctrl-C")?;
+    Ok(stop)
+}

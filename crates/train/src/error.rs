@@ -1,0 +1,165 @@
+//! What can go wrong with a run.
+
+use std::path::{Path, PathBuf};
+
+use fewstep_data::DataError;
+use fewstep_flow::FlowError;
+use fewstep_models::ModelError;
+
+/// Errors of preparing, running and resuming a training run.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A recipe file has an unknown key or a malformed value.
+    #[error("{}: {reason}\nhint: every key of a recipe is a flag of `train --help`, with underscores", path.display())]
+    Recipe {
+        /// The file.
+        path: PathBuf,
+        /// The parser's reason, with line and key.
+        reason: String,
+    },
+    /// A recipe value is out of its range.
+    #[error("{key} is {found}, expected {expected}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        found: String,
+        /// The range.
+        expected: &'static str,
+    },
+    /// Only one side of the picture size is given.
+    #[error(
+        "{given} is given without {missing}\nhint: give both, or neither to keep each picture's own size"
+    )]
+    HalfSize {
+        /// The key that is there.
+        given: &'static str,
+        /// The key that is not.
+        missing: &'static str,
+    },
+    /// A component name the model does not have, or that cannot be trained this way.
+    #[error("{key}: no component {found} to train, expected one of {}", expected.join(", "))]
+    Component {
+        /// The recipe key.
+        key: &'static str,
+        /// The name asked for.
+        found: String,
+        /// The names that would do.
+        expected: Vec<String>,
+    },
+    /// The output folder belongs to another run.
+    #[error("{}: holds another run: {}\nhint: give another output_path, or the recipe this folder was started with", path.display(), differences.join("; "))]
+    ForeignRun {
+        /// The folder.
+        path: PathBuf,
+        /// Keys with both values.
+        differences: Vec<String>,
+    },
+    /// The output folder holds things that no run wrote.
+    #[error("{}: not empty and without a run.toml, so no run to continue\nhint: give a new or empty output_path", path.display())]
+    NoRun {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// No checkpoint of the folder can be read.
+    #[error("{}: every checkpoint is damaged: {}\nhint: delete the folder {} to start over", path.display(), reasons.join("; "), path.display())]
+    Damaged {
+        /// The folder of checkpoints.
+        path: PathBuf,
+        /// One reason each.
+        reasons: Vec<String>,
+    },
+    /// There is nothing to train on.
+    #[error("{}: no rows to train on", path.display())]
+    Empty {
+        /// The metadata file or data set folder.
+        path: PathBuf,
+    },
+    /// A data set folder without metadata.
+    #[error("{}: found no metadata.csv, metadata.json or metadata.jsonl\nhint: name the file with dataset_metadata_path; data for direct_distill is made by `generate`", path.display())]
+    NoMetadata {
+        /// The data set folder.
+        path: PathBuf,
+    },
+    /// Noise from a generator that is not reproduced here.
+    #[error("{}, row {row}, column `rand_device`: found cuda, expected cpu\nhint: noise of torch's CUDA generator cannot be drawn here; generate the data again with rand_device cpu", path.display())]
+    RandDevice {
+        /// The metadata file.
+        path: PathBuf,
+        /// The row, from 1, a header not counted.
+        row: usize,
+    },
+    /// Stored latents do not fit the model.
+    #[error("{}: {what} has shape {found:?}, expected {expected:?}\nhint: the data set was made for another model or picture size; generate it again", path.display())]
+    Shape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        what: &'static str,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape the model needs.
+        expected: Vec<usize>,
+    },
+    /// The data set was made for something else than this run.
+    #[error("{}: {what} is {found} in the data set, {expected} in this run\nhint: {hint}", path.display())]
+    Provenance {
+        /// The provenance file.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
+        /// The data set's value.
+        found: String,
+        /// The run's value.
+        expected: String,
+        /// What to do about it.
+        hint: &'static str,
+    },
+    /// The run makes no finite losses any more.
+    #[error(
+        "step {step}: {times} steps in a row had a loss or gradient that is not finite\nhint: lower learning_rate or max_grad_norm; the last checkpoint is from before"
+    )]
+    Diverged {
+        /// The optimiser step.
+        step: u64,
+        /// Steps skipped in a row.
+        times: u32,
+    },
+    /// A model error.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A data error.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// A schedule error.
+    #[error(transparent)]
+    Flow(#[from] FlowError),
+}
+
+impl TrainError {
+    /// Whether the recipe itself is at fault, so that nothing was tried.
+    pub fn is_usage(&self) -> bool {
+        matches!(
+            self,
+            Self::Recipe { .. } | Self::Value { .. } | Self::HalfSize { .. } | Self::Component { .. }
+        )
+    }
+
+    /// For `map_err` on file operations.
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> TrainError + '_ {
+        move |source| TrainError::Io { path: path.to_owned(), source }
+    }
+
+    /// A TOML error of a recipe.
+    pub(crate) fn recipe(path: &Path, error: &toml::de::Error) -> TrainError {
+        TrainError::Recipe { path: path.to_owned(), reason: error.to_string().trim_end().to_owned() }
+    }
+}

@@ -1,0 +1,67 @@
+//! Parameters as host memory: reading without a copy where the device is the CPU, and writing.
+
+use std::collections::BTreeMap;
+
+use burn::backend::Flex;
+use burn::module::Param;
+use burn::tensor::{Tensor, TensorData};
+use fewstep_models::{Model, NamedMapper, NamedVisitor, map_named, visit_named};
+
+/// Shape and values of one tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct HostTensor {
+    /// Its shape.
+    pub(crate) shape: Vec<usize>,
+    /// Its elements in row-major order.
+    pub(crate) values: Vec<f32>,
+}
+
+/// Parameters by name.
+pub(crate) type HostTensors = BTreeMap<String, HostTensor>;
+
+/// Lends a tensor's elements; only devices other than the CPU, and views, pay for a copy.
+pub(crate) fn with_values<const D: usize, R>(tensor: Tensor<D>, use_values: impl FnOnce(&[f32]) -> R) -> R {
+    let tensor = tensor.inner();
+    if let Ok(primitive) = tensor.clone().try_into_primitive::<Flex>()
+        && let Some(values) = primitive.as_slice::<f32>()
+    {
+        return use_values(values);
+    }
+    use_values(&to_vec(tensor))
+}
+
+/// A tensor's elements in row-major order.
+pub(crate) fn to_vec<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.try_into_vec_as::<f32>().expect("a float tensor can be read as f32")
+}
+
+/// Copies the parameters whose gradient is kept.
+pub(crate) fn trainable_values(model: &Model) -> HostTensors {
+    struct Reader(HostTensors);
+    impl NamedVisitor for Reader {
+        fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
+            if parameter.is_require_grad() {
+                let shape = parameter.dims().to_vec();
+                let values = with_values(parameter.val(), <[f32]>::to_vec);
+                self.0.insert(name.to_owned(), HostTensor { shape, values });
+            }
+        }
+    }
+    let mut reader = Reader(BTreeMap::new());
+    visit_named(model, &mut reader);
+    reader.0
+}
+
+/// Replaces the parameters that `values` names; gradient settings stay.
+pub(crate) fn with_parameters<'a>(model: Model, values: impl Fn(&str) -> Option<&'a [f32]>) -> Model {
+    struct Writer<F>(F);
+    impl<'a, F: Fn(&str) -> Option<&'a [f32]>> NamedMapper for Writer<F> {
+        fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let Some(values) = (self.0)(name) else { return parameter };
+            let (id, old, mapper) = parameter.consume();
+            let new = Tensor::from_data(TensorData::new(values.to_vec(), old.dims()), &old.device());
+            Param::from_mapped_value(id, new.set_require_grad(old.is_require_grad()), mapper)
+        }
+    }
+    map_named(model, &mut Writer(values))
+}

@@ -1,0 +1,83 @@
+//! The learning rate as a function of the optimiser step.
+
+use std::f64::consts::PI;
+
+use crate::recipe::{Recipe, Schedule};
+
+/// Linear warm-up, then a schedule.
+#[derive(Clone, Copy, Debug)]
+pub struct LearningRate {
+    peak: f64,
+    warmup_steps: u64,
+    total_steps: u64,
+    schedule: Schedule,
+}
+
+impl LearningRate {
+    /// The course a recipe asks for over `total_steps` optimiser steps.
+    pub fn new(recipe: &Recipe, total_steps: u64) -> Self {
+        Self {
+            peak: recipe.learning_rate,
+            warmup_steps: recipe.warmup_steps,
+            total_steps,
+            schedule: recipe.lr_schedule,
+        }
+    }
+
+    /// The rate of optimiser step `step`, counted from 0.
+    ///
+    /// The warm-up's first step has 1 / warmup_steps of the peak (not zero, which would waste it); a falling schedule
+    /// would reach zero one step after the last.
+    pub fn at(&self, step: u64) -> f64 {
+        if step < self.warmup_steps {
+            return self.peak * (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        let falling_steps = self.total_steps.saturating_sub(self.warmup_steps).max(1);
+        let progress = ((step - self.warmup_steps) as f64 / falling_steps as f64).min(1.0);
+        self.peak
+            * match self.schedule {
+                Schedule::Constant => 1.0,
+                Schedule::Linear => 1.0 - progress,
+                Schedule::Cosine => 0.5 * (1.0 + (PI * progress).cos()),
+            }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rates(schedule: Schedule) -> Vec<f64> {
+        let rate = LearningRate { peak: 2.0, warmup_steps: 2, total_steps: 6, schedule };
+        (0..6).map(|step| rate.at(step)).collect()
+    }
+
+    #[track_caller]
+    fn assert_rates(schedule: Schedule, expected: [f64; 6]) {
+        for (found, expected) in rates(schedule).into_iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-12, "found {found}, expected {expected}");
+        }
+    }
+
+    #[test]
+    fn warm_up_rises_in_equal_parts_to_a_constant() {
+        assert_rates(Schedule::Constant, [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]);
+    }
+
+    #[test]
+    fn a_line_falls_in_equal_parts() {
+        assert_rates(Schedule::Linear, [1.0, 2.0, 2.0, 1.5, 1.0, 0.5]);
+    }
+
+    #[test]
+    fn a_cosine_is_half_way_down_in_the_middle() {
+        let quarter = 1.0 + std::f64::consts::FRAC_1_SQRT_2;
+        assert_rates(Schedule::Cosine, [1.0, 2.0, 2.0, quarter, 1.0, 2.0 - quarter]);
+    }
+
+    #[test]
+    fn steps_past_the_end_stay_at_the_end() {
+        let rate = LearningRate { peak: 2.0, warmup_steps: 0, total_steps: 4, schedule: Schedule::Linear };
+        assert_eq!(rate.at(9), 0.0);
+    }
+}

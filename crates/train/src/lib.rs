@@ -1,0 +1,47 @@
+//! Training: methods, optimiser, the loop around them, and runs that continue where they stopped.
+//!
+//! [`run`] takes a [`Recipe`] and does everything up to the trained weights in the run's folder. A method turns batches
+//! into gradients ([`method`]); the trainer alone moves weights, keeps checkpoints and draws samples. Everything random
+//! is a function of the position in the run, so a resumed run is bit-equal to an uninterrupted one.
+//!
+//! Left out: mixed precision, several devices, data that does not fit into memory.
+
+#![forbid(unsafe_code)]
+
+mod batch;
+mod checkpoint;
+mod dataset;
+mod ema;
+mod error;
+mod host;
+mod learning_rate;
+mod log;
+pub mod method;
+mod observer;
+mod optimizer;
+mod output;
+mod provenance;
+mod random;
+pub mod recipe;
+mod run_folder;
+mod samples;
+mod source;
+mod state;
+mod tables;
+mod tensorboard;
+#[cfg(test)]
+mod tests;
+mod trainable;
+mod trainer;
+
+pub use batch::Batch;
+pub use dataset::{Dataset, Group};
+pub use ema::Ema;
+pub use error::TrainError;
+pub use learning_rate::LearningRate;
+pub use log::LogLine;
+pub use observer::{Event, Observer, Started};
+pub use optimizer::{Optimizer, gradient_norm};
+pub use recipe::{Recipe, Task};
+pub use trainable::Trainable;
+pub use trainer::{Context, Outcome, run};

@@ -1,0 +1,168 @@
+//! Direct distillation (METHODS, A): the student's few Euler steps from the teacher's noise end in the teacher's picture.
+//!
+//! The gradient through all steps is the discrete adjoint, so memory is that of one network evaluation with a graph.
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use fewstep_flow::noise::latent_noise;
+use fewstep_flow::{SigmaGrid, Solver, adjoint};
+use fewstep_models::sampling::{Guidance, guided_velocity, sample_latents};
+use fewstep_models::{Condition, Model};
+
+use super::{GradientSum, scalar};
+use crate::TrainError;
+use crate::batch::Batch;
+use crate::recipe::{Distance, Recipe};
+
+/// Direct distillation and its settings.
+pub struct Direct {
+    distance: Distance,
+    huber_c: f64,
+    /// Boxed: a model is hundreds of times larger than the rest.
+    teacher: Option<Box<OnlineTeacher>>,
+}
+
+/// A teacher whose pictures are made during training.
+pub struct OnlineTeacher {
+    /// The frozen weights, on the plain side of the device.
+    pub model: Model,
+    /// Its sampling steps.
+    pub num_inference_steps: usize,
+    /// Its guidance; 1 is off.
+    pub cfg_scale: f32,
+}
+
+impl Direct {
+    /// The settings of a recipe; `start` is the model before training, which an online teacher keeps.
+    pub fn new(recipe: &Recipe, start: &Model) -> Self {
+        let teacher = || OnlineTeacher {
+            model: start.clone(),
+            num_inference_steps: recipe.teacher_num_inference_steps,
+            cfg_scale: recipe.teacher_cfg_scale as f32,
+        };
+        Self {
+            distance: recipe.loss,
+            huber_c: recipe.huber_c,
+            teacher: recipe.online_teacher.then(|| Box::new(teacher())),
+        }
+    }
+
+    /// See [`super::Method::step`].
+    pub(crate) fn step(
+        &self,
+        model: &Model,
+        batch: &Batch<'_>,
+        share: f32,
+        sum: &mut GradientSum,
+    ) -> Result<f64, TrainError> {
+        let problem = self.problem(model, batch)?;
+        let states = {
+            // Dropped before the optimiser runs, which updates weights in place only if it holds the one handle.
+            let frozen = model.valid();
+            let velocity = |noisy, sigma| guided_velocity(&frozen, noisy, sigma, &problem.guidance);
+            adjoint::rollout(&problem.grid, problem.noise, velocity)
+        };
+        let drawn = states.last().expect("a rollout has a last state").clone();
+        let (loss, cotangent) = self.loss_gradient(drawn, problem.target, share);
+        let guidance = autodiff(problem.guidance);
+        adjoint::backward(&problem.grid, &states, cotangent, |_, state, sigma, cotangent| {
+            let velocity = |state| guided_velocity(model, state, sigma, &guidance);
+            let product = adjoint::pull_back(state, cotangent, velocity);
+            sum.add(model, product.parameters);
+            product.input_gradient
+        });
+        Ok(loss)
+    }
+
+    /// The same gradient from one graph over all steps: the tests' reference, whose memory grows with the steps.
+    #[cfg(test)]
+    pub(crate) fn step_on_tape(
+        &self,
+        model: &Model,
+        batch: &Batch<'_>,
+        share: f32,
+        sum: &mut GradientSum,
+    ) -> Result<f64, TrainError> {
+        let problem = self.problem(model, batch)?;
+        let guidance = autodiff(problem.guidance);
+        let drawn = sample_latents(model, Solver::Euler, &problem.grid, problem.noise.autodiff(), &guidance);
+        let loss = self.loss(drawn, problem.target.autodiff());
+        sum.add(model, loss.clone().mul_scalar(share).backward());
+        Ok(scalar(loss))
+    }
+
+    fn problem(&self, model: &Model, batch: &Batch<'_>) -> Result<Problem, TrainError> {
+        let group = batch.group();
+        let [channels, height, width] = group.latent_shape;
+        let device = batch.data.device();
+        let noise = batch
+            .noise_seeds()
+            .into_iter()
+            .map(|seed| latent_noise(seed, [1, channels, height, width], device));
+        let noise = Tensor::cat(noise.collect(), 0); // [B, C, H, W]
+        let condition = batch.condition(model, &vec![false; batch.len()])?;
+        let unconditional = || batch.condition(model, &vec![true; batch.len()]);
+        let target = match &self.teacher {
+            Some(teacher) => teacher.latents(noise.clone(), &condition, unconditional()?, batch)?,
+            None => batch.latents(),
+        };
+        let cfg_scale = group.cfg_scale();
+        let unconditional = if cfg_scale == 1.0 { None } else { Some(unconditional()?) };
+        Ok(Problem {
+            grid: model.sigma_grid(group.num_inference_steps, group.size.height, group.size.width)?,
+            guidance: Guidance { condition, unconditional, cfg_scale },
+            noise,
+            target,
+        })
+    }
+
+    /// The loss, and the gradient of `share` times it, at the drawn latents.
+    fn loss_gradient(&self, drawn: Tensor<4>, target: Tensor<4>, share: f32) -> (f64, Tensor<4>) {
+        let drawn = drawn.autodiff().require_grad();
+        let loss = self.loss(drawn.clone(), target.autodiff());
+        let mut gradients = loss.clone().mul_scalar(share).backward();
+        let gradient = drawn.grad_remove(&mut gradients).expect("the loss depends on the drawn latents");
+        (scalar(loss), gradient)
+    }
+
+    fn loss(&self, drawn: Tensor<4>, target: Tensor<4>) -> Tensor<1> {
+        let squared = (drawn - target).square();
+        match self.distance {
+            Distance::Mse => squared.mean(),
+            Distance::PseudoHuber => (squared + self.huber_c * self.huber_c).sqrt().mean() - self.huber_c,
+        }
+    }
+}
+
+/// What a batch asks of the student: from this noise, on this grid, to that target.
+struct Problem {
+    grid: SigmaGrid,
+    guidance: Guidance,
+    noise: Tensor<4>,
+    target: Tensor<4>,
+}
+
+impl OnlineTeacher {
+    /// The teacher's own ODE solution from the noise.
+    fn latents(
+        &self,
+        noise: Tensor<4>,
+        condition: &Condition,
+        unconditional: Condition,
+        batch: &Batch<'_>,
+    ) -> Result<Tensor<4>, TrainError> {
+        let size = batch.group().size;
+        let grid = self.model.sigma_grid(self.num_inference_steps, size.height, size.width)?;
+        let unconditional = Some(unconditional);
+        let guidance = Guidance { condition: condition.clone(), unconditional, cfg_scale: self.cfg_scale };
+        Ok(sample_latents(&self.model, Solver::Euler, &grid, noise, &guidance))
+    }
+}
+
+fn autodiff(guidance: Guidance) -> Guidance {
+    Guidance {
+        condition: guidance.condition.autodiff(),
+        unconditional: guidance.unconditional.map(Condition::autodiff),
+        cfg_scale: guidance.cfg_scale,
+    }
+}

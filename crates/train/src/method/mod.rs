@@ -1,0 +1,77 @@
+//! What one optimiser step learns from: a method turns batches into gradients.
+//!
+//! A method is one file here and one line in [`Method`]. It alone decides which network is evaluated how; it never
+//! touches the optimiser.
+
+mod direct;
+mod flow_matching;
+
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::tensor::{Gradients, Tensor};
+use fewstep_models::Model;
+
+pub use direct::{Direct, OnlineTeacher};
+pub use flow_matching::FlowMatching;
+
+use crate::TrainError;
+use crate::batch::Batch;
+use crate::recipe::{Recipe, Task};
+
+/// All methods.
+pub enum Method {
+    /// Regression of the velocity on real pictures.
+    FlowMatching(FlowMatching),
+    /// Regression of the student's final picture on the teacher's.
+    Direct(Direct),
+}
+
+impl Method {
+    /// The method of a recipe's task; `start` is the model before training.
+    pub fn new(recipe: &Recipe, start: &Model) -> Self {
+        match recipe.task {
+            Task::Sft => Self::FlowMatching(FlowMatching::new(recipe)),
+            Task::DirectDistill => Self::Direct(Direct::new(recipe, start)),
+        }
+    }
+
+    /// Adds the gradient of `share` times the batch's mean loss; returns that mean loss.
+    ///
+    /// `share` is the batch's part of the samples of an optimiser step, so that a step's gradient is that of the mean
+    /// over all its samples however they are split into batches.
+    ///
+    /// # Errors
+    /// If a prompt cannot be encoded or a sigma grid cannot be computed.
+    pub fn step(
+        &self,
+        model: &Model,
+        batch: &Batch<'_>,
+        share: f32,
+        sum: &mut GradientSum,
+    ) -> Result<f64, TrainError> {
+        match self {
+            Self::FlowMatching(method) => method.step(model, batch, share, sum),
+            Self::Direct(method) => method.step(model, batch, share, sum),
+        }
+    }
+}
+
+/// Gradients of a model's parameters, summed over backward passes.
+#[derive(Default)]
+pub struct GradientSum(GradientsAccumulator<Model>);
+
+impl GradientSum {
+    /// Adds the parameter gradients of one backward pass.
+    pub fn add(&mut self, model: &Model, gradients: Gradients) {
+        self.0.accumulate(model, GradientsParams::from_grads(gradients, model));
+    }
+
+    /// The sum.
+    pub fn finish(mut self) -> GradientsParams {
+        self.0.grads()
+    }
+}
+
+/// A loss of one element on the host; on a GPU this waits for it.
+fn scalar(loss: Tensor<1>) -> f64 {
+    f64::from(loss.inner().into_scalar::<f32>())
+}

@@ -1,0 +1,61 @@
+//! What a run tells whoever started it. The library itself prints nothing.
+
+use std::path::Path;
+
+use crate::log::LogLine;
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Event<'a> {
+    /// Everything is loaded and the first step comes next.
+    Started(Started),
+    /// An optimiser step is done.
+    Step {
+        /// Optimiser steps done, this one included.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// Its learning rate.
+        learning_rate: f64,
+        /// Samples it was trained on.
+        samples: usize,
+    },
+    /// A line was added to the log.
+    Logged(LogLine),
+    /// Something worth a sentence.
+    Message(String),
+    /// A checkpoint is complete.
+    Checkpoint(&'a Path),
+    /// Sample pictures were drawn.
+    Samples(&'a Path),
+    /// The result is written.
+    Finished(&'a Path),
+}
+
+/// The facts of a run before its first step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Started {
+    /// Optimiser steps done by earlier runs in the same folder.
+    pub first_step: u64,
+    /// Optimiser steps of the whole run.
+    pub total_steps: u64,
+    /// Optimiser steps per epoch.
+    pub steps_per_epoch: u64,
+    /// Rows of the data set.
+    pub rows: usize,
+    /// Numbers that learn.
+    pub trained_parameters: usize,
+    /// Numbers in all, frozen ones included.
+    pub parameters: usize,
+}
+
+/// Receives the events of a run, on the thread that trains.
+pub trait Observer {
+    /// Called for every event in order.
+    fn on(&mut self, event: Event<'_>);
+}
+
+/// Ignores everything.
+impl Observer for () {
+    fn on(&mut self, _event: Event<'_>) {}
+}

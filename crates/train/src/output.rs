@@ -1,0 +1,74 @@
+//! The trained weights as files that tell their origin.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use fewstep_models::{Model, lora, weights_hash};
+
+use crate::TrainError;
+use crate::dataset::Group;
+use crate::provenance::NOISE_GENERATOR;
+use crate::recipe::{Recipe, Task};
+
+/// Where trained weights come from.
+pub(crate) struct Origin<'a> {
+    /// The run's recipe.
+    pub(crate) recipe: &'a Recipe,
+    /// The kinds of batches trained on.
+    pub(crate) groups: Vec<Group>,
+    /// Program, version and commit.
+    pub(crate) version: &'a str,
+}
+
+/// Writes `lora.safetensors` or the model folder `model/` into the run's folder; returns its path.
+///
+/// # Errors
+/// If a file cannot be read or written.
+pub(crate) fn write(origin: &Origin<'_>, model: Model, steps: u64) -> Result<PathBuf, TrainError> {
+    let recipe = origin.recipe;
+    let info = origin.info(&model, steps)?;
+    if recipe.lora_base_model.is_some() {
+        let path = recipe.output_path.join("lora.safetensors");
+        lora::save(&model, &path, &info)?;
+        return Ok(path);
+    }
+    let path = recipe.output_path.join("model");
+    model.save_pretrained(&recipe.model, &path, recipe.output_dtype.into(), &info)?;
+    Ok(path)
+}
+
+impl Origin<'_> {
+    /// The metadata of the weight files.
+    fn info(&self, model: &Model, steps: u64) -> Result<BTreeMap<String, String>, TrainError> {
+        let mut info = BTreeMap::from([
+            ("fewstep.version".to_owned(), self.version.to_owned()),
+            ("fewstep.base_hash".to_owned(), weights_hash(&self.recipe.model)?),
+            ("fewstep.task".to_owned(), self.recipe.task.name().to_owned()),
+            ("fewstep.training_steps".to_owned(), steps.to_string()),
+            ("fewstep.recipe".to_owned(), self.recipe.to_toml()),
+        ]);
+        if self.recipe.task == Task::DirectDistill {
+            info.insert("fewstep.noise_generator".to_owned(), NOISE_GENERATOR.to_owned());
+            info.insert("fewstep.sigma_grids".to_owned(), self.sigma_grids(model)?);
+        }
+        Ok(info)
+    }
+
+    /// The grids the student was trained on, as JSON: a list of objects.
+    fn sigma_grids(&self, model: &Model) -> Result<String, TrainError> {
+        let mut grids = Vec::new();
+        for group in &self.groups {
+            let (steps, height, width) = (group.num_inference_steps, group.size.height, group.size.width);
+            let grid = model.sigma_grid(steps, height, width)?;
+            let entry = serde_json::json!({
+                "num_inference_steps": steps,
+                "cfg_scale": group.cfg_scale(),
+                "height": height,
+                "width": width,
+                "sigmas": grid.as_slice(),
+            });
+            grids.push(entry);
+        }
+        Ok(serde_json::Value::Array(grids).to_string())
+    }
+}

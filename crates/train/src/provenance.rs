@@ -1,0 +1,48 @@
+//! Whether a data set was made for this run: the sigma grid and the teacher must be the run's own.
+
+use std::path::Path;
+
+use fewstep_data::provenance::{FILE_NAME, Provenance};
+use fewstep_models::{Model, weights_hash};
+
+use crate::TrainError;
+use crate::recipe::Recipe;
+
+/// The generator of initial noise that this crate draws from.
+pub(crate) const NOISE_GENERATOR: &str = "torch-cpu";
+
+/// Compares a generated data set with the run. A data set without provenance, pictures from elsewhere, passes.
+///
+/// # Errors
+/// Names what differs, with both values.
+pub(crate) fn check(recipe: &Recipe, model: &Model) -> Result<(), TrainError> {
+    let folder = &recipe.dataset_base_path;
+    let Some(found) = Provenance::read(folder)? else { return Ok(()) };
+    let differs = |what, found: String, expected: String, hint| {
+        Err(TrainError::Provenance { path: folder.join(FILE_NAME), what, found, expected, hint })
+    };
+    let grid = model.sigma_grid(found.student_num_inference_steps, found.height, found.width)?;
+    if grid.as_slice() != found.student_sigmas {
+        let (data, run) = (format!("{:?}", found.student_sigmas), format!("{:?}", grid.as_slice()));
+        return differs(
+            "the student's sigma grid",
+            data,
+            run,
+            "the model's scheduler changed since; generate the data again",
+        );
+    }
+    if found.noise_generator != NOISE_GENERATOR {
+        let hint = "the initial noise cannot be drawn here; generate the data again";
+        return differs("the noise generator", found.noise_generator, NOISE_GENERATOR.into(), hint);
+    }
+    let hash = teacher_hash(&recipe.model)?;
+    if hash != found.teacher_hash {
+        let hint = "train the model that drew the pictures, or generate them again with this one";
+        return differs("the teacher's hash", found.teacher_hash, hash, hint);
+    }
+    Ok(())
+}
+
+fn teacher_hash(model: &Path) -> Result<String, TrainError> {
+    Ok(weights_hash(model)?)
+}

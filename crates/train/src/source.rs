@@ -1,0 +1,181 @@
+//! Where rows come from: a metadata file, or the bundled emoji set.
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use fewstep_data::emoji::{CONCEPTS_FILE, EmojiSet, Item};
+use fewstep_data::image::{Picture, Resize, Size, refuse_resize};
+use fewstep_data::metadata::{DistillRow, Metadata, RandDevice, Row};
+
+use crate::TrainError;
+use crate::recipe::{Recipe, Task};
+
+/// A row before anything of it is loaded.
+pub(crate) struct SourceRow {
+    /// Absent where the teacher's picture is made during training.
+    pub(crate) picture: Option<PictureSource>,
+    /// The caption.
+    pub(crate) prompt: String,
+    /// Seed of the initial noise, where the row has one.
+    pub(crate) seed: Option<u64>,
+    /// The student's sampling steps; 0 where the task has none.
+    pub(crate) num_inference_steps: usize,
+    /// The student's guidance; 1 is off.
+    pub(crate) cfg_scale: f32,
+    /// Picture size of rows without a picture.
+    pub(crate) size: Option<Size>,
+}
+
+/// A picture that is not loaded yet, or that the data set holds in memory.
+pub(crate) enum PictureSource {
+    /// A file.
+    File(PathBuf),
+    /// A picture of the bundled set, with a name of its own.
+    Bundled(String, Arc<Picture>),
+}
+
+impl PictureSource {
+    /// Tells pictures apart.
+    pub(crate) fn name(&self) -> Cow<'_, str> {
+        match self {
+            Self::File(path) => path.to_string_lossy(),
+            Self::Bundled(name, _) => Cow::Borrowed(name),
+        }
+    }
+
+    /// The picture itself.
+    pub(crate) fn load(&self) -> Result<Picture, TrainError> {
+        match self {
+            Self::File(path) => Ok(Picture::load(path)?),
+            Self::Bundled(_, picture) => Ok(Picture::clone(picture)),
+        }
+    }
+
+    /// Its size, from the header alone.
+    pub(crate) fn size(&self) -> Result<Size, TrainError> {
+        match self {
+            Self::File(path) => Ok(Picture::size_of(path)?),
+            Self::Bundled(_, picture) => Ok(picture.size()),
+        }
+    }
+}
+
+/// The rows a recipe trains on.
+///
+/// # Errors
+/// If the metadata is missing or malformed, a distillation picture would be resized, or there are no rows.
+pub(crate) fn rows(recipe: &Recipe, resize: Resize) -> Result<Vec<SourceRow>, TrainError> {
+    let base = &recipe.dataset_base_path;
+    let rows = match (metadata_path(recipe), recipe.task) {
+        (None, Task::Sft) if is_emoji(base) => emoji_rows(base)?,
+        (None, Task::DirectDistill) if is_emoji(base) && recipe.online_teacher => emoji_prompts(recipe)?,
+        (None, _) => return Err(TrainError::NoMetadata { path: base.clone() }),
+        (Some(path), Task::Sft) => picture_rows(&Metadata::read(&path)?, base)?,
+        (Some(path), Task::DirectDistill) if recipe.online_teacher => {
+            prompt_rows(&Metadata::read(&path)?, recipe)?
+        }
+        (Some(path), Task::DirectDistill) => distill_rows(&Metadata::read(&path)?, base, resize)?,
+    };
+    match rows.is_empty() {
+        true => Err(TrainError::Empty { path: metadata_path(recipe).unwrap_or(base.clone()) }),
+        false => Ok(rows),
+    }
+}
+
+/// The metadata file named, or the one a data set folder has by custom.
+fn metadata_path(recipe: &Recipe) -> Option<PathBuf> {
+    let custom = || {
+        let names = ["metadata.csv", "metadata.json", "metadata.jsonl"];
+        names.iter().map(|name| recipe.dataset_base_path.join(name)).find(|path| path.is_file())
+    };
+    recipe.dataset_metadata_path.clone().or_else(custom)
+}
+
+fn picture_rows(metadata: &Metadata, base: &Path) -> Result<Vec<SourceRow>, TrainError> {
+    let row = |row: &Row| {
+        let picture = PictureSource::File(row.image_file("image", base)?);
+        Ok(with_picture(picture, row.text("prompt")?))
+    };
+    metadata.rows.iter().map(row).collect()
+}
+
+fn with_picture(picture: PictureSource, prompt: &str) -> SourceRow {
+    let prompt = prompt.to_owned();
+    SourceRow {
+        picture: Some(picture),
+        prompt,
+        seed: None,
+        num_inference_steps: 0,
+        cfg_scale: 1.0,
+        size: None,
+    }
+}
+
+fn distill_rows(metadata: &Metadata, base: &Path, resize: Resize) -> Result<Vec<SourceRow>, TrainError> {
+    let rows = metadata.distill_rows()?;
+    if let Some(at) = rows.iter().position(|row| row.rand_device != RandDevice::Cpu) {
+        return Err(TrainError::RandDevice {
+            path: metadata.path.to_path_buf(),
+            row: metadata.rows[at].number,
+        });
+    }
+    refuse_resize(metadata, base, resize)?;
+    let row = |row: DistillRow| SourceRow {
+        picture: Some(PictureSource::File(base.join(row.image))),
+        prompt: row.prompt,
+        seed: Some(row.seed),
+        num_inference_steps: row.num_inference_steps,
+        cfg_scale: row.cfg_scale,
+        size: None,
+    };
+    Ok(rows.into_iter().map(row).collect())
+}
+
+/// Only prompts are needed; a seed column is used where there is one.
+fn prompt_rows(metadata: &Metadata, recipe: &Recipe) -> Result<Vec<SourceRow>, TrainError> {
+    let row = |row: &Row| {
+        let seed = row.get("seed").map(|_| row.integer("seed")).transpose()?;
+        online_row(row.text("prompt")?.to_owned(), seed, recipe)
+    };
+    metadata.rows.iter().map(row).collect()
+}
+
+fn online_row(prompt: String, seed: Option<u64>, recipe: &Recipe) -> Result<SourceRow, TrainError> {
+    let (Some(height), Some(width)) = (recipe.height, recipe.width) else {
+        return Err(TrainError::Value {
+            key: "height",
+            found: "unset".into(),
+            expected: "the picture size in px, with online_teacher",
+        });
+    };
+    Ok(SourceRow {
+        picture: None,
+        prompt,
+        seed,
+        num_inference_steps: recipe.num_inference_steps,
+        cfg_scale: recipe.cfg_scale as f32,
+        size: Some(Size { height, width }),
+    })
+}
+
+fn is_emoji(base: &Path) -> bool {
+    base.join(CONCEPTS_FILE).is_file()
+}
+
+/// Every picture of the bundled set that is not held out, once with each caption.
+fn emoji_rows(base: &Path) -> Result<Vec<SourceRow>, TrainError> {
+    let set = EmojiSet::open(base)?;
+    let rows = |item: Item<'_>| {
+        let picture = Arc::new(item.picture.clone());
+        let name = format!("{} in style {}", set.concepts()[item.concept].hex, item.style.name());
+        let bundled = move || PictureSource::Bundled(name.clone(), picture.clone());
+        [item.caption_en, item.caption_zh].map(|caption| with_picture(bundled(), &caption))
+    };
+    Ok(set.training().flat_map(rows).collect())
+}
+
+fn emoji_prompts(recipe: &Recipe) -> Result<Vec<SourceRow>, TrainError> {
+    let rows = emoji_rows(&recipe.dataset_base_path)?;
+    rows.into_iter().map(|row| online_row(row.prompt, None, recipe)).collect()
+}

@@ -1,0 +1,6 @@
+//! Tests of whole runs and methods on a tiny model and pictures made here.
+
+mod bad_input;
+mod fixtures;
+mod methods;
+mod runs;

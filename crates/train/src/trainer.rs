@@ -1,0 +1,223 @@
+//! The training loop: batches → method → gradients → optimiser, with logs, samples and checkpoints on the way.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use burn::tensor::Device;
+use fewstep_data::image::Resize;
+use fewstep_models::Model;
+
+use crate::batch::{Batch, Plan};
+use crate::checkpoint::{Checkpoints, Progress};
+use crate::dataset::{Dataset, Preparation};
+use crate::learning_rate::LearningRate;
+use crate::log::{Log, LogLine};
+use crate::method::{GradientSum, Method};
+use crate::observer::{Event, Observer, Started};
+use crate::recipe::{InitialWeights, Recipe, Task};
+use crate::samples::Samples;
+use crate::state::State;
+use crate::trainable::Trainable;
+use crate::{TrainError, output, provenance, run_folder, source};
+
+/// What a run needs beside its recipe.
+pub struct Context<'a> {
+    /// Where to train; its plain side.
+    pub device: Device,
+    /// Set from outside to finish the step, save and return.
+    pub stop: &'a AtomicBool,
+    /// Program, version and commit, for the files that name their origin.
+    pub version: &'a str,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// All steps are done; the trained weights are in this file or folder.
+    Finished(PathBuf),
+    /// It was stopped after this many steps and continues when started again.
+    Stopped(u64),
+}
+
+/// Trains as the recipe says, or continues the run its folder holds.
+///
+/// # Errors
+/// If the recipe, the data, the model or the folder is not as it should be, or the run diverges.
+pub fn run(
+    recipe: &Recipe,
+    context: Context<'_>,
+    observer: &mut dyn Observer,
+) -> Result<Outcome, TrainError> {
+    recipe.validate()?;
+    let (mut run, mut state) = Run::prepare(recipe, &context, observer)?;
+    observer.on(Event::Started(run.started(&state)));
+    while state.progress.step < run.total_steps {
+        state = run.step(state, observer)?;
+        let stopped = context.stop.load(Ordering::Relaxed);
+        let done = state.progress.step == run.total_steps;
+        if stopped || done || is_due(recipe.save_steps, state.progress.step) {
+            observer.on(Event::Checkpoint(&run.checkpoints.save(state.snapshot())?));
+        }
+        if stopped && !done {
+            return Ok(Outcome::Stopped(state.progress.step));
+        }
+    }
+    let result = output::write(&run.origin(context.version), state.averaged(), state.progress.step)?;
+    observer.on(Event::Finished(&result));
+    Ok(Outcome::Finished(result))
+}
+
+fn is_due(every: u64, step: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
+/// What stays the same from step to step.
+struct Run<'a> {
+    recipe: &'a Recipe,
+    device: Device,
+    data: Dataset,
+    plan: Plan,
+    method: Method,
+    learning_rate: LearningRate,
+    total_steps: u64,
+    samples: Option<Samples>,
+    checkpoints: Checkpoints,
+    log: Log,
+    /// Samples and time since the last line of the log.
+    window: (usize, Instant),
+}
+
+impl<'a> Run<'a> {
+    /// Loads everything and finds where to continue. The folder is touched only when all of it is there.
+    fn prepare(
+        recipe: &'a Recipe,
+        context: &Context<'_>,
+        observer: &mut dyn Observer,
+    ) -> Result<(Self, State), TrainError> {
+        run_folder::check(recipe)?;
+        let start = match recipe.initial_weights {
+            InitialWeights::Pretrained => Model::from_pretrained(&recipe.model, &context.device)?,
+            InitialWeights::Random => Model::random(&recipe.model, recipe.seed, &context.device)?,
+        };
+        let trainable = Trainable::new(recipe, &start)?;
+        let data = load_data(recipe, &start, &trainable, &context.device)?;
+        let method = Method::new(recipe, &start);
+        let model = trainable.prepare(start, recipe)?;
+        run_folder::write(recipe, context.version)?;
+        let checkpoints = Checkpoints::new(&recipe.output_path, recipe.keep);
+        let state = State::prepare(recipe, model, &checkpoints, observer)?;
+        let plan = Plan::new(recipe, &data);
+        let total_steps = recipe.max_steps.unwrap_or(recipe.num_epochs as u64 * plan.steps_per_epoch);
+        let run = Self {
+            recipe,
+            device: context.device.clone(),
+            learning_rate: LearningRate::new(recipe, total_steps),
+            samples: Samples::new(recipe, data.groups()[0].size)?,
+            log: Log::open(&recipe.output_path, state.progress.step)?,
+            window: (0, Instant::now()),
+            data,
+            plan,
+            method,
+            total_steps,
+            checkpoints,
+        };
+        Ok((run, state))
+    }
+
+    fn started(&self, state: &State) -> Started {
+        let (trained_parameters, parameters) = state.count();
+        Started {
+            first_step: state.progress.step,
+            total_steps: self.total_steps,
+            steps_per_epoch: self.plan.steps_per_epoch,
+            rows: self.data.len(),
+            trained_parameters,
+            parameters,
+        }
+    }
+
+    /// One optimiser step with the log line and the samples due after it.
+    fn step(&mut self, state: State, observer: &mut dyn Observer) -> Result<State, TrainError> {
+        let learning_rate = self.learning_rate.at(state.progress.step);
+        let (sum, loss, samples) = self.gradients(&state)?;
+        let (mut state, norm) = state.update(sum, loss, learning_rate, observer)?;
+        let step = state.progress.step;
+        self.window.0 += samples;
+        observer.on(Event::Step { step, loss, learning_rate, samples });
+        if is_due(self.recipe.log_steps, step) || step == self.total_steps {
+            let line = self.log_line(&mut state.progress, norm, learning_rate);
+            self.log.write(&line)?;
+            observer.on(Event::Logged(line));
+        }
+        if is_due(self.recipe.sample_steps, step) {
+            self.draw_samples(&state, observer)?;
+        }
+        Ok(state)
+    }
+
+    /// The gradient of the mean loss over all samples of the next step, that loss, and their number.
+    fn gradients(&mut self, state: &State) -> Result<(GradientSum, f64, usize), TrainError> {
+        let step = state.progress.step;
+        let batches = self.plan.step(step);
+        let samples: usize = batches.iter().map(Vec::len).sum();
+        let (mut sum, mut loss) = (GradientSum::default(), 0.0);
+        for positions in &batches {
+            let (seed, epoch) = (self.recipe.seed, self.plan.epoch_of(step));
+            let batch = Batch { data: &self.data, positions, seed, epoch };
+            let share = positions.len() as f64 / samples as f64;
+            loss += share * self.method.step(&state.model, &batch, share as f32, &mut sum)?;
+        }
+        Ok((sum, loss, samples))
+    }
+
+    /// Its time is taken out of the rate that the log shows.
+    fn draw_samples(&mut self, state: &State, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let Some(samples) = &self.samples else { return Ok(()) };
+        let began = Instant::now();
+        observer.on(Event::Samples(&samples.draw(state.averaged(), &self.device, state.progress.step)?));
+        self.window.1 += began.elapsed();
+        Ok(())
+    }
+
+    /// The line that sums up the steps since the one before.
+    fn log_line(&mut self, progress: &mut Progress, gradient_norm: f64, learning_rate: f64) -> LogLine {
+        let losses = std::mem::take(&mut progress.losses);
+        let (samples, since) = std::mem::replace(&mut self.window, (0, Instant::now()));
+        LogLine {
+            step: progress.step,
+            epoch: self.plan.epoch_of(progress.step - 1),
+            loss: losses.iter().sum::<f64>() / losses.len() as f64,
+            gradient_norm,
+            learning_rate,
+            samples_per_sec: samples as f64 / since.elapsed().as_secs_f64(),
+        }
+    }
+
+    fn origin<'b>(&'b self, version: &'b str) -> output::Origin<'b> {
+        output::Origin { recipe: self.recipe, groups: self.data.groups(), version }
+    }
+}
+
+/// Checks that the data belongs to the run, then loads it.
+fn load_data(
+    recipe: &Recipe,
+    model: &Model,
+    trainable: &Trainable,
+    device: &Device,
+) -> Result<Dataset, TrainError> {
+    if recipe.task == Task::DirectDistill && !recipe.online_teacher {
+        provenance::check(recipe, model)?;
+    }
+    let resize = resize(recipe, model.division_factor());
+    let base = &recipe.dataset_base_path;
+    let keep_text = !trainable.trains_text_encoder();
+    Dataset::prepare(&source::rows(recipe, resize)?, Preparation { model, device, resize, base, keep_text })
+}
+
+fn resize(recipe: &Recipe, division: usize) -> Resize {
+    match (recipe.height, recipe.width) {
+        (Some(height), Some(width)) => Resize::Exact { height, width },
+        _ => Resize::MaxPixels { max_pixels: recipe.max_pixels, division },
+    }
+}
