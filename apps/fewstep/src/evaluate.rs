@@ -190,8 +190,7 @@ fn read_prompts(args: &EvaluateArgs) -> Result<Prompts> {
 
 /// The teacher first, then the undistilled model in few steps, then every student at every step count.
 fn contestants(args: &EvaluateArgs) -> Result<Vec<Contestant>> {
-    let device = Device::flex();
-    let teacher = Model::from_pretrained(&args.model, &device)?;
+    let teacher = Model::from_pretrained(&args.model, &Device::flex())?;
     let contestant = |name: &str, model: &Model, num_inference_steps, cfg_scale| Contestant {
         name: name.to_owned(),
         model: model.clone(),
@@ -205,7 +204,7 @@ fn contestants(args: &EvaluateArgs) -> Result<Vec<Contestant>> {
         contestant("undistilled", &teacher, base, args.teacher_cfg_scale),
     ];
     for Student { name, path } in &args.student {
-        let model = load_student(&teacher, path, &device)?;
+        let model = load_student(args, &teacher, path)?;
         for steps in &args.student_num_inference_steps {
             contestants.push(contestant(name, &model, *steps, 1.0));
         }
@@ -213,13 +212,14 @@ fn contestants(args: &EvaluateArgs) -> Result<Vec<Contestant>> {
     Ok(contestants)
 }
 
-fn load_student(teacher: &Model, path: &Path, device: &Device) -> Result<Model> {
+fn load_student(args: &EvaluateArgs, teacher: &Model, path: &Path) -> Result<Model> {
     if path.is_dir() {
-        return Ok(Model::from_pretrained(path, device)?);
+        return Ok(Model::from_pretrained(path, &Device::flex())?);
     }
     if !path.is_file() {
         bail!("{}: no such student\nhint: give a LoRA file (.safetensors) or a model folder", path.display());
     }
+    lora::check_base(path, &args.model)?;
     Ok(lora::load(teacher.clone(), path, 1.0)?)
 }
 

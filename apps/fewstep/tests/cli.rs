@@ -265,3 +265,17 @@ fn damaged_data_and_weights_are_named() {
     assert!(said.contains("diffusion_pytorch_model.safetensors") && said.contains("hint:"), "{said}");
     assert!(!fixture.path("other/metadata.csv").exists());
 }
+
+#[test]
+fn every_recipe_is_read_and_names_things_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let mut read = 0;
+    for entry in fs::read_dir(root.join("recipes")).unwrap() {
+        let path = entry.unwrap().path();
+        let recipe = fewstep_train::Recipe::read(&path).unwrap_or_else(|error| panic!("{error}"));
+        recipe.validate().unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        assert!(root.join(&recipe.model).join("model_index.json").exists(), "{}", path.display());
+        read += 1;
+    }
+    assert_eq!(read, 3);
+}

@@ -107,6 +107,23 @@ pub enum ModelError {
         /// The division factor of the family.
         factor: usize,
     },
+    /// A LoRA that was trained on other weights.
+    #[error(
+        "{}: trained on a base with hash {expected}, {} has hash {found}\nhint: give the model folder the adapter was \
+         trained on",
+        path.display(),
+        folder.display()
+    )]
+    OtherBase {
+        /// The LoRA file.
+        path: PathBuf,
+        /// The model folder.
+        folder: PathBuf,
+        /// The folder's hash.
+        found: String,
+        /// The hash in the file.
+        expected: String,
+    },
     /// LoRA targets that match nothing.
     #[error("no layer matches the LoRA target modules {}\nhint: this model has {}", targets.join(", "), available.join(", "))]
     NoTarget {

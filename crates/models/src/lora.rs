@@ -13,7 +13,7 @@ use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_flow::noise::TorchGenerator;
 
-use crate::weights::{WeightFiles, WeightType, save_tensors, values};
+use crate::weights::{WeightFiles, WeightType, read_info, save_tensors, values, weights_hash};
 use crate::{Linear, LowRankAdapter, Model, ModelError};
 
 /// Which projections get an adapter, and of which size.
@@ -79,6 +79,22 @@ pub fn save(model: &Model, path: &Path, info: &BTreeMap<String, String>) -> Resu
         tensors.push((format!("{layer}.lora_B.default.weight"), up.dims().to_vec(), values(up)));
     }
     save_tensors(path, tensors, WeightType::F32, info)
+}
+
+/// The entry of a LoRA file's metadata that holds the hash of the base it was trained on.
+pub const BASE_HASH: &str = "fewstep.base_hash";
+
+/// Checks that a LoRA file was trained on the weights of a model folder. A file that does not say passes.
+///
+/// # Errors
+/// If the file names other weights, or a file cannot be read.
+pub fn check_base(path: &Path, folder: &Path) -> Result<(), ModelError> {
+    let Some(expected) = read_info(path)?.remove(BASE_HASH) else { return Ok(()) };
+    let found = weights_hash(folder)?;
+    if found == expected {
+        return Ok(());
+    }
+    Err(ModelError::OtherBase { path: path.to_owned(), folder: folder.to_owned(), found, expected })
 }
 
 /// Attaches the adapters of a file, scaled by `alpha` (1 applies them as trained).

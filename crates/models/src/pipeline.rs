@@ -109,6 +109,7 @@ impl Pipeline {
     pub fn from_pretrained(folder: impl AsRef<Path>, options: PipelineOptions) -> Result<Self, ModelError> {
         let mut model = Model::from_pretrained(folder.as_ref(), &options.device)?;
         if let Some(file) = &options.lora {
+            lora::check_base(&file.path, folder.as_ref())?;
             model = lora::load(model, &file.path, file.alpha)?;
         }
         Ok(Self { model, device: options.device })

@@ -12,22 +12,42 @@ fn folder() -> std::path::PathBuf {
     golden("qwen_image/model")
 }
 
-/// Velocity of the golden case `name`, packed, with its prompt states.
-fn velocity(name: &str, golden: &Golden) -> Tensor<3> {
-    let device = Device::flex();
-    let transformer = Transformer::from_pretrained(&folder(), &device).expect("the golden model loads");
-    let text: Tensor<3> = golden.tensor(&format!("{name}.prompt_embeds"), &device);
-    let latents = golden.shape(&format!("{name}.latents"));
-    let packed = pack(golden.tensor(&format!("{name}.latents"), &device));
-    let lengths = match golden.keys().contains(&format!("{name}.mask")) {
-        true => {
-            let mask = golden.i64s(&format!("{name}.mask"));
-            mask.chunks_exact(text.dims()[1]).map(|row| row.iter().sum::<i64>() as usize).collect()
+/// What the golden case `name` feeds the transformer.
+struct Input {
+    transformer: Transformer,
+    packed: Tensor<3>,
+    sigma: Tensor<1>,
+    condition: Condition,
+    /// Rows and columns of image tokens.
+    tokens: [usize; 2],
+}
+
+impl Input {
+    fn read(name: &str, golden: &Golden) -> Self {
+        let device = Device::flex();
+        let text: Tensor<3> = golden.tensor(&format!("{name}.prompt_embeds"), &device);
+        let latents = golden.shape(&format!("{name}.latents"));
+        let lengths = match golden.keys().contains(&format!("{name}.mask")) {
+            true => {
+                let mask = golden.i64s(&format!("{name}.mask"));
+                mask.chunks_exact(text.dims()[1]).map(|row| row.iter().sum::<i64>() as usize).collect()
+            }
+            false => vec![text.dims()[1]; latents[0]],
+        };
+        Self {
+            transformer: Transformer::from_pretrained(&folder(), &device).expect("the golden model loads"),
+            packed: pack(golden.tensor(&format!("{name}.latents"), &device)),
+            sigma: golden.tensor::<1>(&format!("{name}.timestep"), &device) / 1000.0,
+            condition: Condition { text, lengths },
+            tokens: [latents[2] / 2, latents[3] / 2],
         }
-        false => vec![text.dims()[1]; latents[0]],
-    };
-    let sigma: Tensor<1> = golden.tensor::<1>(&format!("{name}.timestep"), &device) / 1000.0;
-    transformer.forward(packed, sigma, &Condition { text, lengths }, [latents[2] / 2, latents[3] / 2])
+    }
+}
+
+/// Velocity of the golden case `name`, packed.
+fn velocity(name: &str, golden: &Golden) -> Tensor<3> {
+    let input = Input::read(name, golden);
+    input.transformer.forward(input.packed, input.sigma, &input.condition, input.tokens)
 }
 
 /// 2×2 patches, channel-major, written here a second time so that the crate's packing is checked.
@@ -55,6 +75,27 @@ fn transformer_equals_the_peer_on_square_wide_and_odd_latents() {
     for case in ["sq64", "w96", "odd144x80"] {
         let expected: Tensor<3> = golden.tensor(&format!("{case}.diffusers_out_packed"), &Device::flex());
         assert_tensors_close(velocity(case, &golden), expected, TOLERANCE);
+    }
+}
+
+#[test]
+fn every_block_equals_the_peers() {
+    let golden = Golden::open(golden("qwen_image/transformer.safetensors"));
+    for case in ["sq64", "odd144x80"] {
+        let input = Input::read(case, &golden);
+        let states =
+            input.transformer.block_states(input.packed, input.sigma, &input.condition, input.tokens);
+        assert_eq!(states.len(), 3);
+        for (block, [image, text]) in states.into_iter().enumerate() {
+            for (stream, found) in [("image", image), ("text", text)] {
+                let key = format!("{case}.diffusers.block{block}.{stream}");
+                // The residual streams grow to a few tens: the tolerance is relative to their largest element.
+                let expected: Tensor<3> = golden.tensor(&key, &Device::flex());
+                let largest =
+                    values(expected.clone()).into_iter().fold(1.0f32, |most, value| most.max(value.abs()));
+                assert_tensors_close(found, expected, TOLERANCE * largest);
+            }
+        }
     }
 }
 

@@ -42,7 +42,7 @@ impl Origin<'_> {
     fn info(&self, model: &Model, steps: u64) -> Result<BTreeMap<String, String>, TrainError> {
         let mut info = BTreeMap::from([
             ("fewstep.version".to_owned(), self.version.to_owned()),
-            ("fewstep.base_hash".to_owned(), weights_hash(&self.recipe.model)?),
+            (lora::BASE_HASH.to_owned(), weights_hash(&self.recipe.model)?),
             ("fewstep.task".to_owned(), self.recipe.task.name().to_owned()),
             ("fewstep.training_steps".to_owned(), steps.to_string()),
             ("fewstep.recipe".to_owned(), self.recipe.to_toml()),

@@ -24,7 +24,7 @@ impl Trainable {
     /// If a component is unknown, or its gradient does not exist in the task.
     pub fn new(recipe: &Recipe, model: &Model) -> Result<Self, TrainError> {
         if let Some(base) = &recipe.lora_base_model {
-            check("lora_base_model", base, &["transformer".to_owned()])?;
+            check("lora_base_model", base, &[model.denoiser_name().to_owned()])?;
             return Ok(Self::Lora(LoraConfig {
                 rank: recipe.lora_rank,
                 alpha: recipe.lora_alpha.unwrap_or(recipe.lora_rank as f64) as f32,
@@ -54,7 +54,8 @@ impl Trainable {
         let model = match self {
             Self::Full(_) => model,
             Self::Lora(config) => match &recipe.lora_checkpoint {
-                Some(path) => lora::load(model, path, config.alpha)?,
+                // A file's adapters are applied as they were trained: its scale is folded in.
+                Some(path) => lora::load(model, path, 1.0)?,
                 None => lora::attach(model, config, recipe.seed)?.0,
             },
         };

@@ -176,19 +176,48 @@ impl Transformer {
         condition: &Condition,
         [rows, columns]: [usize; 2],
     ) -> Tensor<3> {
-        let text_tokens = condition.text.dims()[1];
-        let shared = Shared {
-            time: silu(self.embed_time(sigma)),
-            rotary: joint_table(text_tokens, [rows, columns], self.config.axes_dims_rope),
-            keys: key_mask(condition, rows * columns),
-        };
-        let mut streams =
-            Streams { image: self.img_in.forward(packed), text: self.embed_text(condition.text.clone()) };
+        let (mut streams, shared) = self.embed(packed, sigma, condition, [rows, columns]);
         for block in &self.transformer_blocks {
             streams = block.forward(streams, &shared, &self.config);
         }
         let modulation = self.norm_out.linear.forward(shared.time);
         self.proj_out.forward(norm_modulate(streams.image, modulation, OUTPUT, EPSILON))
+    }
+
+    /// Image and text tokens after each block, `[B, N, D]` and `[B, S, D]`: where two implementations part.
+    ///
+    /// Takes what [`Transformer::forward`] takes.
+    pub fn block_states(
+        &self,
+        packed: Tensor<3>,
+        sigma: Tensor<1>,
+        condition: &Condition,
+        [rows, columns]: [usize; 2],
+    ) -> Vec<[Tensor<3>; 2]> {
+        let (mut streams, shared) = self.embed(packed, sigma, condition, [rows, columns]);
+        let mut states = Vec::with_capacity(self.transformer_blocks.len());
+        for block in &self.transformer_blocks {
+            streams = block.forward(streams, &shared, &self.config);
+            states.push([streams.image.clone(), streams.text.clone()]);
+        }
+        states
+    }
+
+    fn embed(
+        &self,
+        packed: Tensor<3>,
+        sigma: Tensor<1>,
+        condition: &Condition,
+        [rows, columns]: [usize; 2],
+    ) -> (Streams, Shared) {
+        let shared = Shared {
+            time: silu(self.embed_time(sigma)),
+            rotary: joint_table(condition.text.dims()[1], [rows, columns], self.config.axes_dims_rope),
+            keys: key_mask(condition, rows * columns),
+        };
+        let streams =
+            Streams { image: self.img_in.forward(packed), text: self.embed_text(condition.text.clone()) };
+        (streams, shared)
     }
 
     /// `[B]` to `[B, D]`.

@@ -79,13 +79,17 @@ impl NamedMapper for Loader<'_> {
 
 /// Fills every parameter of a component with fresh numbers.
 ///
-/// Matrices are normal with variance 1 / fan-in, embeddings with variance one, biases zero, norm weights one; a
-/// parameter whose name
+/// Matrices are normal with variance 1 / fan-in, embeddings with [`EMBEDDING_DEVIATION`], biases zero, norm weights
+/// one; a parameter whose name
 /// contains one of `zeros` starts at zero (the modulations and the last projection, so that every
 /// block starts as the identity: adaLN-Zero, arXiv 2212.09748).
 pub(crate) fn initialize<M: Module>(module: M, generator: &mut TorchGenerator, zeros: &[&str]) -> M {
     map_named(module, &mut Initializer { generator, zeros })
 }
+
+/// The published Qwen2.5-VL config's `initializer_range`. Small, because Adam moves a rarely seen row by about the
+/// learning rate each time: rows of unit size would stay the random codes they began as.
+const EMBEDDING_DEVIATION: f32 = 0.02;
 
 struct Initializer<'a> {
     generator: &'a mut TorchGenerator,
@@ -101,8 +105,9 @@ impl NamedMapper for Initializer<'_> {
         } else if D == 1 {
             vec![1.0; count]
         } else {
-            let fan_in = if name.contains("embed_tokens") { 1 } else { shape[1..].iter().product::<usize>() };
-            let deviation = (fan_in as f32).sqrt().recip();
+            let fan_in = shape[1..].iter().product::<usize>() as f32;
+            let deviation =
+                if name.contains("embed_tokens") { EMBEDDING_DEVIATION } else { fan_in.sqrt().recip() };
             self.generator.randn(count).into_iter().map(|value| value * deviation).collect()
         };
         replace(parameter, values)

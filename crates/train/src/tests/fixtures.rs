@@ -1,6 +1,5 @@
 //! A tiny model folder, small data sets, and a recipe that uses them.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -11,8 +10,7 @@ use fewstep_data::metadata::{DistillRow, ImageRow, RandDevice, write_distill_csv
 use fewstep_models::{
     Generated, Model, NamedVisitor, Pipeline, Request, WeightType, save_tensors, visit_named,
 };
-use fewstep_testkit::random_values;
-use serde_json::json;
+use fewstep_testkit::{random_values, write_tiny_configs};
 use tempfile::TempDir;
 
 use crate::host::to_vec;
@@ -33,7 +31,7 @@ impl Bench {
     pub(super) fn new() -> Self {
         let bench = Self { folder: tempfile::tempdir().unwrap() };
         let configs = bench.path("configs");
-        write_configs(&configs);
+        write_tiny_configs(&configs);
         let model = perturbed(Model::random(&configs, 1, &Device::flex()).unwrap());
         model.save_pretrained(&configs, &bench.path("model"), WeightType::F32, &Default::default()).unwrap();
         bench
@@ -136,32 +134,6 @@ fn save_latents(base: &Path, image: &str, generated: &Generated) {
     ];
     let path = base.join(format!("latents/{stem}.safetensors"));
     save_tensors(&path, tensors, WeightType::F32, &Default::default()).unwrap();
-}
-
-fn write_configs(folder: &Path) {
-    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/teacher");
-    let copied = ["model_index.json", "scheduler/scheduler_config.json", "vae/config.json"];
-    let tokenizer = fs::read_dir(assets.join("tokenizer")).unwrap().map(|entry| entry.unwrap().file_name());
-    let tokenizer = tokenizer.map(|name| format!("tokenizer/{}", name.to_string_lossy()));
-    for file in copied.map(str::to_owned).into_iter().chain(tokenizer) {
-        fs::create_dir_all(folder.join(&file).parent().unwrap()).unwrap();
-        fs::copy(assets.join(&file), folder.join(&file)).unwrap();
-    }
-    let shrunk = |file: &str, changes: serde_json::Value| {
-        let mut config: serde_json::Value =
-            serde_json::from_slice(&fs::read(assets.join(file)).unwrap()).unwrap();
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        fs::create_dir_all(folder.join(file).parent().unwrap()).unwrap();
-        fs::write(folder.join(file), config.to_string()).unwrap();
-    };
-    shrunk(
-        "transformer/config.json",
-        json!({"attention_head_dim": 16, "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 2}),
-    );
-    shrunk(
-        "text_encoder/config.json",
-        json!({"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}),
-    );
 }
 
 /// Adds noise to every parameter: a fresh model has zeros where gradients would vanish.
