@@ -157,6 +157,7 @@ fn requests(args: &GenerateArgs) -> Result<Vec<Request>> {
 }
 
 fn provenance(args: &GenerateArgs, pipeline: &Pipeline, requests: &[Request]) -> Result<Provenance> {
+    pipeline.model.latent_shape(args.height, args.width)?;
     let grid = |steps| pipeline.model.sigma_grid(steps, args.height, args.width);
     let mut hash = Sha256::new();
     for request in requests {

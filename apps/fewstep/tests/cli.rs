@@ -1,5 +1,7 @@
 //! The program from outside: the way of a user's data, and what wrong input is told.
 
+#![allow(clippy::unwrap_used)] // Helpers of the tests fail where the tests do.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -92,8 +94,8 @@ impl Fixture {
         let list =
             ["generate", "--model", &self.arg("teacher"), "--output", &self.arg(output)].map(String::from);
         let prompts = ["--prompt", "a dark square", "--prompt", "a light square", "--images-per-prompt", "3"];
-        let sizes = ["--height", "16", "--width", "16", "--num_inference_steps", "3", "--batch-size", "2"];
-        list.into_iter().chain(prompts.map(String::from)).chain(sizes.map(String::from)).collect()
+        let settings = ["--width", "16", "--num_inference_steps", "3", "--batch-size", "2", "--height", "16"];
+        list.into_iter().chain(prompts.map(String::from)).chain(settings.map(String::from)).collect()
     }
 
     fn distil(&self, data: &str, output: &str) -> Vec<String> {
@@ -261,6 +263,12 @@ fn damaged_data_and_weights_are_named() {
     let weights = fixture.path("teacher/transformer/diffusion_pytorch_model.safetensors");
     let bytes = fs::read(&weights).unwrap();
     fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    let mut odd = fixture.generate("odd");
+    *odd.last_mut().unwrap() = "20".into();
+    let said = fails(&strs(&odd), 1);
+    assert!(said.contains("height 20 px is not divisible by 8"), "{said}");
+    assert!(!fixture.path("odd").exists());
+
     let said = fails(&strs(&fixture.generate("other")), 1);
     assert!(said.contains("diffusion_pytorch_model.safetensors") && said.contains("hint:"), "{said}");
     assert!(!fixture.path("other/metadata.csv").exists());

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {reason}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// The system's reason.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// A folder is no model folder.
     #[error("{}: no model folder: {missing} is missing\nhint: give the folder that holds model_index.json", path.display())]
@@ -143,7 +143,7 @@ pub enum ModelError {
 impl ModelError {
     /// For `map_err` on file operations.
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError + '_ {
-        move |source| ModelError::Io { path: path.to_owned(), source }
+        move |reason| ModelError::Io { path: path.to_owned(), reason }
     }
 }
 

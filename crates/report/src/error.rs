@@ -6,32 +6,32 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum ReportError {
     /// A file could not be read.
-    #[error("cannot read {}", path.display())]
+    #[error("cannot read {}: {reason}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// The system's reason.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// A file could not be written; what was there before is unchanged.
-    #[error("cannot write {}", path.display())]
+    #[error("cannot write {}: {reason}", path.display())]
     Write {
         /// The file.
         path: PathBuf,
         /// The system's reason.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// The judge's file is cut short or of another format.
-    #[error("{} is no whole safetensors file; hint: the judge's weights are in assets/judge", path.display())]
+    #[error("{} is no whole safetensors file: {reason}\nhint: the judge's weights are in assets/judge", path.display())]
     NotSafetensors {
         /// The file.
         path: PathBuf,
         /// The reader's reason.
-        source: safetensors::SafeTensorError,
+        reason: safetensors::SafeTensorError,
     },
     /// The judge's file holds another network.
     #[error(
-        "{} is not the judge's network: missing keys {missing:?}, unknown keys {unknown:?}; hint: the judge's weights are in assets/judge",
+        "{} is not the judge's network: missing keys {missing:?}, unknown keys {unknown:?}\nhint: the judge's weights are in assets/judge",
         path.display()
     )]
     Keys {

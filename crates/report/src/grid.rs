@@ -46,7 +46,7 @@ pub fn write_contact_sheet(
     margin: usize,
 ) -> Result<(), ReportError> {
     let png = contact_sheet(pictures, columns, margin).to_png();
-    atomic::write(path, &png).map_err(|source| ReportError::Write { path: path.to_owned(), source })
+    atomic::write(path, &png).map_err(|reason| ReportError::Write { path: path.to_owned(), reason })
 }
 
 fn paste(sheet: &mut Picture, picture: &Picture, top: usize, left: usize) {

@@ -48,7 +48,7 @@ impl Judge {
     /// When the file cannot be read or is not exactly this network.
     pub fn load(path: &Path) -> Result<Self, ReportError> {
         let bytes =
-            std::fs::read(path).map_err(|source| ReportError::Read { path: path.to_owned(), source })?;
+            std::fs::read(path).map_err(|reason| ReportError::Read { path: path.to_owned(), reason })?;
         Ok(Self { network: MobileNet::load(path, &bytes)? })
     }
 

@@ -62,7 +62,7 @@ impl MobileNet {
     /// Builds the network from torchvision's key names.
     pub(crate) fn load(path: &Path, bytes: &[u8]) -> Result<Self, ReportError> {
         let tensors = SafeTensors::deserialize(bytes)
-            .map_err(|source| ReportError::NotSafetensors { path: path.to_owned(), source })?;
+            .map_err(|reason| ReportError::NotSafetensors { path: path.to_owned(), reason })?;
         let mut reader = Reader { path, tensors, used: BTreeSet::new(), missing: Vec::new() };
         let stem = reader.spatial("features.0.0", [STEM_CHANNELS, 3, 3, 3])?;
         let mut blocks = Vec::new();

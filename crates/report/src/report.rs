@@ -139,5 +139,5 @@ fn lines(json: &Value) -> String {
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), ReportError> {
-    atomic::write(path, bytes).map_err(|source| ReportError::Write { path: path.to_owned(), source })
+    atomic::write(path, bytes).map_err(|reason| ReportError::Write { path: path.to_owned(), reason })
 }

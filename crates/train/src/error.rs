@@ -10,12 +10,12 @@ use fewstep_models::ModelError;
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {reason}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// The system's reason.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// A recipe file has an unknown key or a malformed value.
     #[error("{}: {reason}\nhint: every key of a recipe is a flag of `train --help`, with underscores", path.display())]
@@ -155,7 +155,7 @@ impl TrainError {
 
     /// For `map_err` on file operations.
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> TrainError + '_ {
-        move |source| TrainError::Io { path: path.to_owned(), source }
+        move |reason| TrainError::Io { path: path.to_owned(), reason }
     }
 
     /// A TOML error of a recipe.

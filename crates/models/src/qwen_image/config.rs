@@ -82,7 +82,7 @@ pub struct TextEncoderConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(tag = "_class_name")]
 pub enum VaeConfig {
-    /// See [`super::vae::PixelUnshuffle`].
+    /// Pixels rearranged, no weights.
     PixelUnshuffle(PixelUnshuffleConfig),
 }
 

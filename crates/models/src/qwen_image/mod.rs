@@ -27,7 +27,7 @@ pub use config::{PredictionType, PromptTemplate, TextEncoderConfig, TransformerC
 pub use text_encoder::TextEncoder;
 pub use tokenizer::PromptTokenizer;
 pub use transformer::Transformer;
-pub use vae::Vae;
+pub use vae::{PixelUnshuffle, Vae};
 
 use crate::weights::{KeyMap, WeightType, collect, initialize, write};
 use crate::{Condition, ModelError};
