@@ -283,8 +283,8 @@ fn grid(args: &EvaluateArgs, contestants: &[Contestant], drawn: &[Drawn], prompt
         1.0 => format!("{}, {} steps", who.name, who.num_inference_steps),
         scale => format!("{}, {} steps, guidance {scale}", who.name, who.num_inference_steps),
     };
-    // Spread over the prompts, so that the grid is no selection.
-    let stride = prompts.texts.len().div_ceil(args.shown.max(1)).max(1);
+    // Spread over the prompts, so that the grid is no selection; odd, so that languages in turn both show.
+    let stride = prompts.texts.len().div_ceil(args.shown.max(1)) | 1;
     let row = |index: usize| GridRow {
         prompt: prompts.texts[index].clone(),
         seed: Some(args.seed + index as u64),

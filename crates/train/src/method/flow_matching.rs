@@ -11,21 +11,19 @@ use crate::batch::Batch;
 use crate::random::{Draw, Purpose};
 use crate::recipe::{Recipe, TimestepSampling};
 
+/// Noise levels of [`TimestepSampling::Schedule`]: the peers' training timesteps.
+const TRAINING_LEVELS: usize = 1000;
+
 /// Flow matching and its settings.
 pub struct FlowMatching {
     guidance_dropout: f32,
     timestep_sampling: TimestepSampling,
-    logit_mean: f32,
 }
 
 impl FlowMatching {
     /// The settings of a recipe.
     pub fn new(recipe: &Recipe) -> Self {
-        Self {
-            guidance_dropout: recipe.guidance_dropout as f32,
-            timestep_sampling: recipe.timestep_sampling,
-            logit_mean: recipe.logit_mean as f32,
-        }
+        Self { guidance_dropout: recipe.guidance_dropout as f32, timestep_sampling: recipe.timestep_sampling }
     }
 
     /// See [`super::Method::step`].
@@ -37,7 +35,7 @@ impl FlowMatching {
         sum: &mut GradientSum,
     ) -> Result<f64, TrainError> {
         let clean = batch.latents(); // [B, C, H, W]
-        let drawn = self.draw(batch, clean.shape().num_elements() / batch.len());
+        let drawn = self.draw(model, batch, clean.shape().num_elements() / batch.len())?;
         let device = clean.device();
         let sigma = Tensor::from_data(TensorData::new(drawn.sigmas, [batch.len()]), &device); // [B]
         let noise = Tensor::from_data(TensorData::new(drawn.noise, clean.dims()), &device);
@@ -52,22 +50,27 @@ impl FlowMatching {
     }
 
     /// Everything random of a batch; a sample's numbers do not depend on the batch it is in.
-    fn draw(&self, batch: &Batch<'_>, elements: usize) -> Drawn {
-        let samples: Vec<_> =
-            batch.draws().into_par_iter().map(|draw| self.draw_sample(draw, elements)).collect();
-        Drawn {
+    fn draw(&self, model: &Model, batch: &Batch<'_>, elements: usize) -> Result<Drawn, TrainError> {
+        let size = batch.group().size;
+        let grid = model.sigma_grid(TRAINING_LEVELS, size.height, size.width)?;
+        let levels = &grid.as_slice()[..TRAINING_LEVELS];
+        let draw = |draw| self.draw_sample(draw, elements, levels);
+        let samples: Vec<_> = batch.draws().into_par_iter().map(draw).collect();
+        Ok(Drawn {
             dropped: samples.iter().map(|sample| sample.0).collect(),
             sigmas: samples.iter().map(|sample| sample.1).collect(),
             noise: samples.into_iter().flat_map(|sample| sample.2).collect(),
-        }
+        })
     }
 
-    pub(crate) fn draw_sample(&self, draw: Draw, elements: usize) -> (bool, f32, Vec<f32>) {
+    /// Dropped or not, sigma, noise; `levels` are those of [`TimestepSampling::Schedule`].
+    pub(crate) fn draw_sample(&self, draw: Draw, elements: usize, levels: &[f32]) -> (bool, f32, Vec<f32>) {
         let mut generator = draw.generator(Purpose::Sample);
         let dropped = generator.rand(1)[0] < self.guidance_dropout;
         let sigma = match self.timestep_sampling {
             TimestepSampling::Uniform => generator.rand(1)[0],
-            TimestepSampling::LogitNormal => 1.0 / (1.0 + (-self.logit_mean - generator.randn(1)[0]).exp()),
+            TimestepSampling::LogitNormal => 1.0 / (1.0 + (-generator.randn(1)[0]).exp()),
+            TimestepSampling::Schedule => levels[(generator.rand(1)[0] * levels.len() as f32) as usize],
         };
         (dropped, sigma, generator.randn(elements))
     }

@@ -80,9 +80,11 @@ pub enum Schedule {
 pub enum TimestepSampling {
     /// Uniform in [0, 1).
     Uniform,
-    /// 1 / (1 + e^-z), z normal with mean `logit_mean` and deviation 1 (arXiv 2403.03206).
+    /// 1 / (1 + e^-z), z standard normal (arXiv 2403.03206).
     #[value(alias = "logit-normal")]
     LogitNormal,
+    /// Uniform over the model's own inference grid of 1,000 steps, as DiffSynth-Studio draws it.
+    Schedule,
 }
 
 /// Distance between the student's picture and the teacher's.

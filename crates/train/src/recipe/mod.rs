@@ -125,9 +125,6 @@ pub struct Recipe {
     /// sft: how sigma is drawn
     #[arg(long, value_enum, default_value = "logit_normal", help_heading = "Method")]
     pub timestep_sampling: TimestepSampling,
-    /// sft: mean of the normal that logit_normal is made of; above 0 draws noisier pictures
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, help_heading = "Method")]
-    pub logit_mean: f64,
     /// direct_distill: distance between the pictures of student and teacher
     #[arg(long, value_enum, default_value = "mse", help_heading = "Method")]
     pub loss: Distance,

@@ -188,16 +188,17 @@ fn the_flow_matching_loss_is_the_one_computed_by_hand() {
 fn sigma_and_dropped_captions_have_the_asked_for_shares() {
     let bench = Bench::new().with_pictures();
     let base = Recipe { guidance_dropout: 0.25, ..bench.recipe() };
-    // P(logit-normal < 1/4) = Φ(ln(1/3) − mean).
+    // P(logit-normal < 1/4) = Φ(ln(1/3)); one in five of the levels below.
+    let levels = [0.9, 0.7, 0.5, 0.3, 0.1];
     let cases = [
-        (TimestepSampling::Uniform, 0.0, 0.25),
-        (TimestepSampling::LogitNormal, 0.0, 0.136),
-        (TimestepSampling::LogitNormal, -0.5, 0.275),
+        (TimestepSampling::Uniform, 0.25),
+        (TimestepSampling::LogitNormal, 0.136),
+        (TimestepSampling::Schedule, 0.2),
     ];
-    for (timestep_sampling, logit_mean, below_quarter) in cases {
-        let method = FlowMatching::new(&Recipe { timestep_sampling, logit_mean, ..base.clone() });
+    for (timestep_sampling, below_quarter) in cases {
+        let method = FlowMatching::new(&Recipe { timestep_sampling, ..base.clone() });
         let drawn: Vec<_> =
-            (0..4000).map(|row| method.draw_sample(Draw { seed: 1, epoch: 0, row }, 0)).collect();
+            (0..4000).map(|row| method.draw_sample(Draw { seed: 1, epoch: 0, row }, 0, &levels)).collect();
         let share = |count: usize| count as f64 / drawn.len() as f64;
         // Four standard errors of a share near a quarter.
         let (dropped, small) =
