@@ -260,15 +260,15 @@ fn damaged_data_and_weights_are_named() {
     assert!(said.contains("metadata.csv") && said.contains("row 2") && said.contains("seed"), "{said}");
     fs::write(&metadata, &intact).unwrap();
 
-    let weights = fixture.path("teacher/transformer/diffusion_pytorch_model.safetensors");
-    let bytes = fs::read(&weights).unwrap();
-    fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
     let mut odd = fixture.generate("odd");
     *odd.last_mut().unwrap() = "20".into();
     let said = fails(&strs(&odd), 1);
     assert!(said.contains("height 20 px is not divisible by 8"), "{said}");
     assert!(!fixture.path("odd").exists());
 
+    let weights = fixture.path("teacher/transformer/diffusion_pytorch_model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
     let said = fails(&strs(&fixture.generate("other")), 1);
     assert!(said.contains("diffusion_pytorch_model.safetensors") && said.contains("hint:"), "{said}");
     assert!(!fixture.path("other/metadata.csv").exists());
