@@ -46,12 +46,13 @@ struct Size {
     teacher_pictures: usize,
     /// Share of the recipes' optimiser steps.
     training: f64,
-    evaluation_prompts: usize,
+    /// Held-out prompts to evaluate on; `None` takes all.
+    evaluation_prompts: Option<usize>,
     shown: usize,
 }
 
-const WHOLE: Size = Size { teacher_pictures: 384, training: 1.0, evaluation_prompts: 186, shown: 16 };
-const QUICK: Size = Size { teacher_pictures: 96, training: 0.15, evaluation_prompts: 32, shown: 8 };
+const WHOLE: Size = Size { teacher_pictures: 384, training: 1.0, evaluation_prompts: None, shown: 16 };
+const QUICK: Size = Size { teacher_pictures: 96, training: 0.15, evaluation_prompts: Some(32), shown: 8 };
 
 /// One student of the demo.
 struct StudentRun {
@@ -141,8 +142,7 @@ pub fn demo(args: &DemoArgs, stop: &AtomicBool, progress: &dyn Progress) -> Resu
             return Ok(None);
         }
     }
-    let what = format!("Comparing all of them on {} prompts never trained on.", size.evaluation_prompts);
-    stages.announce(&what);
+    stages.announce("Comparing teacher, undistilled model and students on prompts never trained on.");
     evaluate(&evaluation(args, &size, &teacher), stages.done, progress).map(Some)
 }
 
@@ -206,7 +206,7 @@ fn evaluation(args: &DemoArgs, size: &Size, teacher: &Path) -> EvaluateArgs {
     let metadata = args.output.join("emoji/held_out.csv");
     EvaluateArgs {
         student: STUDENTS.iter().map(student).collect(),
-        limit: Some(size.evaluation_prompts),
+        limit: size.evaluation_prompts,
         batch_size: BATCH_SIZE,
         judge: args.root.join("assets/judge").join(fewstep_report::Judge::FILE),
         shown: size.shown,
