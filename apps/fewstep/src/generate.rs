@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use fewstep_data::metadata::{DistillRow, Metadata, RandDevice, write_distill_csv};
-use fewstep_data::provenance::Provenance;
+use fewstep_data::provenance::{Provenance, TORCH_CPU};
 use fewstep_flow::Solver;
 use fewstep_models::{
     Generated, LoraFile, Pipeline, PipelineOptions, Request, WeightType, save_tensors, weights_hash,
@@ -175,7 +175,7 @@ fn provenance(args: &GenerateArgs, pipeline: &Pipeline, requests: &[Request]) ->
         student_num_inference_steps: args.student_num_inference_steps,
         student_cfg_scale: args.student_cfg_scale,
         student_sigmas: grid(args.student_num_inference_steps)?.as_slice().to_vec(),
-        noise_generator: "torch-cpu".into(),
+        noise_generator: TORCH_CPU.into(),
         dtype: "f32".into(),
         height: args.height,
         width: args.width,

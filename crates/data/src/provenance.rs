@@ -9,6 +9,9 @@ use crate::{DataError, atomic};
 /// The file's name inside a data set's folder.
 pub const FILE_NAME: &str = "provenance.json";
 
+/// [`Provenance::noise_generator`] of initial noise drawn by torch's CPU generator.
+pub const TORCH_CPU: &str = "torch-cpu";
+
 /// How the pictures of a data set were drawn, and what their student shall run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Provenance {

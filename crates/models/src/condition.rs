@@ -35,19 +35,9 @@ impl Condition {
         }
     }
 
-    /// Several samples, in the given order, padded to the longest of them.
-    pub fn select(&self, indices: &[usize]) -> Condition {
-        Condition::stack(&indices.iter().map(|index| self.row(*index)).collect::<Vec<_>>())
-    }
-
     /// The same states on the device's autodiff side, without a graph behind them.
     pub fn autodiff(self) -> Condition {
         Condition { text: self.text.autodiff(), lengths: self.lengths }
-    }
-
-    /// The same states without a graph.
-    pub fn inner(self) -> Condition {
-        Condition { text: self.text.inner(), lengths: self.lengths }
     }
 }
 

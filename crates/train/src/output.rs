@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use fewstep_data::provenance::TORCH_CPU;
 use fewstep_models::{Model, lora, weights_hash};
 
 use crate::TrainError;
 use crate::dataset::Group;
-use crate::provenance::NOISE_GENERATOR;
 use crate::recipe::{Recipe, Task};
 
 /// Where trained weights come from.
@@ -48,7 +48,7 @@ impl Origin<'_> {
             ("fewstep.recipe".to_owned(), self.recipe.to_toml()),
         ]);
         if self.recipe.task == Task::DirectDistill {
-            info.insert("fewstep.noise_generator".to_owned(), NOISE_GENERATOR.to_owned());
+            info.insert("fewstep.noise_generator".to_owned(), TORCH_CPU.to_owned());
             info.insert("fewstep.sigma_grids".to_owned(), self.sigma_grids(model)?);
         }
         Ok(info)

@@ -1,15 +1,10 @@
 //! Whether a data set was made for this run: the sigma grid and the teacher must be the run's own.
 
-use std::path::Path;
-
-use fewstep_data::provenance::{FILE_NAME, Provenance};
+use fewstep_data::provenance::{FILE_NAME, Provenance, TORCH_CPU};
 use fewstep_models::{Model, weights_hash};
 
 use crate::TrainError;
 use crate::recipe::Recipe;
-
-/// The generator of initial noise that this crate draws from.
-pub(crate) const NOISE_GENERATOR: &str = "torch-cpu";
 
 /// Compares a generated data set with the run. A data set without provenance, pictures from elsewhere, passes.
 ///
@@ -31,18 +26,14 @@ pub(crate) fn check(recipe: &Recipe, model: &Model) -> Result<(), TrainError> {
             "the model's scheduler changed since; generate the data again",
         );
     }
-    if found.noise_generator != NOISE_GENERATOR {
+    if found.noise_generator != TORCH_CPU {
         let hint = "the initial noise cannot be drawn here; generate the data again";
-        return differs("the noise generator", found.noise_generator, NOISE_GENERATOR.into(), hint);
+        return differs("the noise generator", found.noise_generator, TORCH_CPU.into(), hint);
     }
-    let hash = teacher_hash(&recipe.model)?;
+    let hash = weights_hash(&recipe.model)?;
     if hash != found.teacher_hash {
         let hint = "train the model that drew the pictures, or generate them again with this one";
         return differs("the teacher's hash", found.teacher_hash, hash, hint);
     }
     Ok(())
-}
-
-fn teacher_hash(model: &Path) -> Result<String, TrainError> {
-    Ok(weights_hash(model)?)
 }
