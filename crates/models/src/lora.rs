@@ -55,6 +55,26 @@ pub fn attach(mut model: Model, config: &LoraConfig, seed: u64) -> Result<(Model
     Ok((model, layers))
 }
 
+/// The layers that can have an adapter: their names in weight files, and inputs and outputs as `[out, in]`.
+pub fn layers(model: &Model) -> Vec<(String, [usize; 2])> {
+    let (keys, mut model) = (model.denoiser_keys(), model.clone());
+    let named = |(name, linear): (String, &mut Linear)| {
+        (layer_key(keys.key(&format!("{name}.weight"))), linear.weight.val().dims())
+    };
+    model.denoiser_linears().into_iter().map(named).collect()
+}
+
+/// The model with its adapters added into the base weights, W + scale · up · down, and none beside them.
+pub fn merge(mut model: Model) -> Model {
+    for (_, linear) in model.denoiser_linears() {
+        if let Some(lora) = linear.lora.take() {
+            let update = lora.up.val().matmul(lora.down.val()).mul_scalar(lora.scale);
+            linear.weight = linear.weight.clone().map(|weight| weight + update);
+        }
+    }
+    model
+}
+
 /// The base model: the same storage without adapters.
 pub fn detach(mut model: Model) -> Model {
     for (_, linear) in model.denoiser_linears() {

@@ -7,6 +7,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::guided;
+use fewstep_flow::schedule::ShiftOverride;
 
 use crate::load_options::round_weights;
 use crate::qwen_image::{self, QwenImage};
@@ -157,8 +158,22 @@ impl Model {
         height: usize,
         width: usize,
     ) -> Result<SigmaGrid, ModelError> {
+        self.shifted_sigma_grid(num_inference_steps, height, width, None)
+    }
+
+    /// [`Model::sigma_grid`] with another shift than the schedule's own.
+    ///
+    /// # Errors
+    /// If the schedule has no grid of that many steps.
+    pub fn shifted_sigma_grid(
+        &self,
+        num_inference_steps: usize,
+        height: usize,
+        width: usize,
+        shift: Option<ShiftOverride>,
+    ) -> Result<SigmaGrid, ModelError> {
         match self {
-            Model::QwenImage(model) => model.sigma_grid(num_inference_steps, height, width),
+            Model::QwenImage(model) => model.sigma_grid(num_inference_steps, [height, width], shift),
         }
     }
 
@@ -174,6 +189,19 @@ impl Model {
         match self {
             Model::QwenImage(_) => "transformer",
         }
+    }
+
+    /// The component of a parameter, and its key in that component's weight files; that of an adapter is its key in
+    /// LoRA files.
+    pub fn weight_key<'a>(&self, parameter: &'a str) -> (&'a str, String) {
+        let (component, name) = parameter.split_once('.').unwrap_or((parameter, ""));
+        let keys = match self {
+            Model::QwenImage(_) => qwen_image::keys(component),
+        };
+        let key = keys.map_or_else(|| name.to_owned(), |keys| keys.key(name));
+        let half = |ours, theirs| Some(format!("{}{theirs}", key.strip_suffix(ours)?));
+        let lora = half(".lora.down", ".lora_A.default.weight");
+        (component, lora.or_else(|| half(".lora.up", ".lora_B.default.weight")).unwrap_or(key))
     }
 
     /// The denoiser's projections with their module names, for adapters.

@@ -2,40 +2,65 @@
 
 use burn::tensor::Tensor;
 use fewstep_data::buckets;
+use fewstep_flow::noise::TorchGenerator;
 use fewstep_models::{Condition, Model};
 
 use crate::TrainError;
 use crate::dataset::{Dataset, EMPTY_PROMPT, Group};
+use crate::global_draws::GlobalDraws;
 use crate::random::{Draw, Purpose};
-use crate::recipe::Recipe;
+use crate::recipe::{Objective, RandomNumbers, Recipe};
 
 /// The order of the data through a run.
 pub(crate) struct Plan {
     seed: u64,
+    shuffle: bool,
     groups: Vec<Group>,
     repeat: usize,
     batch_size: usize,
     batches_per_step: usize,
     /// Optimiser steps of one epoch; the last may hold fewer batches.
     pub(crate) steps_per_epoch: u64,
+    /// Where the run draws from one generator.
+    global: Option<GlobalDraws>,
+    /// Numbers of each position's noise, where items draw it from that generator.
+    elements: Vec<usize>,
     /// The epoch laid out last, with its batches.
     epoch: Option<(u64, Vec<Vec<usize>>)>,
+}
+
+/// One forward pass to come.
+#[derive(Clone)]
+pub(crate) struct Planned {
+    /// Positions in the epoch: row + pass · number of rows.
+    pub(crate) positions: Vec<usize>,
+    /// The generators of their level and noise; `None` where each position has its own.
+    pub(crate) generators: Option<Vec<TorchGenerator>>,
 }
 
 impl Plan {
     /// Lays out a recipe's batches over a data set.
     pub(crate) fn new(recipe: &Recipe, data: &Dataset) -> Self {
+        let groups: Vec<Group> = data.samples.iter().map(|sample| sample.group).collect();
+        let global = recipe.random_numbers == RandomNumbers::TorchGlobal;
+        let draws_noise = global && recipe.task.objective() == Objective::FlowMatching;
+        let count = if draws_noise { groups.len() * recipe.dataset_repeat } else { 0 };
+        let elements = groups.iter().cycle().take(count).map(|group| group.latent_shape.iter().product());
         let mut plan = Self {
             seed: recipe.seed,
-            groups: data.samples.iter().map(|sample| sample.group).collect(),
+            shuffle: recipe.shuffle,
             repeat: recipe.dataset_repeat,
             batch_size: recipe.batch_size,
             batches_per_step: recipe.gradient_accumulation_steps,
             steps_per_epoch: 0,
+            global: global.then(|| GlobalDraws::new(recipe.seed, recipe.shuffle)),
+            elements: elements.collect(),
+            groups,
             epoch: None,
         };
         // The same in every epoch: how many batches a size gives does not depend on the order.
-        plan.steps_per_epoch = plan.lay_out(0).len().div_ceil(plan.batches_per_step) as u64;
+        let batches = plan.batches(&(0..plan.positions()).collect::<Vec<_>>());
+        plan.steps_per_epoch = batches.len().div_ceil(plan.batches_per_step) as u64;
         plan
     }
 
@@ -44,23 +69,48 @@ impl Plan {
         step / self.steps_per_epoch
     }
 
-    /// The batches of an optimiser step, counted from 0.
-    pub(crate) fn step(&mut self, step: u64) -> Vec<Vec<usize>> {
+    /// The batches of an optimiser step, counted from 0. Where the run draws from one generator, steps must be asked
+    /// for in their order; some may be left out.
+    pub(crate) fn step(&mut self, step: u64) -> Vec<Planned> {
         let epoch = self.epoch_of(step);
         if self.epoch.as_ref().is_none_or(|(laid_out, _)| *laid_out != epoch) {
-            self.epoch = Some((epoch, self.lay_out(epoch)));
+            let order = self.order(epoch);
+            self.epoch = Some((epoch, self.batches(&order)));
         }
         let batches = &self.epoch.as_ref().expect("laid out above").1;
         let first = (step % self.steps_per_epoch) as usize * self.batches_per_step;
-        batches[first..batches.len().min(first + self.batches_per_step)].to_vec()
+        let mut item: usize = batches[..first].iter().map(Vec::len).sum();
+        let mut planned = Vec::new();
+        for positions in batches[first..batches.len().min(first + self.batches_per_step)].to_vec() {
+            let items = item..item + positions.len();
+            item = items.end;
+            planned.push(Planned { generators: self.generators(items), positions });
+        }
+        planned
     }
 
-    /// Shuffles an epoch. Positions past the number of rows are further passes over the rows.
-    fn lay_out(&self, epoch: u64) -> Vec<Vec<usize>> {
-        let positions = self.groups.len() * self.repeat;
-        let order = Draw { seed: self.seed, epoch, row: 0 }.generator(Purpose::Order).randperm(positions);
-        let groups: Vec<Group> = self.groups.iter().cycle().take(positions).copied().collect();
-        buckets::batches(&groups, &order, self.batch_size)
+    fn generators(&mut self, items: std::ops::Range<usize>) -> Option<Vec<TorchGenerator>> {
+        let global = self.global.as_mut().filter(|_| !self.elements.is_empty())?;
+        Some(items.map(|item| global.at_item(item, &self.elements)).collect())
+    }
+
+    fn positions(&self) -> usize {
+        self.groups.len() * self.repeat
+    }
+
+    fn order(&mut self, epoch: u64) -> Vec<usize> {
+        let positions = self.positions();
+        match &mut self.global {
+            Some(global) => global.order(epoch, positions, &self.elements).to_vec(),
+            None if !self.shuffle => (0..positions).collect(),
+            None => Draw { seed: self.seed, epoch, row: 0 }.generator(Purpose::Order).randperm(positions),
+        }
+    }
+
+    /// Positions past the number of rows are further passes over the rows.
+    fn batches(&self, order: &[usize]) -> Vec<Vec<usize>> {
+        let groups: Vec<Group> = self.groups.iter().cycle().take(order.len()).copied().collect();
+        buckets::batches(&groups, order, self.batch_size)
     }
 }
 
@@ -68,8 +118,8 @@ impl Plan {
 pub struct Batch<'a> {
     /// The data set.
     pub(crate) data: &'a Dataset,
-    /// Positions in the epoch: row + pass · number of rows.
-    pub(crate) positions: &'a [usize],
+    /// Positions and, where they have none of their own, generators.
+    pub(crate) planned: &'a Planned,
     /// Seed of the run.
     pub(crate) seed: u64,
     /// Epoch, counted from 0.
@@ -79,12 +129,12 @@ pub struct Batch<'a> {
 impl Batch<'_> {
     /// Number of samples.
     pub fn len(&self) -> usize {
-        self.positions.len()
+        self.planned.positions.len()
     }
 
     /// Whether there are no samples.
     pub fn is_empty(&self) -> bool {
-        self.positions.is_empty()
+        self.planned.positions.is_empty()
     }
 
     /// What all samples agree in.
@@ -110,9 +160,16 @@ impl Batch<'_> {
         self.data.condition(model, &prompts)
     }
 
+    /// The generators that each sample's level, dropout and noise are drawn from.
+    pub(crate) fn generators(&self) -> Vec<TorchGenerator> {
+        let own = || self.draws().into_iter().map(|draw| draw.generator(Purpose::Sample)).collect();
+        self.planned.generators.clone().unwrap_or_else(own)
+    }
+
     /// Where each sample's random numbers are drawn.
-    pub(crate) fn draws(&self) -> Vec<Draw> {
-        self.positions
+    fn draws(&self) -> Vec<Draw> {
+        self.planned
+            .positions
             .iter()
             .map(|row| Draw { seed: self.seed, epoch: self.epoch, row: *row as u64 })
             .collect()
@@ -126,6 +183,6 @@ impl Batch<'_> {
     }
 
     fn rows(&self) -> Vec<usize> {
-        self.positions.iter().map(|position| position % self.data.len()).collect()
+        self.planned.positions.iter().map(|position| position % self.data.len()).collect()
     }
 }

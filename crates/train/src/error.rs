@@ -35,15 +35,41 @@ pub enum TrainError {
         /// The range.
         expected: &'static str,
     },
-    /// Only one side of the picture size is given.
-    #[error(
-        "{given} is given without {missing}\nhint: give both, or neither to keep each picture's own size"
-    )]
-    HalfSize {
+    /// Only one of two keys that need each other is given.
+    #[error("{given} is given without {missing}\nhint: give both or neither")]
+    Half {
         /// The key that is there.
         given: &'static str,
         /// The key that is not.
         missing: &'static str,
+    },
+    /// A peer's flag for something that does not exist here.
+    #[error("{flag} is not supported: {reason}\nhint: leave it out")]
+    Unsupported {
+        /// The flag.
+        flag: &'static str,
+        /// Why.
+        reason: &'static str,
+    },
+    /// A pattern that is no regular expression.
+    #[error("{key}: {found:?} is no regular expression: {reason}")]
+    Pattern {
+        /// The recipe key.
+        key: &'static str,
+        /// The pattern.
+        found: String,
+        /// The parser's reason.
+        reason: String,
+    },
+    /// A file of weights to start from that does not fit what is trained.
+    #[error("{}: {} of {count} tensors belong to nothing that is trained here: {}\nhint: it must hold full weights of trainable_models; give adapters as lora_checkpoint", path.display(), unknown.len(), unknown.join(", "))]
+    StartWeights {
+        /// The file.
+        path: PathBuf,
+        /// Keys of the file without a parameter.
+        unknown: Vec<String>,
+        /// Tensors in the file.
+        count: usize,
     },
     /// A component name the model does not have, or that cannot be trained this way.
     #[error("{key}: no component {found} to train, expected one of {}", expected.join(", "))]
@@ -149,7 +175,12 @@ impl TrainError {
     pub fn is_usage(&self) -> bool {
         matches!(
             self,
-            Self::Recipe { .. } | Self::Value { .. } | Self::HalfSize { .. } | Self::Component { .. }
+            Self::Recipe { .. }
+                | Self::Value { .. }
+                | Self::Half { .. }
+                | Self::Component { .. }
+                | Self::Unsupported { .. }
+                | Self::Pattern { .. }
         )
     }
 

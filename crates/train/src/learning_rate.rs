@@ -4,6 +4,9 @@ use std::f64::consts::PI;
 
 use crate::recipe::{Recipe, Schedule};
 
+/// torch's defaults of `ConstantLR`: this many steps at a third of the rate.
+const REDUCED_STEPS: u64 = 5;
+
 /// Linear warm-up, then a schedule.
 #[derive(Clone, Copy, Debug)]
 pub struct LearningRate {
@@ -37,6 +40,10 @@ impl LearningRate {
         self.peak
             * match self.schedule {
                 Schedule::Constant => 1.0,
+                Schedule::ConstantLr => match step < self.warmup_steps + REDUCED_STEPS {
+                    true => 1.0 / 3.0,
+                    false => 1.0,
+                },
                 Schedule::Linear => 1.0 - progress,
                 Schedule::Cosine => 0.5 * (1.0 + (PI * progress).cos()),
             }
@@ -73,6 +80,13 @@ mod tests {
     fn a_cosine_is_half_way_down_in_the_middle() {
         let quarter = 1.0 + std::f64::consts::FRAC_1_SQRT_2;
         assert_rates(Schedule::Cosine, [1.0, 2.0, 2.0, quarter, 1.0, 2.0 - quarter]);
+    }
+
+    #[test]
+    fn constant_lr_is_a_third_for_five_steps() {
+        let rate =
+            LearningRate { peak: 3.0, warmup_steps: 0, total_steps: 9, schedule: Schedule::ConstantLr };
+        assert_eq!((rate.at(0), rate.at(4), rate.at(5), rate.at(8)), (1.0, 1.0, 3.0, 3.0));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use fewstep_data::atomic;
 
+use crate::recipe::OutputLayout;
 use crate::{TrainError, tensorboard};
 
 /// One line of the log: means and totals since the line before.
@@ -26,11 +27,13 @@ pub struct LogLine {
     pub samples_per_sec: f64,
 }
 
+const PEER_CSV_HEADER: &str = "step,key,value\n";
 const CSV_HEADER: &str = "step,epoch,loss,gradient_norm,learning_rate,samples_per_sec\n";
 
 /// The open log files of a run.
 pub(crate) struct Log {
     csv: LogFile,
+    layout: OutputLayout,
     events: LogFile,
 }
 
@@ -44,15 +47,21 @@ impl Log {
     ///
     /// # Errors
     /// If a file cannot be read or written.
-    pub(crate) fn open(run: &Path, step: u64) -> Result<Self, TrainError> {
+    pub(crate) fn open(run: &Path, step: u64, layout: OutputLayout) -> Result<Self, TrainError> {
         let csv = run.join("loss.csv");
         let events = run.join("tensorboard/events.out.tfevents.0.fewstep");
         let old_csv = read(&csv)?;
         let old_events = read(&events)?;
         let kept_events = tensorboard::up_to_step(&old_events, step);
         let kept_events = if kept_events.is_empty() { tensorboard::header() } else { kept_events.to_vec() };
+        let header = match layout {
+            OutputLayout::Fewstep => CSV_HEADER,
+            OutputLayout::Diffsynth => PEER_CSV_HEADER,
+        };
+        let kept_rows = csv_up_to_step(header, &String::from_utf8_lossy(&old_csv), step);
         Ok(Self {
-            csv: LogFile::replace(csv, csv_up_to_step(&String::from_utf8_lossy(&old_csv), step).as_bytes())?,
+            layout,
+            csv: LogFile::replace(csv, kept_rows.as_bytes())?,
             events: LogFile::replace(events, &kept_events)?,
         })
     }
@@ -63,9 +72,12 @@ impl Log {
     /// If a file cannot be written.
     pub(crate) fn write(&mut self, line: &LogLine) -> Result<(), TrainError> {
         let LogLine { step, epoch, loss, gradient_norm, learning_rate, samples_per_sec } = *line;
-        let row = format!(
-            "{step},{epoch},{loss:.6e},{gradient_norm:.6e},{learning_rate:.6e},{samples_per_sec:.3}\n"
-        );
+        let row = match self.layout {
+            OutputLayout::Fewstep => format!(
+                "{step},{epoch},{loss:.6e},{gradient_norm:.6e},{learning_rate:.6e},{samples_per_sec:.3}\n"
+            ),
+            OutputLayout::Diffsynth => format!("{step},loss,{loss}\n"),
+        };
         self.csv.append(row.as_bytes())?;
         let scalars = [
             ("train/loss", loss),
@@ -97,11 +109,11 @@ fn read(path: &Path) -> Result<Vec<u8>, TrainError> {
 }
 
 /// The header and the whole lines up to a step.
-fn csv_up_to_step(old: &str, last_step: u64) -> String {
+fn csv_up_to_step(header: &str, old: &str, last_step: u64) -> String {
     let rows = old.split_inclusive('\n').skip(1).filter(|row| row.ends_with('\n'));
     let step = |row: &str| row.split(',').next()?.parse::<u64>().ok();
     let kept = rows.take_while(|row| step(row).is_some_and(|step| step <= last_step));
-    std::iter::once(CSV_HEADER).chain(kept).collect()
+    std::iter::once(header).chain(kept).collect()
 }
 
 fn wall_time_secs() -> f64 {
@@ -119,7 +131,7 @@ mod tests {
     #[test]
     fn a_resumed_log_has_each_step_once() {
         let run = tempfile::tempdir().unwrap();
-        let mut log = Log::open(run.path(), 0).unwrap();
+        let mut log = Log::open(run.path(), 0, OutputLayout::Fewstep).unwrap();
         for step in [10, 20, 30] {
             log.write(&line(step)).unwrap();
         }
@@ -128,7 +140,7 @@ mod tests {
         let whole = fs::read(&events).unwrap().len();
         OpenOptions::new().append(true).open(run.path().join("loss.csv")).unwrap().write_all(b"4").unwrap();
 
-        let mut log = Log::open(run.path(), 20).unwrap();
+        let mut log = Log::open(run.path(), 20, OutputLayout::Fewstep).unwrap();
         log.write(&line(30)).unwrap();
         let csv = fs::read_to_string(run.path().join("loss.csv")).unwrap();
         let row = |step| format!("{step},0,5.000000e-1,2.000000e0,1.000000e-4,7.000\n");

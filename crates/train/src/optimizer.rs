@@ -4,17 +4,21 @@ use std::collections::BTreeMap;
 
 use burn::module::Param;
 use burn::optim::GradientsParams;
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 use fewstep_kernels::{AdamW, AdamWStep, Moments, squared_norm};
 use fewstep_models::{Model, NamedMapper, NamedVisitor, map_named, visit_named};
 
-use crate::recipe::{DecayOn, Recipe};
+use crate::host::{to_vec, with_values};
+use crate::recipe::{DecayOn, Dtype, Recipe};
+use crate::rounded_adamw;
 
 /// Optimiser state: the moments of every parameter that has had a gradient, by name.
 pub struct Optimizer {
     adamw: AdamW,
     decay_on: DecayOn,
     max_grad_norm: f64,
+    /// Type of parameters and moments.
+    numbers: Dtype,
     pub(crate) moments: BTreeMap<String, Moments>,
     /// Updates made; skipped steps do not count.
     pub(crate) updates: u64,
@@ -33,6 +37,7 @@ impl Optimizer {
             adamw,
             decay_on: recipe.weight_decay_on,
             max_grad_norm: recipe.max_grad_norm,
+            numbers: recipe.state_dtype(),
             moments: BTreeMap::new(),
             updates: 0,
         }
@@ -92,9 +97,25 @@ impl NamedMapper for Update<'_> {
         let count = gradient.shape().num_elements();
         let moments = self.optimizer.moments.entry(name.to_owned()).or_insert_with(|| Moments::zeros(count));
         let (id, value, mapper) = parameter.consume();
-        let value = adamw.step(value.inner(), gradient, moments, self.at);
+        let value = match self.optimizer.numbers {
+            Dtype::F32 => adamw.step(value.inner(), gradient, moments, self.at),
+            small => rounded_step(&adamw, value.inner(), gradient, (moments, self.at, small)),
+        };
         Param::from_mapped_value(id, value.autodiff().require_grad(), mapper)
     }
+}
+
+/// One step in numbers of a small type.
+fn rounded_step<const D: usize>(
+    adamw: &AdamW,
+    parameter: Tensor<D>,
+    gradient: Tensor<D>,
+    (moments, at, dtype): (&mut Moments, AdamWStep, Dtype),
+) -> Tensor<D> {
+    let (shape, device) = (parameter.dims(), parameter.device());
+    let mut values = to_vec(parameter);
+    with_values(gradient, |gradient| rounded_adamw::step(adamw, &mut values, gradient, moments, (at, dtype)));
+    Tensor::from_data(TensorData::new(values, shape), &device)
 }
 
 #[cfg(test)]

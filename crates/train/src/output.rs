@@ -8,7 +8,7 @@ use fewstep_models::{Model, lora, weights_hash};
 
 use crate::TrainError;
 use crate::dataset::Group;
-use crate::recipe::{Recipe, Task};
+use crate::recipe::{Objective, Recipe};
 
 /// Where trained weights come from.
 pub(crate) struct Origin<'a> {
@@ -39,7 +39,7 @@ pub(crate) fn write(origin: &Origin<'_>, model: Model, steps: u64) -> Result<Pat
 
 impl Origin<'_> {
     /// The metadata of the weight files.
-    fn info(&self, model: &Model, steps: u64) -> Result<BTreeMap<String, String>, TrainError> {
+    pub(crate) fn info(&self, model: &Model, steps: u64) -> Result<BTreeMap<String, String>, TrainError> {
         let mut info = BTreeMap::from([
             ("fewstep.version".to_owned(), self.version.to_owned()),
             (lora::BASE_HASH.to_owned(), weights_hash(&self.recipe.model)?),
@@ -47,7 +47,7 @@ impl Origin<'_> {
             ("fewstep.training_steps".to_owned(), steps.to_string()),
             ("fewstep.recipe".to_owned(), self.recipe.to_toml()),
         ]);
-        if self.recipe.task == Task::DirectDistill {
+        if self.recipe.task.objective() == Objective::Distillation {
             info.insert("fewstep.noise_generator".to_owned(), TORCH_CPU.to_owned());
             info.insert("fewstep.sigma_grids".to_owned(), self.sigma_grids(model)?);
         }
@@ -59,7 +59,7 @@ impl Origin<'_> {
         let mut grids = Vec::new();
         for group in &self.groups {
             let (steps, height, width) = (group.num_inference_steps, group.size.height, group.size.width);
-            let grid = model.sigma_grid(steps, height, width)?;
+            let grid = self.recipe.training_grid.sigmas(model, steps, group.size)?;
             let entry = serde_json::json!({
                 "num_inference_steps": steps,
                 "cfg_scale": group.cfg_scale(),

@@ -1,5 +1,6 @@
 //! Whether a data set was made for this run: the sigma grid and the teacher must be the run's own.
 
+use fewstep_data::image::Size;
 use fewstep_data::provenance::{FILE_NAME, Provenance, TORCH_CPU};
 use fewstep_models::{Model, weights_hash};
 
@@ -16,7 +17,8 @@ pub(crate) fn check(recipe: &Recipe, model: &Model) -> Result<(), TrainError> {
     let differs = |what, found: String, expected: String, hint| {
         Err(TrainError::Provenance { path: folder.join(FILE_NAME), what, found, expected, hint })
     };
-    let grid = model.sigma_grid(found.student_num_inference_steps, found.height, found.width)?;
+    let size = Size { height: found.height, width: found.width };
+    let grid = recipe.training_grid.sigmas(model, found.student_num_inference_steps, size)?;
     if grid.as_slice() != found.student_sigmas {
         let (data, run) = (format!("{:?}", found.student_sigmas), format!("{:?}", grid.as_slice()));
         return differs(

@@ -9,7 +9,7 @@ use fewstep_data::image::{Picture, Resize, Size, refuse_resize};
 use fewstep_data::metadata::{DistillRow, Metadata, RandDevice, Row};
 
 use crate::TrainError;
-use crate::recipe::{Recipe, Task};
+use crate::recipe::{Objective, Recipe, ResizedTargets};
 
 /// A row before anything of it is loaded.
 pub(crate) struct SourceRow {
@@ -67,15 +67,21 @@ impl PictureSource {
 /// If the metadata is missing or malformed, a distillation picture would be resized, or there are no rows.
 pub(crate) fn rows(recipe: &Recipe, resize: Resize) -> Result<Vec<SourceRow>, TrainError> {
     let base = &recipe.dataset_base_path;
-    let rows = match (metadata_path(recipe), recipe.task) {
-        (None, Task::Sft) if is_emoji(base) => emoji_rows(base)?,
-        (None, Task::DirectDistill) if is_emoji(base) && recipe.online_teacher => emoji_prompts(recipe)?,
+    let rows = match (metadata_path(recipe), recipe.task.objective()) {
+        (None, Objective::FlowMatching) if is_emoji(base) => emoji_rows(base)?,
+        (None, Objective::Distillation) if is_emoji(base) && recipe.online_teacher => emoji_prompts(recipe)?,
         (None, _) => return Err(TrainError::NoMetadata { path: base.clone() }),
-        (Some(path), Task::Sft) => picture_rows(&Metadata::read(&path)?, base)?,
-        (Some(path), Task::DirectDistill) if recipe.online_teacher => {
+        (Some(path), Objective::FlowMatching) => picture_rows(&Metadata::read(&path)?, base)?,
+        (Some(path), Objective::Distillation) if recipe.online_teacher => {
             prompt_rows(&Metadata::read(&path)?, recipe)?
         }
-        (Some(path), Task::DirectDistill) => distill_rows(&Metadata::read(&path)?, base, resize)?,
+        (Some(path), Objective::Distillation) => {
+            let metadata = Metadata::read(&path)?;
+            if recipe.resized_targets == ResizedTargets::Refuse {
+                refuse_resize(&metadata, base, resize)?;
+            }
+            distill_rows(&metadata, base)?
+        }
     };
     match rows.is_empty() {
         true => Err(TrainError::Empty { path: metadata_path(recipe).unwrap_or(base.clone()) }),
@@ -112,7 +118,7 @@ fn with_picture(picture: PictureSource, prompt: &str) -> SourceRow {
     }
 }
 
-fn distill_rows(metadata: &Metadata, base: &Path, resize: Resize) -> Result<Vec<SourceRow>, TrainError> {
+fn distill_rows(metadata: &Metadata, base: &Path) -> Result<Vec<SourceRow>, TrainError> {
     let rows = metadata.distill_rows()?;
     if let Some(at) = rows.iter().position(|row| row.rand_device != RandDevice::Cpu) {
         return Err(TrainError::RandDevice {
@@ -120,7 +126,7 @@ fn distill_rows(metadata: &Metadata, base: &Path, resize: Resize) -> Result<Vec<
             row: metadata.rows[at].number,
         });
     }
-    refuse_resize(metadata, base, resize)?;
+    metadata.image_files(base)?;
     let row = |row: DistillRow| SourceRow {
         picture: Some(PictureSource::File(base.join(row.image))),
         prompt: row.prompt,

@@ -7,7 +7,7 @@ use fewstep_models::{Model, NamedVisitor, visit_named};
 use crate::TrainError;
 use crate::checkpoint::{Checkpoints, Progress, Snapshot};
 use crate::ema::Ema;
-use crate::host::{trainable_values, with_parameters};
+use crate::host::{HostTensors, trainable_values, with_parameters};
 use crate::method::GradientSum;
 use crate::observer::{Event, Observer};
 use crate::optimizer::{Optimizer, gradient_norm};
@@ -105,6 +105,14 @@ impl State {
         match &self.ema {
             Some(ema) => ema.apply(plain),
             None => plain,
+        }
+    }
+
+    /// The trained parameters, averaged where the run averages.
+    pub(crate) fn trained(&self) -> HostTensors {
+        match &self.ema {
+            Some(ema) => ema.averages().clone(),
+            None => trainable_values(&self.model),
         }
     }
 

@@ -1,12 +1,13 @@
 //! Which parameters learn: whole components, or LoRA adapters beside frozen weights.
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 use fewstep_models::lora::{self, LoraConfig};
 use fewstep_models::{Model, NamedMapper, map_named};
 
-use crate::TrainError;
-use crate::recipe::{Recipe, Task};
+use crate::host::to_vec;
+use crate::recipe::{Dtype, Objective, Recipe};
+use crate::{TrainError, start_weights, targets};
 
 /// What a recipe trains.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,19 +25,21 @@ impl Trainable {
     /// If a component is unknown, or its gradient does not exist in the task.
     pub fn new(recipe: &Recipe, model: &Model) -> Result<Self, TrainError> {
         if let Some(base) = &recipe.lora_base_model {
-            check("lora_base_model", base, &[model.denoiser_name().to_owned()])?;
+            check("lora_base_model", component(base, model), &[model.denoiser_name().to_owned()])?;
             return Ok(Self::Lora(LoraConfig {
                 rank: recipe.lora_rank,
                 alpha: recipe.lora_alpha.unwrap_or(recipe.lora_rank as f64) as f32,
-                target_modules: recipe.lora_target_modules.clone(),
+                target_modules: targets::resolve(&recipe.lora_target_modules, model)?,
             }));
         }
         let names = model.component_names().iter().map(|name| (*name).to_owned());
-        let possible: Vec<String> = names.filter(|name| learns(name, recipe.task)).collect();
-        for name in &recipe.trainable_models {
+        let possible: Vec<String> = names.filter(|name| learns(name, recipe.task.objective())).collect();
+        let asked = recipe.trainable_models.iter().map(|name| component(name.trim(), model).to_owned());
+        let asked: Vec<String> = asked.collect();
+        for name in &asked {
             check("trainable_models", name, &possible)?;
         }
-        Ok(Self::Full(recipe.trainable_models.clone()))
+        Ok(Self::Full(asked))
     }
 
     /// Whether prompts must be encoded anew in each step, with a graph.
@@ -44,13 +47,17 @@ impl Trainable {
         matches!(self, Self::Full(names) if names.iter().any(|name| is_text_encoder(name)))
     }
 
-    /// Attaches adapters where asked for, freezes everything else, and moves the model to the autodiff side.
+    /// Loads the weights to start from, attaches adapters where asked for, freezes everything else, and moves the model to the autodiff side.
     ///
     /// Frozen parameters cost no gradient memory and no backward work.
     ///
     /// # Errors
-    /// If no layer matches the LoRA targets, or the LoRA checkpoint does not fit.
+    /// If no layer matches the LoRA targets, or a file of weights does not fit.
     pub fn prepare(&self, model: Model, recipe: &Recipe) -> Result<Model, TrainError> {
+        let model = match &recipe.resume_from_checkpoint {
+            Some(path) => start_weights::overlay(model, path, self)?,
+            None => model,
+        };
         let model = match self {
             Self::Full(_) => model,
             Self::Lora(config) => match &recipe.lora_checkpoint {
@@ -59,11 +66,11 @@ impl Trainable {
                 None => lora::attach(model, config, recipe.seed)?.0,
             },
         };
-        Ok(map_named(model, &mut Freeze(self)).train())
+        Ok(map_named(model, &mut Freeze(self, recipe.state_dtype())).train())
     }
 
     /// Whether a parameter learns.
-    fn includes(&self, name: &str) -> bool {
+    pub(crate) fn includes(&self, name: &str) -> bool {
         match self {
             Self::Full(components) => {
                 let component = name.split('.').next().unwrap_or_default();
@@ -75,11 +82,28 @@ impl Trainable {
 }
 
 /// Distillation reads stored text states, and no task has a gradient for the VAE.
-fn learns(component: &str, task: Task) -> bool {
-    match task {
-        Task::Sft => component != "vae",
-        Task::DirectDistill => component != "vae" && !is_text_encoder(component),
+fn learns(component: &str, objective: Objective) -> bool {
+    match objective {
+        Objective::FlowMatching => component != "vae",
+        Objective::Distillation => component != "vae" && !is_text_encoder(component),
     }
+}
+
+/// A component's name here; the peer calls every denoiser `dit`.
+fn component<'a>(name: &'a str, model: &Model) -> &'a str {
+    if name == "dit" { model.denoiser_name() } else { name }
+}
+
+/// The model with a LoRA file's update added to its weights, where the recipe names one.
+///
+/// # Errors
+/// If it is for another component, or does not fit.
+pub(crate) fn with_preset(model: Model, recipe: &Recipe) -> Result<Model, TrainError> {
+    let (Some(path), Some(base)) = (&recipe.preset_lora_path, &recipe.preset_lora_model) else {
+        return Ok(model);
+    };
+    check("preset_lora_model", component(base, &model), &[model.denoiser_name().to_owned()])?;
+    Ok(lora::merge(lora::load(model, path, 1.0)?))
 }
 
 fn is_text_encoder(component: &str) -> bool {
@@ -93,10 +117,23 @@ fn check(key: &'static str, found: &str, expected: &[String]) -> Result<(), Trai
     }
 }
 
-struct Freeze<'a>(&'a Trainable);
+/// Marks what learns, and rounds it to the numbers it is trained in.
+struct Freeze<'a>(&'a Trainable, Dtype);
 
 impl NamedMapper for Freeze<'_> {
     fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        parameter.set_require_grad(self.0.includes(name))
+        let learns = self.0.includes(name);
+        let parameter = match self.1 {
+            Dtype::F32 => parameter,
+            _ if !learns => parameter,
+            dtype => parameter.map(|values| rounded(values, dtype)),
+        };
+        parameter.set_require_grad(learns)
     }
+}
+
+fn rounded<const D: usize>(values: Tensor<D>, dtype: Dtype) -> Tensor<D> {
+    let (shape, device) = (values.dims(), values.device());
+    let values: Vec<f32> = to_vec(values).into_iter().map(|value| dtype.round(value)).collect();
+    Tensor::from_data(TensorData::new(values, shape), &device)
 }

@@ -15,10 +15,11 @@ use crate::learning_rate::LearningRate;
 use crate::log::{Log, LogLine};
 use crate::method::{GradientSum, Method};
 use crate::observer::{Event, Observer, Started};
-use crate::recipe::{InitialWeights, Recipe, Task};
+use crate::peer_output::{self, PeerFile};
+use crate::recipe::{InitialWeights, Objective, OutputLayout, Recipe};
 use crate::samples::Samples;
 use crate::state::State;
-use crate::trainable::Trainable;
+use crate::trainable::{Trainable, with_preset};
 use crate::{TrainError, output, provenance, run_folder, source};
 
 /// What a run needs beside its recipe.
@@ -54,16 +55,22 @@ pub fn run(
     observer.on(Event::Started(run.started(&state)));
     while state.progress.step < run.total_steps {
         state = run.step(state, observer)?;
+        run.write_peer_file(&state, context.version)?;
         let stopped = context.stop.load(Ordering::Relaxed);
         let done = state.progress.step == run.total_steps;
-        if stopped || done || is_due(recipe.save_steps, state.progress.step) {
+        if stopped || done || is_due(recipe.checkpoint_steps(), state.progress.step) {
             observer.on(Event::Checkpoint(&run.checkpoints.save(state.snapshot())?));
         }
         if stopped && !done {
             return Ok(Outcome::Stopped(state.progress.step));
         }
     }
-    let result = output::write(&run.origin(context.version), state.averaged(), state.progress.step)?;
+    let result = match recipe.output_layout {
+        OutputLayout::Fewstep => {
+            output::write(&run.origin(context.version), state.averaged(), state.progress.step)?
+        }
+        OutputLayout::Diffsynth => run.last_peer_file(),
+    };
     observer.on(Event::Finished(&result));
     Ok(Outcome::Finished(result))
 }
@@ -98,11 +105,16 @@ impl<'a> Run<'a> {
         run_folder::check(recipe)?;
         let start = match recipe.initial_weights {
             InitialWeights::Pretrained => {
-                let options = LoadOptions { device: context.device.clone(), ..LoadOptions::default() };
+                let options = LoadOptions {
+                    device: context.device.clone(),
+                    conventions: recipe.conventions(),
+                    dtype: recipe.dtype.into(),
+                };
                 Model::from_pretrained(&recipe.model, &options)?
             }
             InitialWeights::Random => Model::random(&recipe.model, recipe.seed, &context.device)?,
         };
+        let start = with_preset(start, recipe)?;
         let trainable = Trainable::new(recipe, &start)?;
         let data = load_data(recipe, &start, &trainable, &context.device)?;
         let method = Method::new(recipe, &start);
@@ -117,7 +129,7 @@ impl<'a> Run<'a> {
             device: context.device.clone(),
             learning_rate: LearningRate::new(recipe, total_steps),
             samples: Samples::new(recipe, data.groups()[0].size)?,
-            log: Log::open(&recipe.output_path, state.progress.step)?,
+            log: Log::open(&recipe.output_path, state.progress.step, recipe.output_layout)?,
             window: (0, Instant::now()),
             data,
             plan,
@@ -163,15 +175,37 @@ impl<'a> Run<'a> {
     fn gradients(&mut self, state: &State) -> Result<(GradientSum, f64, usize), TrainError> {
         let step = state.progress.step;
         let batches = self.plan.step(step);
-        let samples: usize = batches.iter().map(Vec::len).sum();
+        let samples: usize = batches.iter().map(|planned| planned.positions.len()).sum();
         let (mut sum, mut loss) = (GradientSum::default(), 0.0);
-        for positions in &batches {
+        for planned in &batches {
             let (seed, epoch) = (self.recipe.seed, self.plan.epoch_of(step));
-            let batch = Batch { data: &self.data, positions, seed, epoch };
-            let share = positions.len() as f64 / samples as f64;
+            let batch = Batch { data: &self.data, planned, seed, epoch };
+            let share = batch.len() as f64 / samples as f64;
             loss += share * self.method.step(&state.model, &batch, share as f32, &mut sum)?;
         }
         Ok((sum, loss, samples))
+    }
+
+    /// The peer's file of a step, if the run leaves such files and one is due.
+    fn write_peer_file(&self, state: &State, version: &str) -> Result<(), TrainError> {
+        let step = state.progress.step;
+        if self.recipe.output_layout == OutputLayout::Fewstep {
+            return Ok(());
+        }
+        if let Some(name) = self.peer_file(step) {
+            let info = self.origin(version).info(&state.model, step)?;
+            PeerFile { recipe: self.recipe, model: &state.model, info }.write(&name, state.trained())?;
+        }
+        Ok(())
+    }
+
+    /// Name of the peer's file of a step, if one is due.
+    fn peer_file(&self, step: u64) -> Option<String> {
+        peer_output::due(self.recipe, step, (self.plan.steps_per_epoch, self.total_steps))
+    }
+
+    fn last_peer_file(&self) -> PathBuf {
+        self.recipe.output_path.join(self.peer_file(self.total_steps).expect("the last step leaves a file"))
     }
 
     /// Its time is taken out of the rate that the log shows.
@@ -209,7 +243,7 @@ fn load_data(
     trainable: &Trainable,
     device: &Device,
 ) -> Result<Dataset, TrainError> {
-    if recipe.task == Task::DirectDistill && !recipe.online_teacher {
+    if recipe.task.objective() == Objective::Distillation && !recipe.online_teacher {
         provenance::check(recipe, model)?;
     }
     let resize = resize(recipe, model.division_factor());

@@ -22,7 +22,7 @@ use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::{guided, rescaled};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path::velocity_of_clean;
-use fewstep_flow::schedule::SchedulerConfig;
+use fewstep_flow::schedule::{GridRequest, SchedulerConfig, ShiftOverride};
 
 pub use config::{PredictionType, PromptTemplate, TextEncoderConfig, TransformerConfig, VaeConfig};
 pub use text_encoder::TextEncoder;
@@ -162,15 +162,24 @@ impl QwenImage {
         self.vae.factor() * latents::PATCH
     }
 
-    /// The sigma grid of inference for pictures of a size.
+    /// A sigma grid for pictures of a size.
     pub(crate) fn sigma_grid(
         &self,
         num_inference_steps: usize,
-        height: usize,
-        width: usize,
+        [height, width]: [usize; 2],
+        shift: Option<ShiftOverride>,
     ) -> Result<SigmaGrid, ModelError> {
         let tokens = (height / self.division_factor()) * (width / self.division_factor());
-        Ok(self.scheduler.grid(num_inference_steps, tokens)?)
+        Ok(self.scheduler.grid(&GridRequest { shift, ..GridRequest::new(num_inference_steps, tokens) })?)
+    }
+}
+
+/// How weight files call the parameters of a component.
+pub(crate) fn keys(component: &str) -> Option<&'static KeyMap> {
+    match component {
+        "transformer" => Some(&transformer::KEYS),
+        "text_encoder" => Some(&text_encoder::KEYS),
+        _ => None,
     }
 }
 

@@ -12,12 +12,14 @@ use fewstep_models::{Condition, Model};
 use super::{GradientSum, scalar};
 use crate::TrainError;
 use crate::batch::Batch;
-use crate::recipe::{Distance, Recipe};
+use crate::recipe::{Distance, Recipe, StudentGuidance, TrainingGrid};
 
 /// Direct distillation and its settings.
 pub struct Direct {
     distance: Distance,
     huber_c: f64,
+    training_grid: TrainingGrid,
+    student_guidance: StudentGuidance,
     /// Boxed: a model is hundreds of times larger than the rest.
     teacher: Option<Box<OnlineTeacher>>,
 }
@@ -43,6 +45,8 @@ impl Direct {
         Self {
             distance: recipe.loss,
             huber_c: recipe.huber_c,
+            training_grid: recipe.training_grid,
+            student_guidance: recipe.student_guidance,
             teacher: recipe.online_teacher.then(|| Box::new(teacher())),
         }
     }
@@ -106,10 +110,13 @@ impl Direct {
             Some(teacher) => teacher.latents(noise.clone(), &condition, unconditional()?, batch)?,
             None => batch.latents(),
         };
-        let cfg_scale = group.cfg_scale();
+        let cfg_scale = match self.student_guidance {
+            StudentGuidance::Apply => group.cfg_scale(),
+            StudentGuidance::Ignore => 1.0,
+        };
         let unconditional = if cfg_scale == 1.0 { None } else { Some(unconditional()?) };
         Ok(Problem {
-            grid: model.sigma_grid(group.num_inference_steps, group.size.height, group.size.width)?,
+            grid: self.training_grid.sigmas(model, group.num_inference_steps, group.size)?,
             guidance: Guidance { condition, unconditional, cfg_scale },
             noise,
             target,

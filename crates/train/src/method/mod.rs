@@ -12,10 +12,11 @@ use fewstep_models::Model;
 
 pub use direct::{Direct, OnlineTeacher};
 pub use flow_matching::FlowMatching;
+pub(crate) use flow_matching::TRAINING_LEVELS;
 
 use crate::TrainError;
 use crate::batch::Batch;
-use crate::recipe::{Recipe, Task};
+use crate::recipe::{Objective, Recipe};
 
 /// All methods.
 pub enum Method {
@@ -28,9 +29,9 @@ pub enum Method {
 impl Method {
     /// The method of a recipe's task; `start` is the model before training.
     pub fn new(recipe: &Recipe, start: &Model) -> Self {
-        match recipe.task {
-            Task::Sft => Self::FlowMatching(FlowMatching::new(recipe)),
-            Task::DirectDistill => Self::Direct(Direct::new(recipe, start)),
+        match recipe.task.objective() {
+            Objective::FlowMatching => Self::FlowMatching(FlowMatching::new(recipe)),
+            Objective::Distillation => Self::Direct(Direct::new(recipe, start)),
         }
     }
 

@@ -1,10 +1,11 @@
 //! The values of recipe keys that choose among a few.
 
 use clap::ValueEnum;
+use fewstep_kernels::Gelu;
 use fewstep_models::WeightType;
 use serde::{Deserialize, Serialize};
 
-/// What is trained.
+/// What is trained, and which part of the work is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
@@ -14,6 +15,42 @@ pub enum Task {
     /// Direct distillation: the student's few steps end in the teacher's picture.
     #[value(alias = "direct-distill")]
     DirectDistill,
+    /// The first half of [`Task::Sft`].
+    #[serde(rename = "sft:data_process")]
+    #[value(name = "sft:data_process")]
+    SftDataProcess,
+    /// The second half of [`Task::Sft`].
+    #[serde(rename = "sft:train")]
+    #[value(name = "sft:train")]
+    SftTrain,
+    /// The first half of [`Task::DirectDistill`].
+    #[serde(rename = "direct_distill:data_process")]
+    #[value(name = "direct_distill:data_process")]
+    DirectDistillDataProcess,
+    /// The second half of [`Task::DirectDistill`].
+    #[serde(rename = "direct_distill:train")]
+    #[value(name = "direct_distill:train")]
+    DirectDistillTrain,
+}
+
+/// What is minimised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Objective {
+    /// The error of the velocity on real pictures.
+    FlowMatching,
+    /// The distance between the student's picture and the teacher's.
+    Distillation,
+}
+
+/// Which part of a task is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// All of it.
+    Whole,
+    /// Text states and latents are computed and written.
+    DataProcess,
+    /// They are read, and the denoiser is trained.
+    Train,
 }
 
 impl Task {
@@ -22,31 +59,176 @@ impl Task {
         match self {
             Self::Sft => "sft",
             Self::DirectDistill => "direct_distill",
+            Self::SftDataProcess => "sft:data_process",
+            Self::SftTrain => "sft:train",
+            Self::DirectDistillDataProcess => "direct_distill:data_process",
+            Self::DirectDistillTrain => "direct_distill:train",
+        }
+    }
+
+    /// What is minimised.
+    pub fn objective(self) -> Objective {
+        match self {
+            Self::Sft | Self::SftDataProcess | Self::SftTrain => Objective::FlowMatching,
+            _ => Objective::Distillation,
+        }
+    }
+
+    /// Which part of it is done.
+    pub fn stage(self) -> Stage {
+        match self {
+            Self::Sft | Self::DirectDistill => Stage::Whole,
+            Self::SftDataProcess | Self::DirectDistillDataProcess => Stage::DataProcess,
+            Self::SftTrain | Self::DirectDistillTrain => Stage::Train,
         }
     }
 }
 
-/// Number type of the trained model's files.
+/// A program whose choices can be taken together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
-pub enum OutputType {
-    /// 32 bits, exact.
+pub enum Compat {
+    /// DiffSynth-Studio, as that package ships.
+    Diffsynth,
+    /// diffusers, which has no trainer for this: only how the model computes.
+    Diffusers,
+}
+
+/// A number type of weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Dtype {
+    /// 32 bits.
+    #[value(alias = "float32")]
     F32,
     /// IEEE half precision.
+    #[value(alias = "float16")]
     F16,
     /// bfloat16.
+    #[value(alias = "bfloat16")]
     Bf16,
 }
 
-impl From<OutputType> for WeightType {
-    fn from(output: OutputType) -> Self {
-        match output {
-            OutputType::F32 => Self::F32,
-            OutputType::F16 => Self::F16,
-            OutputType::Bf16 => Self::BF16,
+impl From<Dtype> for WeightType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::F16 => Self::F16,
+            Dtype::Bf16 => Self::BF16,
         }
     }
+}
+
+/// Where to train.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Compute {
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// Activation of a denoiser's MLPs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Activation {
+    /// The tanh form of GELU, which the published weights were trained with.
+    Tanh,
+    /// x·sigmoid(1.702 x), which DiffSynth-Studio computes.
+    Sigmoid,
+}
+
+impl From<Activation> for Gelu {
+    fn from(activation: Activation) -> Self {
+        match activation {
+            Activation::Tanh => Self::Tanh,
+            Activation::Sigmoid => Self::Sigmoid,
+        }
+    }
+}
+
+/// Which generators the random numbers of a run come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum RandomNumbers {
+    /// One for each position in the run: batches of another size and resumed runs draw the same.
+    PerPosition,
+    /// torch's global generator, drawn from in the peers' order: adapters after `seed`, then order, sigma and noise
+    /// after `seed` + 1.
+    TorchGlobal,
+}
+
+/// What happens to a distillation picture that has not the size of training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ResizedTargets {
+    /// It is an error: resized, it is no longer what the teacher makes of the noise.
+    Refuse,
+    /// It is resized, as the peer does without a word.
+    Allow,
+}
+
+/// Numbers that trained parameters and the optimiser's moments are kept in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum StateNumbers {
+    /// f32, so that small steps are not lost.
+    F32,
+    /// Those of `dtype`: every operation of the update is rounded to it.
+    Dtype,
+}
+
+/// Weight of the flow-matching loss by sigma.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum LossWeighting {
+    /// 1 everywhere.
+    Uniform,
+    /// DiffSynth-Studio's bell around the middle of the noise levels, of mean 1.
+    Bell,
+}
+
+/// Sigma grid of training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum TrainingGrid {
+    /// The grid that pictures are drawn on.
+    Inference,
+    /// DiffSynth-Studio's: a shift of e^0.8 whatever the size of the picture.
+    Diffsynth,
+}
+
+/// What the student's cfg_scale does in training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum StudentGuidance {
+    /// The student is guided by it.
+    Apply,
+    /// Nothing, as in the peer.
+    Ignore,
+}
+
+/// Which files a run leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum OutputLayout {
+    /// lora.safetensors or a complete model folder, when the run ends.
+    Fewstep,
+    /// DiffSynth-Studio's: epoch-0.safetensors and so on, or step-100.safetensors where save_steps is given, with only
+    /// the trained parameters; loss.csv with its columns.
+    Diffsynth,
 }
 
 /// Where the weights of a run begin.
@@ -67,6 +249,9 @@ pub enum InitialWeights {
 pub enum Schedule {
     /// Stays.
     Constant,
+    /// A third for the first five steps: what the peer's `ConstantLR` does with its defaults.
+    #[value(alias = "constant-lr")]
+    ConstantLr,
     /// Falls on a line to zero at the last step.
     Linear,
     /// Falls on half a cosine to zero at the last step.
@@ -83,7 +268,7 @@ pub enum TimestepSampling {
     /// 1 / (1 + e^-z), z standard normal (arXiv 2403.03206).
     #[value(alias = "logit-normal")]
     LogitNormal,
-    /// Uniform over the model's own inference grid of 1,000 steps, as DiffSynth-Studio draws it.
+    /// Uniform over 1,000 levels of the training grid, as DiffSynth-Studio draws it.
     Schedule,
 }
 

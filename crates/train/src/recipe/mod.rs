@@ -4,28 +4,54 @@
 //! over the default; [`Recipe::resolve`] does that overlay.
 
 mod choices;
+mod peers;
+mod resolve;
+mod validate;
 
-use std::ops::RangeInclusive;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use clap::parser::ValueSource;
-use clap::{ArgMatches, Args, FromArgMatches};
+use clap::{ArgAction, Args, FromArgMatches};
 use serde::{Deserialize, Serialize};
 
-pub use choices::{DecayOn, Distance, InitialWeights, OutputType, Schedule, Task, TimestepSampling};
-
-use crate::TrainError;
+pub use choices::{
+    Activation, Compat, Compute, DecayOn, Distance, Dtype, InitialWeights, LossWeighting, Objective,
+    OutputLayout, RandomNumbers, ResizedTargets, Schedule, Stage, StateNumbers, StudentGuidance, Task,
+    TimestepSampling, TrainingGrid,
+};
+pub use peers::PeerFlags;
 
 /// All settings of a training run.
 #[derive(Clone, Debug, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Recipe {
-    /// What to train: sft (flow matching on pictures) or direct_distill (few-step student)
+    /// What to train: sft (flow matching on pictures) or direct_distill (few-step student); with :data_process only
+    /// text states and latents are computed and written, with :train they are read and only the denoiser is loaded
     #[arg(long, value_enum, default_value = "direct_distill", help_heading = "Run")]
     pub task: Task,
+    /// Take a peer's choices wherever they differ from the defaults here; keys given beside it win
+    #[arg(long, value_enum, help_heading = "Run")]
+    pub compat: Option<Compat>,
     /// Model folder in the official layout (model_index.json, transformer/, ...)
     #[arg(long, default_value = "assets/teacher", help_heading = "Run")]
     pub model: PathBuf,
+    /// Instead of model: weight files as a JSON list, the shards of one component as a list in it
+    #[arg(long, value_name = "JSON", help_heading = "Run")]
+    pub model_paths: Option<String>,
+    /// Instead of model: OWNER/NAME:PATTERN of each component, separated by commas, downloaded where missing
+    #[arg(long, value_name = "IDS", help_heading = "Run")]
+    pub model_id_with_origin_paths: Option<String>,
+    /// Tokenizer folder, where the model is not given as one folder
+    #[arg(long, help_heading = "Run")]
+    pub tokenizer_path: Option<PathBuf>,
+    /// Where to train
+    #[arg(long, value_enum, default_value = "cpu", help_heading = "Run")]
+    pub device: Compute,
+    /// Number type that frozen weights are rounded to; arithmetic is f32
+    #[arg(long, value_enum, default_value = "f32", help_heading = "Run")]
+    pub dtype: Dtype,
+    /// Activation of the denoiser's MLPs, where not the model's own or that of compat
+    #[arg(long, value_enum, help_heading = "Run")]
+    pub activation: Option<Activation>,
     /// Start from the folder's weights or from random ones
     #[arg(long, value_enum, default_value = "pretrained", help_heading = "Run")]
     pub initial_weights: InitialWeights,
@@ -35,6 +61,9 @@ pub struct Recipe {
     /// Seed of everything random in the run
     #[arg(long, default_value_t = 0, help_heading = "Run")]
     pub seed: u64,
+    /// Which generators draw order, noise and adapters: one per position, or torch's global one in the peers' order
+    #[arg(long, value_enum, default_value = "per_position", help_heading = "Run")]
+    pub random_numbers: RandomNumbers,
 
     /// Folder that picture paths in the metadata are relative to
     #[arg(long, default_value = "assets/emoji", help_heading = "Data")]
@@ -45,6 +74,20 @@ pub struct Recipe {
     /// Times the data set is seen per epoch
     #[arg(long, default_value_t = 1, help_heading = "Data")]
     pub dataset_repeat: usize,
+    /// Whether every epoch has a new order; false keeps the metadata's
+    #[arg(long, default_value_t = true, action = ArgAction::Set, help_heading = "Data")]
+    pub shuffle: bool,
+    /// Processes that load data; accepted, without effect: pictures are loaded once, before the first step
+    #[arg(long, default_value_t = 0, help_heading = "Data")]
+    pub dataset_num_workers: usize,
+    /// Columns that name files, separated by commas; image must be one of them
+    #[arg(long, value_delimiter = ',', default_value = "image,video", help_heading = "Data")]
+    #[serde(deserialize_with = "comma_list")]
+    pub data_file_keys: Vec<String>,
+    /// Columns passed on to the method, separated by commas: seed, rand_device, num_inference_steps, cfg_scale
+    #[arg(long, value_delimiter = ',', help_heading = "Data")]
+    #[serde(deserialize_with = "comma_list")]
+    pub extra_inputs: Vec<String>,
     /// Picture height in px; with width, pictures are scaled and cropped to exactly this
     #[arg(long, help_heading = "Data")]
     pub height: Option<usize>,
@@ -54,6 +97,9 @@ pub struct Recipe {
     /// Without height and width: largest picture area in px; larger pictures are scaled down
     #[arg(long, default_value_t = 1024 * 1024, help_heading = "Data")]
     pub max_pixels: usize,
+    /// direct_distill: whether a picture of another size is refused or resized, after which no noise leads to it exactly
+    #[arg(long, value_enum, default_value = "refuse", help_heading = "Data")]
+    pub resized_targets: ResizedTargets,
     /// Samples per forward pass
     #[arg(long, default_value_t = 1, help_heading = "Data")]
     pub batch_size: usize,
@@ -91,6 +137,9 @@ pub struct Recipe {
     /// Which parameters decay: matrices (rank 2 and more), or all as in torch
     #[arg(long, value_enum, default_value = "matrices", help_heading = "Optimiser")]
     pub weight_decay_on: DecayOn,
+    /// Numbers that trained parameters and moments are kept in: f32, or dtype with each operation rounded to it
+    #[arg(long, value_enum, default_value = "f32", help_heading = "Optimiser")]
+    pub state_numbers: StateNumbers,
     /// Norm that longer gradients are scaled down to; 0 is off
     #[arg(long, default_value_t = 1.0, help_heading = "Optimiser")]
     pub max_grad_norm: f64,
@@ -98,11 +147,17 @@ pub struct Recipe {
     #[arg(long, default_value_t = 0.0, help_heading = "Optimiser")]
     pub ema_decay: f64,
 
-    /// Components trained in full, separated by commas
+    /// Components trained in full, separated by commas; dit is another name of transformer
     #[arg(long, value_delimiter = ',', default_value = "transformer", help_heading = "What is trained")]
     #[serde(deserialize_with = "comma_list")]
     pub trainable_models: Vec<String>,
-    /// Component that gets LoRA adapters; all other weights are then frozen
+    /// Accepted, without effect: parameters without a gradient are skipped in any case
+    #[arg(long, help_heading = "What is trained")]
+    pub find_unused_parameters: bool,
+    /// Full weights the run starts from, as far as this file has them; for adapters see lora_checkpoint
+    #[arg(long, help_heading = "What is trained")]
+    pub resume_from_checkpoint: Option<PathBuf>,
+    /// Component that gets LoRA adapters (transformer, or dit); all other weights are then frozen
     #[arg(long, help_heading = "What is trained")]
     pub lora_base_model: Option<String>,
     /// Rank of the adapters
@@ -111,13 +166,20 @@ pub struct Recipe {
     /// Scale numerator of the adapters: they are multiplied by alpha / rank; the rank where not given
     #[arg(long, help_heading = "What is trained")]
     pub lora_alpha: Option<f64>,
-    /// Layers that get adapters, by the last parts of their names, separated by commas
+    /// Layers that get adapters: last parts of their names, separated by commas, or one regular expression for whole
+    /// names; empty finds the large projections of the blocks
     #[arg(long, value_delimiter = ',', default_value = DEFAULT_TARGETS, help_heading = "What is trained")]
     #[serde(deserialize_with = "comma_list")]
     pub lora_target_modules: Vec<String>,
     /// LoRA file whose adapters the run starts from
     #[arg(long, help_heading = "What is trained")]
     pub lora_checkpoint: Option<PathBuf>,
+    /// LoRA file fused into the frozen weights before training
+    #[arg(long, help_heading = "What is trained")]
+    pub preset_lora_path: Option<PathBuf>,
+    /// Component that preset_lora_path belongs to (transformer, or dit)
+    #[arg(long, help_heading = "What is trained")]
+    pub preset_lora_model: Option<String>,
 
     /// sft: share of captions replaced by the empty prompt, in [0, 1], so that guidance works later
     #[arg(long, default_value_t = 0.1, help_heading = "Method")]
@@ -125,12 +187,27 @@ pub struct Recipe {
     /// sft: how sigma is drawn
     #[arg(long, value_enum, default_value = "logit_normal", help_heading = "Method")]
     pub timestep_sampling: TimestepSampling,
+    /// sft: weight of the loss by sigma
+    #[arg(long, value_enum, default_value = "uniform", help_heading = "Method")]
+    pub loss_weighting: LossWeighting,
+    /// Sigma grid of training: the one of inference, or DiffSynth-Studio's with a shift of its own
+    #[arg(long, value_enum, default_value = "inference", help_heading = "Method")]
+    pub training_grid: TrainingGrid,
+    /// direct_distill: whether the student follows its cfg_scale
+    #[arg(long, value_enum, default_value = "apply", help_heading = "Method")]
+    pub student_guidance: StudentGuidance,
+    /// Accepted, without effect yet: the memory of direct_distill does not grow with its steps in any case
+    #[arg(long, help_heading = "Method")]
+    pub use_gradient_checkpointing: bool,
     /// direct_distill: distance between the pictures of student and teacher
     #[arg(long, value_enum, default_value = "mse", help_heading = "Method")]
     pub loss: Distance,
     /// direct_distill: c of the pseudo-Huber distance, in latent units
     #[arg(long, default_value_t = 1e-3, help_heading = "Method")]
     pub huber_c: f64,
+    /// Accepted, without effect, as use_gradient_checkpointing
+    #[arg(long, help_heading = "Method")]
+    pub use_gradient_checkpointing_offload: bool,
     /// direct_distill: make the teacher's pictures during training; the metadata then needs prompts only
     #[arg(long, help_heading = "Method")]
     pub online_teacher: bool,
@@ -147,18 +224,31 @@ pub struct Recipe {
     #[arg(long, default_value_t = 1.0, help_heading = "Method")]
     pub cfg_scale: f64,
 
+    /// Files of the result: fewstep's, or epoch-0.safetensors and so on with only what was trained, as the peer's
+    #[arg(long, value_enum, default_value = "fewstep", help_heading = "Output")]
+    pub output_layout: OutputLayout,
+    /// output_layout diffsynth: taken off the front of keys such as pipe.dit.img_in.weight
+    #[arg(long, default_value = "pipe.dit.", help_heading = "Output")]
+    pub remove_prefix_in_ckpt: String,
     /// Number type of a fully trained model's files; LoRA files and checkpoints are always f32
     #[arg(long, value_enum, default_value = "f32", help_heading = "Output")]
-    pub output_dtype: OutputType,
-    /// Optimiser steps between checkpoints; one is also written at the end. 0 is only at the end
-    #[arg(long, default_value_t = 500, help_heading = "Output")]
-    pub save_steps: u64,
+    pub output_dtype: Dtype,
+    /// Optimiser steps between checkpoints; one is also written at the end. 0 is only at the end; not given it is 500,
+    /// and the files of output_layout diffsynth then come after every epoch
+    #[arg(long, help_heading = "Output")]
+    pub save_steps: Option<u64>,
+    /// Accepted, without effect: loss.csv is always written
+    #[arg(long, help_heading = "Output")]
+    pub enable_csv_log: bool,
     /// Newest checkpoints kept
     #[arg(long, default_value_t = 2, help_heading = "Output")]
     pub keep: usize,
     /// Optimiser steps per line of the loss log (the mean over them)
     #[arg(long, default_value_t = 10, help_heading = "Output")]
     pub log_steps: u64,
+    /// Accepted, without effect: the TensorBoard file is always written
+    #[arg(long, help_heading = "Output")]
+    pub enable_tensorboard_log: bool,
     /// Optimiser steps between sample pictures; 0 is off
     #[arg(long, default_value_t = 0, help_heading = "Output")]
     pub sample_steps: u64,
@@ -176,21 +266,6 @@ pub struct Recipe {
 /// The attention and feed-forward projections of a double-stream transformer, as the peers' recipes list them.
 const DEFAULT_TARGETS: &str = "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1";
 
-/// Keys that may change when a run is continued: how long it runs and what it writes on the way.
-const FREE_KEYS: [&str; 11] = [
-    "output_dtype",
-    "max_steps",
-    "num_epochs",
-    "output_path",
-    "save_steps",
-    "keep",
-    "log_steps",
-    "sample_steps",
-    "sample_prompts",
-    "sample_num_inference_steps",
-    "sample_cfg_scale",
-];
-
 impl Default for Recipe {
     fn default() -> Self {
         let command = Self::augment_args(clap::Command::new("recipe").no_binary_name(true));
@@ -198,135 +273,6 @@ impl Default for Recipe {
         let parsed = matches.and_then(|matches| Self::from_arg_matches(&matches));
         parsed.expect("every flag has a default or is optional")
     }
-}
-
-impl Recipe {
-    /// Overlays the flags that stood on the command line over a TOML file, and that over the defaults.
-    ///
-    /// # Errors
-    /// If the file cannot be read, has an unknown key or a malformed value.
-    pub fn resolve(&self, matches: &ArgMatches, config: Option<&Path>) -> Result<Recipe, TrainError> {
-        let Some(path) = config else { return Ok(self.clone()) };
-        let mut table = to_table(&Recipe::read(path)?);
-        for (key, value) in to_table(self) {
-            if matches.value_source(&key) == Some(ValueSource::CommandLine) {
-                table.insert(key, value);
-            }
-        }
-        table.try_into().map_err(|error| TrainError::recipe(path, &error))
-    }
-
-    /// Reads a TOML recipe; absent keys have their defaults.
-    ///
-    /// # Errors
-    /// If the file cannot be read, has an unknown key or a malformed value.
-    pub fn read(path: &Path) -> Result<Recipe, TrainError> {
-        let text = std::fs::read_to_string(path).map_err(TrainError::io(path))?;
-        toml::from_str(&text).map_err(|error| TrainError::recipe(path, &error))
-    }
-
-    /// The recipe as TOML, every key that has a value.
-    pub fn to_toml(&self) -> String {
-        toml::to_string(self).expect("a flat struct of numbers, strings and lists is valid TOML")
-    }
-
-    /// The keys, with both values, that make `self` another run than `other`.
-    pub fn differences(&self, other: &Recipe) -> Vec<String> {
-        let (ours, theirs) = (to_table(self), to_table(other));
-        let shown =
-            |table: &toml::Table, key: &str| table.get(key).map_or("unset".into(), ToString::to_string);
-        let mut keys: Vec<&String> =
-            ours.keys().chain(theirs.keys().filter(|key| !ours.contains_key(*key))).collect();
-        keys.retain(|key| !FREE_KEYS.contains(&key.as_str()) && ours.get(*key) != theirs.get(*key));
-        keys.iter()
-            .map(|key| format!("{key} is {} there, {} here", shown(&theirs, key), shown(&ours, key)))
-            .collect()
-    }
-
-    /// Checks what the types cannot say.
-    ///
-    /// # Errors
-    /// Names the first key whose value is out of its range.
-    pub fn validate(&self) -> Result<(), TrainError> {
-        let error =
-            |key, found: f64, expected| Err(TrainError::Value { key, found: found.to_string(), expected });
-        if let Some((key, _)) = self.counts().into_iter().find(|(_, count)| *count == 0) {
-            return error(key, 0.0, "1 or more");
-        }
-        for (range, expected, values) in self.numbers() {
-            if let Some((key, found)) = values.into_iter().find(|(_, found)| !range.contains(found)) {
-                return error(key, found, expected);
-            }
-        }
-        match (self.height, self.width) {
-            (Some(_), None) => Err(TrainError::HalfSize { given: "height", missing: "width" }),
-            (None, Some(_)) => Err(TrainError::HalfSize { given: "width", missing: "height" }),
-            _ => Ok(()),
-        }
-    }
-
-    /// Keys that count something there must be one of.
-    fn counts(&self) -> [(&'static str, usize); 10] {
-        [
-            ("batch_size", self.batch_size),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps),
-            ("dataset_repeat", self.dataset_repeat),
-            ("num_epochs", self.num_epochs),
-            ("lora_rank", self.lora_rank),
-            ("keep", self.keep),
-            ("log_steps", self.log_steps as usize),
-            ("num_inference_steps", self.num_inference_steps),
-            ("teacher_num_inference_steps", self.teacher_num_inference_steps),
-            ("sample_num_inference_steps", self.sample_num_inference_steps),
-        ]
-    }
-
-    /// Keys by the range of their values.
-    fn numbers(&self) -> [NumberRange; 4] {
-        const LARGEST_DECAY: f64 = 1.0 - f64::EPSILON;
-        let decays = [
-            ("ema_decay", self.ema_decay),
-            ("adam_beta_1", self.adam_beta_1),
-            ("adam_beta_2", self.adam_beta_2),
-        ];
-        let positive = [("learning_rate", self.learning_rate), ("huber_c", self.huber_c)];
-        let not_negative = [
-            ("weight_decay", self.weight_decay),
-            ("max_grad_norm", self.max_grad_norm),
-            ("adam_epsilon", self.adam_epsilon),
-            ("cfg_scale", self.cfg_scale),
-            ("teacher_cfg_scale", self.teacher_cfg_scale),
-            ("sample_cfg_scale", self.sample_cfg_scale),
-        ];
-        [
-            (0.0..=1.0, "a share from 0 to 1", vec![("guidance_dropout", self.guidance_dropout)]),
-            (0.0..=LARGEST_DECAY, "0 or more and less than 1", decays.to_vec()),
-            (f64::MIN_POSITIVE..=f64::MAX, "more than 0", positive.to_vec()),
-            (0.0..=f64::MAX, "0 or more", not_negative.to_vec()),
-        ]
-    }
-
-    /// The sample prompts, read from their file where one is given.
-    ///
-    /// # Errors
-    /// If the file cannot be read.
-    pub fn sample_prompts(&self) -> Result<Vec<String>, TrainError> {
-        match self.sample_prompts.as_slice() {
-            [file] if file.ends_with(".txt") => {
-                let path = Path::new(file);
-                let text = std::fs::read_to_string(path).map_err(TrainError::io(path))?;
-                Ok(text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect())
-            }
-            prompts => Ok(prompts.to_vec()),
-        }
-    }
-}
-
-/// A range, how a person reads it, and the keys it holds for with their values.
-type NumberRange = (RangeInclusive<f64>, &'static str, Vec<(&'static str, f64)>);
-
-fn to_table(recipe: &Recipe) -> toml::Table {
-    toml::Table::try_from(recipe).expect("a flat struct of numbers, strings and lists is a TOML table")
 }
 
 /// A list, or one string with commas as on the command line.

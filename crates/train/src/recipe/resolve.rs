@@ -1,0 +1,101 @@
+//! From flags, a TOML file and a peer's choices to one recipe, and back to TOML.
+
+use std::path::Path;
+
+use clap::ArgMatches;
+use clap::parser::ValueSource;
+
+use super::{Compat, Recipe};
+use crate::TrainError;
+
+/// Keys that may change when a run is continued: how long it runs, where, and what it writes on the way.
+const FREE_KEYS: [&str; 18] = [
+    "output_dtype",
+    "max_steps",
+    "num_epochs",
+    "output_path",
+    "device",
+    "dataset_num_workers",
+    "find_unused_parameters",
+    "use_gradient_checkpointing",
+    "use_gradient_checkpointing_offload",
+    "enable_csv_log",
+    "enable_tensorboard_log",
+    "save_steps",
+    "keep",
+    "log_steps",
+    "sample_steps",
+    "sample_prompts",
+    "sample_num_inference_steps",
+    "sample_cfg_scale",
+];
+
+impl Recipe {
+    /// The defaults, with a peer's choices wherever they differ.
+    pub fn compatible(peer: Compat) -> Recipe {
+        peer.choices().try_into().expect("a peer's choices are keys of a recipe with valid values")
+    }
+
+    /// Overlays the flags that stood on the command line over a TOML file, that over the peer's choices where `compat`
+    /// names one, and those over the defaults.
+    ///
+    /// # Errors
+    /// If the file cannot be read, has an unknown key or a malformed value.
+    pub fn resolve(&self, matches: &ArgMatches, config: Option<&Path>) -> Result<Recipe, TrainError> {
+        let mut given = config.map(read_table).transpose()?.unwrap_or_default();
+        for (key, value) in to_table(self) {
+            if matches.value_source(&key) == Some(ValueSource::CommandLine) {
+                given.insert(key, value);
+            }
+        }
+        Ok(over_compat(given))
+    }
+
+    /// Reads a TOML recipe; absent keys have their defaults, or the choices of the peer it names as `compat`.
+    ///
+    /// # Errors
+    /// If the file cannot be read, has an unknown key or a malformed value.
+    pub fn read(path: &Path) -> Result<Recipe, TrainError> {
+        Ok(over_compat(read_table(path)?))
+    }
+
+    /// The recipe as TOML, every key that has a value.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("a flat struct of numbers, strings and lists is valid TOML")
+    }
+
+    /// The keys, with both values, that make `self` another run than `other`.
+    pub fn differences(&self, other: &Recipe) -> Vec<String> {
+        let (ours, theirs) = (to_table(self), to_table(other));
+        let shown =
+            |table: &toml::Table, key: &str| table.get(key).map_or("unset".into(), ToString::to_string);
+        let mut keys: Vec<&String> =
+            ours.keys().chain(theirs.keys().filter(|key| !ours.contains_key(*key))).collect();
+        keys.retain(|key| !FREE_KEYS.contains(&key.as_str()) && ours.get(*key) != theirs.get(*key));
+        keys.iter()
+            .map(|key| format!("{key} is {} there, {} here", shown(&theirs, key), shown(&ours, key)))
+            .collect()
+    }
+}
+
+/// The keys of a recipe file, all known and with valid values.
+fn read_table(path: &Path) -> Result<toml::Table, TrainError> {
+    let text = std::fs::read_to_string(path).map_err(TrainError::io(path))?;
+    let malformed = |error: toml::de::Error| TrainError::recipe(path, &error);
+    // For the message, which then names the line.
+    toml::from_str::<Recipe>(&text).map_err(malformed)?;
+    toml::from_str(&text).map_err(malformed)
+}
+
+/// Lays valid keys over the choices of the peer among them.
+fn over_compat(given: toml::Table) -> Recipe {
+    let valid = "every key has been checked";
+    let peer: Option<Compat> = given.get("compat").map(|name| name.clone().try_into().expect(valid));
+    let mut table = peer.map(Compat::choices).unwrap_or_default();
+    table.extend(given);
+    table.try_into().expect(valid)
+}
+
+fn to_table(recipe: &Recipe) -> toml::Table {
+    toml::Table::try_from(recipe).expect("a flat struct of numbers, strings and lists is a TOML table")
+}

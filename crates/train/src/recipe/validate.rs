@@ -1,0 +1,126 @@
+//! What the types of a recipe's values cannot say.
+
+use std::ops::RangeInclusive;
+use std::path::Path;
+
+use super::{Recipe, Stage};
+use crate::TrainError;
+
+/// Columns that reach a method; all others of a row are read where they are needed or not at all.
+const EXTRA_INPUTS: [&str; 4] = ["seed", "rand_device", "num_inference_steps", "cfg_scale"];
+
+/// A range, how a person reads it, and the keys it holds for with their values.
+type NumberRange = (RangeInclusive<f64>, &'static str, Vec<(&'static str, f64)>);
+
+impl Recipe {
+    /// Checks ranges, and keys that need each other.
+    ///
+    /// # Errors
+    /// Names the first key whose value is out of its range.
+    pub fn validate(&self) -> Result<(), TrainError> {
+        if let Some((key, _)) = self.counts().into_iter().find(|(_, count)| *count == 0) {
+            return wrong(key, 0, "1 or more");
+        }
+        for (range, expected, values) in self.numbers() {
+            if let Some((key, found)) = values.into_iter().find(|(_, found)| !range.contains(found)) {
+                return wrong(key, found, expected);
+            }
+        }
+        self.check_pairs()?;
+        self.check_columns()
+    }
+
+    /// Keys that count something there must be one of.
+    fn counts(&self) -> [(&'static str, usize); 10] {
+        [
+            ("batch_size", self.batch_size),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps),
+            ("dataset_repeat", self.dataset_repeat),
+            ("num_epochs", self.num_epochs),
+            ("lora_rank", self.lora_rank),
+            ("keep", self.keep),
+            ("log_steps", self.log_steps as usize),
+            ("num_inference_steps", self.num_inference_steps),
+            ("teacher_num_inference_steps", self.teacher_num_inference_steps),
+            ("sample_num_inference_steps", self.sample_num_inference_steps),
+        ]
+    }
+
+    /// Keys by the range of their values.
+    fn numbers(&self) -> [NumberRange; 4] {
+        const LARGEST_DECAY: f64 = 1.0 - f64::EPSILON;
+        let decays = [
+            ("ema_decay", self.ema_decay),
+            ("adam_beta_1", self.adam_beta_1),
+            ("adam_beta_2", self.adam_beta_2),
+        ];
+        let positive = [("learning_rate", self.learning_rate), ("huber_c", self.huber_c)];
+        let not_negative = [
+            ("weight_decay", self.weight_decay),
+            ("max_grad_norm", self.max_grad_norm),
+            ("adam_epsilon", self.adam_epsilon),
+            ("cfg_scale", self.cfg_scale),
+            ("teacher_cfg_scale", self.teacher_cfg_scale),
+            ("sample_cfg_scale", self.sample_cfg_scale),
+        ];
+        [
+            (0.0..=1.0, "a share from 0 to 1", vec![("guidance_dropout", self.guidance_dropout)]),
+            (0.0..=LARGEST_DECAY, "0 or more and less than 1", decays.to_vec()),
+            (f64::MIN_POSITIVE..=f64::MAX, "more than 0", positive.to_vec()),
+            (0.0..=f64::MAX, "0 or more", not_negative.to_vec()),
+        ]
+    }
+
+    fn check_pairs(&self) -> Result<(), TrainError> {
+        let half = |given, missing| Err(TrainError::Half { given, missing });
+        match (self.height, self.width) {
+            (Some(_), None) => return half("height", "width"),
+            (None, Some(_)) => return half("width", "height"),
+            _ => {}
+        }
+        match (&self.preset_lora_path, &self.preset_lora_model) {
+            (Some(_), None) => return half("preset_lora_path", "preset_lora_model"),
+            (None, Some(_)) => return half("preset_lora_model", "preset_lora_path"),
+            _ => {}
+        }
+        if self.task.stage() != Stage::Whole && self.online_teacher {
+            return wrong("online_teacher", true, "false where a task is split in two");
+        }
+        Ok(())
+    }
+
+    fn check_columns(&self) -> Result<(), TrainError> {
+        if !self.data_file_keys.iter().any(|key| key == "image") {
+            return wrong("data_file_keys", self.data_file_keys.join(","), "a list with image in it");
+        }
+        match self.extra_inputs().find(|name| !EXTRA_INPUTS.contains(name)) {
+            Some(found) => {
+                wrong("extra_inputs", found, "seed, rand_device, num_inference_steps or cfg_scale")
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn extra_inputs(&self) -> impl Iterator<Item = &str> {
+        self.extra_inputs.iter().map(|name| name.trim()).filter(|name| !name.is_empty())
+    }
+
+    /// The sample prompts, read from their file where one is given.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn sample_prompts(&self) -> Result<Vec<String>, TrainError> {
+        match self.sample_prompts.as_slice() {
+            [file] if file.ends_with(".txt") => {
+                let path = Path::new(file);
+                let text = std::fs::read_to_string(path).map_err(TrainError::io(path))?;
+                Ok(text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect())
+            }
+            prompts => Ok(prompts.to_vec()),
+        }
+    }
+}
+
+fn wrong(key: &'static str, found: impl ToString, expected: &'static str) -> Result<(), TrainError> {
+    Err(TrainError::Value { key, found: found.to_string(), expected })
+}
