@@ -25,4 +25,4 @@ pub use model::{Denoiser, Model};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};
 pub use parts::linear::{Linear, LowRankAdapter};
 pub use pipeline::{Generated, LoraFile, Pipeline, PipelineOptions, Request};
-pub use weights::{WeightFiles, WeightType, read_info, save_tensors, weights_hash};
+pub use weights::{TensorEntry, WeightFiles, WeightType, read_info, save_tensors, weights_hash};

@@ -39,6 +39,9 @@ pub(crate) const PIPELINE_CLASS: &str = "QwenImagePipeline";
 /// Components with weights, in the order of the folders.
 pub(crate) const COMPONENTS: &[&str] = &["text_encoder", "transformer", "vae"];
 
+/// The component that denoises.
+pub(crate) const DENOISER: &str = "transformer";
+
 /// All components of one Qwen-Image folder.
 #[derive(Module, Debug)]
 pub struct QwenImage {

@@ -2,12 +2,15 @@
 
 mod files;
 mod fill;
+mod folder;
 mod write;
 
-pub use files::{WeightFiles, read_info, weights_hash};
+pub use files::{TensorEntry, WeightFiles, read_info, weights_hash};
+pub(crate) use files::{component_files, file_hash};
 pub(crate) use fill::{initialize, load};
+pub(crate) use folder::{Shards, copy_tree, is_weights, write_shards};
+pub(crate) use write::{RawTensor, collect, values, write};
 pub use write::{WeightType, save_tensors};
-pub(crate) use write::{collect, values, write};
 
 /// How a module's parameter names and the keys of its weight files correspond.
 ///
