@@ -1,4 +1,5 @@
-//! Files that are either the old one or the new one, whatever happens while they are written.
+//! Files that are either the old one or the new one, and folders that are complete or absent, whatever happens while
+//! they are written.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -22,10 +23,7 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// # Errors
 /// Whatever `fill` or the file system reports. The temporary file is gone by then.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let folder = parent(path);
     fs::create_dir_all(folder)?;
     let temporary = Temporary::beside(folder, path)?;
     let mut file = File::create_new(&temporary.0)?;
@@ -34,6 +32,72 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -
     drop(file);
     fs::rename(&temporary.0, path)?;
     sync_folder(folder)
+}
+
+/// Replaces the file at `target` by the bytes of `source`; see [`write_with`].
+///
+/// # Errors
+/// As [`write_with`].
+pub fn copy(source: &Path, target: &Path) -> io::Result<()> {
+    let mut source = File::open(source)?;
+    write_with(target, |file| io::copy(&mut source, file).map(|_| ()))
+}
+
+/// A folder in the making, under a hidden name beside its own.
+///
+/// It gets its name by [`NewFolder::publish`]; dropped before that, it is removed.
+#[derive(Debug)]
+pub struct NewFolder {
+    part: PathBuf,
+    path: PathBuf,
+}
+
+impl NewFolder {
+    /// Begins the folder that shall be at `path`, creating missing parents. What a killed run left under the hidden
+    /// name is removed.
+    ///
+    /// # Errors
+    /// Whatever the file system reports.
+    pub fn begin(path: &Path) -> io::Result<Self> {
+        let mut hidden = OsString::from(".");
+        hidden.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
+        hidden.push(".part");
+        let part = parent(path).join(hidden);
+        if part.exists() {
+            fs::remove_dir_all(&part)?;
+        }
+        fs::create_dir_all(&part)?;
+        Ok(Self { part, path: path.to_owned() })
+    }
+
+    /// Where to write its files.
+    pub fn part(&self) -> &Path {
+        &self.part
+    }
+
+    /// Gives the folder its name, durably. Nothing but an empty folder may be there.
+    ///
+    /// # Errors
+    /// Whatever the file system reports; the folder in the making is removed then.
+    pub fn publish(self) -> io::Result<()> {
+        sync_folder(&self.part)?;
+        fs::rename(&self.part, &self.path)?;
+        sync_folder(parent(&self.path))
+    }
+}
+
+impl Drop for NewFolder {
+    fn drop(&mut self) {
+        // Nothing can be done about a folder that cannot be removed, and after a success there is none.
+        let _ = fs::remove_dir_all(&self.part);
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// A temporary path whose file is removed when the value goes; after the rename there is nothing left to remove.
@@ -118,5 +182,30 @@ mod tests {
         fs::write(folder.path().join("taken/x"), b"x").unwrap();
         write(&folder.path().join("taken"), b"y").unwrap_err();
         assert_eq!(names(folder.path()), ["taken"]);
+    }
+
+    #[test]
+    fn a_new_folder_appears_when_it_is_published_and_not_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("deep/model");
+        let made = NewFolder::begin(&path).unwrap();
+        write(&made.part().join("file.txt"), b"new").unwrap();
+        assert!(!path.exists());
+        made.publish().unwrap();
+        assert_eq!(fs::read(path.join("file.txt")).unwrap(), b"new");
+        assert_eq!(names(path.parent().unwrap()), ["model"]);
+    }
+
+    #[test]
+    fn a_folder_given_up_or_left_by_a_killed_run_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model");
+        std::mem::forget(NewFolder::begin(&path).unwrap());
+        assert_eq!(names(folder.path()), [".model.part"]);
+        fs::write(folder.path().join(".model.part/half"), b"x").unwrap();
+        let again = NewFolder::begin(&path).unwrap();
+        assert!(names(again.part()).is_empty());
+        drop(again);
+        assert!(names(folder.path()).is_empty());
     }
 }

@@ -124,6 +124,41 @@ pub enum ModelError {
         /// The hash in the file.
         expected: String,
     },
+    /// Keys of a file that is no LoRA, or one of a kind that is not read.
+    #[error("{}: no LoRA that can be read: {}\nhint: expected pairs such as transformer_blocks.0.attn.to_q.lora_A.weight and .lora_B.weight", path.display(), mismatch(missing, unknown))]
+    LoraKeys {
+        /// The file.
+        path: PathBuf,
+        /// Halves of pairs that are not there.
+        missing: Vec<String>,
+        /// Keys that are neither half of a pair nor an alpha.
+        unknown: Vec<String>,
+    },
+    /// A LoRA of layers the model does not have.
+    #[error(
+        "{}: {} of its {layers} layers are not in the model: found {}, expected some of {}\nhint: is it the LoRA of \
+         another model, or of another size of it?",
+        path.display(),
+        unknown.len(),
+        first(unknown),
+        first(available)
+    )]
+    LoraLayers {
+        /// The file.
+        path: PathBuf,
+        /// The layers that are not in the model.
+        unknown: Vec<String>,
+        /// Layers in the file.
+        layers: usize,
+        /// The layers of the model.
+        available: Vec<String>,
+    },
+    /// An output that already holds something else.
+    #[error("{}: there is something else already\nhint: give another output, or remove this one", path.display())]
+    Taken {
+        /// The file or folder.
+        path: PathBuf,
+    },
     /// LoRA targets that match nothing.
     #[error("no layer matches the LoRA target modules {}\nhint: this model has {}", targets.join(", "), available.join(", "))]
     NoTarget {
@@ -147,21 +182,20 @@ impl ModelError {
     }
 }
 
-/// Names at most a handful of keys of each kind.
-fn mismatch(missing: &[String], unknown: &[String]) -> String {
+/// Names at most a handful of keys.
+fn first(keys: &[String]) -> String {
     const SHOWN: usize = 6;
-    let list = |label: &str, keys: &[String]| {
-        let more =
-            if keys.len() > SHOWN { format!(" and {} more", keys.len() - SHOWN) } else { String::new() };
-        let shown: Vec<&str> = keys.iter().take(SHOWN).map(String::as_str).collect();
-        format!("{} {label} ({}{more})", keys.len(), shown.join(", "))
-    };
-    let mut parts = Vec::new();
-    if !missing.is_empty() {
-        parts.push(list("missing", missing));
-    }
-    if !unknown.is_empty() {
-        parts.push(list("unknown", unknown));
-    }
-    parts.join("; ")
+    let shown: Vec<&str> = keys.iter().take(SHOWN).map(String::as_str).collect();
+    let more = keys.len().saturating_sub(SHOWN);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("{}{more}", shown.join(", "))
+}
+
+/// Names some keys of each kind.
+fn mismatch(missing: &[String], unknown: &[String]) -> String {
+    let kinds = [("missing", missing), ("unknown", unknown)];
+    let named = kinds.iter().filter(|(_, keys)| !keys.is_empty());
+    let parts: Vec<String> =
+        named.map(|(label, keys)| format!("{} {label} ({})", keys.len(), first(keys))).collect();
+    if parts.is_empty() { "no keys".into() } else { parts.join("; ") }
 }

@@ -25,4 +25,6 @@ pub use model::{Denoiser, Model, expected_tensors};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};
 pub use parts::linear::{Linear, LowRankAdapter};
 pub use pipeline::{Generated, LoraFile, Pipeline, PipelineOptions, Request};
-pub use weights::{TensorShapes, WeightFiles, WeightType, read_info, save_tensors, weights_hash};
+pub use weights::{
+    TensorEntry, TensorShapes, WeightFiles, WeightType, read_info, save_tensors, weights_hash,
+};

@@ -1,7 +1,7 @@
 //! The one enum of families, and what every family offers.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
@@ -11,7 +11,7 @@ use fewstep_flow::schedule::ShiftOverride;
 
 use crate::load_options::round_weights;
 use crate::qwen_image::{self, QwenImage};
-use crate::weights::{KeyMap, TensorShapes, WeightType};
+use crate::weights::{KeyMap, TensorShapes, WeightType, copy_tree, is_weights};
 use crate::{Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError};
 
 /// Predicts velocities: all that methods and samplers know of a model.
@@ -76,7 +76,8 @@ impl Model {
         dtype: WeightType,
         info: &BTreeMap<String, String>,
     ) -> Result<(), ModelError> {
-        copy_others(source, folder)?;
+        let unchanged = |path: &Path| qwen_image::UNCHANGED.iter().any(|name| path.parent() == Some(&source.join(name)));
+        copy_tree(source, folder, &|path| !is_weights(path) || unchanged(path))?;
         match self {
             Model::QwenImage(model) => model.save_weights(source, folder, dtype, info),
         }
@@ -188,7 +189,7 @@ impl Model {
     /// The component that denoises: the one adapters belong to.
     pub fn denoiser_name(&self) -> &'static str {
         match self {
-            Model::QwenImage(_) => "transformer",
+            Model::QwenImage(_) => qwen_image::DENOISER,
         }
     }
 
@@ -247,7 +248,7 @@ pub fn expected_tensors(folder: &Path) -> Result<BTreeMap<&'static str, TensorSh
 }
 
 /// Checks that `model_index.json` names a family there is code for.
-fn check_family(folder: &Path) -> Result<(), ModelError> {
+pub(crate) fn check_family(folder: &Path) -> Result<(), ModelError> {
     let path = folder.join("model_index.json");
     let text = std::fs::read_to_string(&path).map_err(|_| ModelError::NoModelFolder {
         path: folder.to_owned(),
@@ -261,32 +262,4 @@ fn check_family(folder: &Path) -> Result<(), ModelError> {
         return Err(ModelError::UnknownClass { path, role: "pipeline", found, expected });
     }
     Ok(())
-}
-
-/// Copies everything but the weights, and their indices, of components that can learn.
-fn copy_others(source: &Path, target: &Path) -> Result<(), ModelError> {
-    std::fs::create_dir_all(target).map_err(ModelError::io(target))?;
-    for path in entries(source)? {
-        let name = path.file_name().unwrap_or_default();
-        if path.is_dir() {
-            copy_others(&path, &target.join(name))?;
-        } else if !is_weights(&path)
-            || qwen_image::UNCHANGED.iter().any(|component| source.ends_with(component))
-        {
-            let bytes = std::fs::read(&path).map_err(ModelError::io(&path))?;
-            let copy = target.join(name);
-            fewstep_data::atomic::write(&copy, &bytes).map_err(ModelError::io(&copy))?;
-        }
-    }
-    Ok(())
-}
-
-fn entries(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
-    let entries = std::fs::read_dir(folder).map_err(ModelError::io(folder))?;
-    Ok(entries.filter_map(|entry| Some(entry.ok()?.path())).collect())
-}
-
-fn is_weights(path: &Path) -> bool {
-    let name = path.to_string_lossy();
-    name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
 }

@@ -43,6 +43,9 @@ pub(crate) const COMPONENTS: &[&str] = &["text_encoder", "transformer", "vae"];
 /// Components no method trains: a saved model has the files it was loaded from.
 pub(crate) const UNCHANGED: &[&str] = &["vae"];
 
+/// The component that denoises.
+pub(crate) const DENOISER: &str = "transformer";
+
 /// All components of one Qwen-Image folder.
 #[derive(Module, Debug)]
 pub struct QwenImage {

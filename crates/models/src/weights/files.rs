@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::Mmap;
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::ModelError;
@@ -17,6 +19,26 @@ pub struct WeightFiles {
     maps: Vec<(PathBuf, Mmap)>,
     /// Key → index into `maps`.
     keys: BTreeMap<String, usize>,
+}
+
+/// What the header of a file says of one tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TensorEntry {
+    /// Its name.
+    pub key: String,
+    /// Its number type as files spell it, such as `BF16`.
+    pub dtype: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its size in the file.
+    pub bytes: usize,
+}
+
+impl TensorEntry {
+    /// Numbers in the tensor.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
 }
 
 impl std::fmt::Debug for WeightFiles {
@@ -64,25 +86,53 @@ impl WeightFiles {
         self.keys.contains_key(key)
     }
 
+    /// What the headers say of every tensor, in the order of the keys.
+    ///
+    /// # Errors
+    /// If a header is damaged.
+    pub fn entries(&self) -> Result<Vec<TensorEntry>, ModelError> {
+        let mut entries = Vec::with_capacity(self.keys.len());
+        for (path, map) in &self.maps {
+            for (key, view) in parse(path, map)?.iter() {
+                let (dtype, shape) = (format!("{:?}", view.dtype()), view.shape().to_vec());
+                entries.push(TensorEntry { key: key.to_owned(), dtype, shape, bytes: view.data().len() });
+            }
+        }
+        entries.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(entries)
+    }
+
+    /// A tensor's bytes as they stand in the file, little-endian.
+    ///
+    /// # Errors
+    /// If the key is absent.
+    pub(crate) fn bytes(&self, key: &str) -> Result<&[u8], ModelError> {
+        Ok(self.view(key)?.1.data())
+    }
+
     /// Shape and values of a tensor, as f32.
     ///
     /// # Errors
     /// If the key is absent or its type is no floating point type.
     pub fn read(&self, key: &str) -> Result<(Vec<usize>, Vec<f32>), ModelError> {
+        let (path, view) = self.view(key)?;
+        let values = to_f32(view.dtype(), view.data()).ok_or_else(|| ModelError::DataType {
+            path: path.to_owned(),
+            key: key.to_owned(),
+            found: format!("{:?}", view.dtype()),
+        })?;
+        Ok((view.shape().to_vec(), values))
+    }
+
+    /// A tensor and the file it is in.
+    fn view(&self, key: &str) -> Result<(&Path, TensorView<'_>), ModelError> {
         let missing = || ModelError::Keys {
             path: self.path.clone(),
             missing: vec![key.to_owned()],
             unknown: Vec::new(),
         };
         let (path, map) = &self.maps[*self.keys.get(key).ok_or_else(missing)?];
-        let tensors = parse(path, map)?;
-        let view = tensors.tensor(key).map_err(|_| missing())?;
-        let values = to_f32(view.dtype(), view.data()).ok_or_else(|| ModelError::DataType {
-            path: path.clone(),
-            key: key.to_owned(),
-            found: format!("{:?}", view.dtype()),
-        })?;
-        Ok((view.shape().to_vec(), values))
+        Ok((path, parse(path, map)?.tensor(key).map_err(|_| missing())?))
     }
 }
 
@@ -109,7 +159,19 @@ pub fn weights_hash(folder: &Path) -> Result<String, ModelError> {
             hash.update(map_file(&file)?);
         }
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(hash.finalize().as_slice()))
+}
+
+/// SHA-256 of one file.
+///
+/// # Errors
+/// If it cannot be read.
+pub(crate) fn file_hash(path: &Path) -> Result<String, ModelError> {
+    Ok(hex(Sha256::digest(map_file(path)?).as_slice()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn subfolders(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
@@ -121,7 +183,7 @@ fn subfolders(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
 }
 
 /// The weight files of a component: those an index names, otherwise the one safetensors file.
-fn component_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+pub(crate) fn component_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let entries = std::fs::read_dir(folder).map_err(ModelError::io(folder))?;
     let mut names: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
     names.sort();

@@ -2,15 +2,18 @@
 
 mod files;
 mod fill;
+mod folder;
 mod shapes;
 mod write;
 
-pub use files::{WeightFiles, read_info, weights_hash};
+pub use files::{TensorEntry, WeightFiles, read_info, weights_hash};
+pub(crate) use files::{component_files, file_hash};
 pub(crate) use fill::{initialize, load, unfilled};
+pub(crate) use folder::{Shards, copy_tree, is_weights, write_shards};
 pub use shapes::TensorShapes;
 pub(crate) use shapes::expected;
+pub(crate) use write::{RawTensor, carry_ignored, collect, values, write};
 pub use write::{WeightType, save_tensors};
-pub(crate) use write::{carry_ignored, collect, values, write};
 
 /// How a module's parameter names and the keys of its weight files correspond.
 ///

@@ -1,5 +1,7 @@
-//! Writing: a module's parameters into one safetensors file, never half of one.
+//! Writing safetensors files, never half of one: a module's parameters at once, or tensors one after the other where
+//! they are too large to be in memory together.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -9,7 +11,7 @@ use burn::tensor::Tensor;
 use half::{bf16, f16};
 use serde_json::json;
 
-use super::{KeyMap, WeightFiles};
+use super::{KeyMap, TensorEntry, WeightFiles};
 use crate::{ModelError, NamedVisitor, visit_named};
 
 /// Number type of written weights.
@@ -31,18 +33,47 @@ pub(crate) struct RawTensor {
 }
 
 impl RawTensor {
+    /// Rounds values to the type.
+    pub(crate) fn new(shape: Vec<usize>, values: &[f32], dtype: WeightType) -> Self {
+        Self { dtype: dtype.name(), shape, bytes: dtype.encode(values) }
+    }
+
+    /// Whether a file holds this very tensor.
+    pub(crate) fn is(&self, entry: &TensorEntry, bytes: &[u8]) -> bool {
+        self.dtype == entry.dtype && self.shape == entry.shape && self.bytes == bytes
+    }
+}
+
+impl WeightType {
+    /// The type a file calls so; `None` for types that hold no real numbers.
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
+        [Self::F32, Self::F16, Self::BF16].into_iter().find(|dtype| dtype.name() == name)
+    }
+
+    /// How files spell it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::BF16 => "BF16",
+        }
+    }
+
+    /// Bytes per number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+
     /// Rounds values to the type, little-endian.
-    fn new(shape: Vec<usize>, values: &[f32], dtype: WeightType) -> Self {
-        let (dtype, bytes) = match dtype {
-            WeightType::F32 => ("F32", values.iter().flat_map(|value| value.to_le_bytes()).collect()),
-            WeightType::F16 => {
-                ("F16", values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect())
-            }
-            WeightType::BF16 => {
-                ("BF16", values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect())
-            }
-        };
-        Self { dtype, shape, bytes }
+    pub(crate) fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Self::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
+            Self::BF16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
+        }
     }
 }
 
@@ -64,40 +95,67 @@ pub fn save_tensors(
 }
 
 /// Writes raw tensors with their metadata, in the order of their keys.
-///
-/// The header is written here and not by the safetensors crate, whose metadata comes out in a random
-/// order: equal runs must give equal files.
 pub(crate) fn write(
     path: &Path,
     tensors: &BTreeMap<String, RawTensor>,
     info: &BTreeMap<String, String>,
 ) -> Result<(), ModelError> {
-    let header = header(tensors, info);
-    fewstep_data::atomic::write_with(path, |file| {
+    let entry = |(key, tensor): (&String, &RawTensor)| TensorEntry {
+        key: key.clone(),
+        dtype: tensor.dtype.to_owned(),
+        shape: tensor.shape.clone(),
+        bytes: tensor.bytes.len(),
+    };
+    let entries: Vec<TensorEntry> = tensors.iter().map(entry).collect();
+    write_streamed(path, &entries, info, &mut |entry| Ok(Cow::Borrowed(&tensors[&entry.key].bytes)))
+}
+
+/// Writes tensors in the order given; `data` makes each one's bytes when its turn has come.
+///
+/// The header is written here and not by the safetensors crate, whose metadata comes out in a random
+/// order: equal runs must give equal files.
+pub(crate) fn write_streamed<'a>(
+    path: &Path,
+    entries: &[TensorEntry],
+    info: &BTreeMap<String, String>,
+    data: &mut dyn FnMut(&TensorEntry) -> Result<Cow<'a, [u8]>, ModelError>,
+) -> Result<(), ModelError> {
+    let header = header(entries, info);
+    let mut failed = None;
+    let written = fewstep_data::atomic::write_with(path, |file| {
         let mut file = BufWriter::new(file);
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(header.as_bytes())?;
-        for tensor in tensors.values() {
-            file.write_all(&tensor.bytes)?;
+        for entry in entries {
+            match data(entry) {
+                Ok(bytes) => {
+                    assert_eq!(bytes.len(), entry.bytes, "bytes of tensor {}", entry.key);
+                    file.write_all(&bytes)?;
+                }
+                Err(error) => {
+                    failed = Some(error);
+                    return Err(std::io::ErrorKind::Other.into());
+                }
+            }
         }
         file.flush()
-    })
-    .map_err(ModelError::io(path))
+    });
+    failed.map_or_else(|| written.map_err(ModelError::io(path)), Err)
 }
 
 /// The JSON header, padded so that the data starts at a multiple of 8 bytes.
-fn header(tensors: &BTreeMap<String, RawTensor>, info: &BTreeMap<String, String>) -> String {
+fn header(tensors: &[TensorEntry], info: &BTreeMap<String, String>) -> String {
     // The peers' loaders expect the entry `format`.
     let mut metadata = info.clone();
     metadata.insert("format".into(), "pt".into());
     let mut entries = serde_json::Map::new();
     entries.insert("__metadata__".into(), json!(metadata));
     let mut end = 0;
-    for (key, tensor) in tensors {
+    for tensor in tensors {
         let start = end;
-        end += tensor.bytes.len();
+        end += tensor.bytes;
         let entry = json!({"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]});
-        entries.insert(key.clone(), entry);
+        entries.insert(tensor.key.clone(), entry);
     }
     let mut header = serde_json::Value::Object(entries).to_string();
     header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));

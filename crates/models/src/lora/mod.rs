@@ -1,10 +1,14 @@
-//! Low-rank adapters (LoRA, arXiv 2106.09685) of the denoiser: attach, detach, save and load.
+//! Low-rank adapters (LoRA, arXiv 2106.09685) of the denoiser: attach, detach, save, load, convert and fuse.
 //!
 //! The base weights are shared: a model with an adapter and the same model without it are two views of
-//! one storage. Files use DiffSynth-Studio's keys
-//! (`transformer_blocks.0.attn.to_q.lora_A.default.weight`); PEFT-style files with a `transformer.`
-//! prefix are read too. Both formats mean `W + lora_B · lora_A`, so a scale other than one is folded
-//! into `lora_B` when writing.
+//! one storage. Written files mean `W + lora_B · lora_A`, so a scale other than one is folded into `lora_B`; read
+//! files may bring an alpha in any of the ways of [`LoraWeights::open`].
+
+mod convert;
+mod file;
+mod fuse;
+mod keys;
+mod peft;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -13,8 +17,14 @@ use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_flow::noise::TorchGenerator;
 
-use crate::weights::{WeightFiles, WeightType, read_info, save_tensors, values, weights_hash};
+pub use convert::convert;
+pub use file::{LoraLayer, LoraWeights};
+pub use fuse::{Fusion, MAX_SHARD_BYTES, fuse};
+pub use keys::LoraFormat;
+
+use crate::weights::{WeightType, read_info, save_tensors, values, weights_hash};
 use crate::{Linear, LowRankAdapter, Model, ModelError};
+use keys::Half;
 
 /// Which projections get an adapter, and of which size.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,7 +97,12 @@ pub fn detach(mut model: Model) -> Model {
 ///
 /// # Errors
 /// If the file cannot be written.
-pub fn save(model: &Model, path: &Path, info: &BTreeMap<String, String>) -> Result<(), ModelError> {
+pub fn save(
+    model: &Model,
+    path: &Path,
+    info: &BTreeMap<String, String>,
+    format: LoraFormat,
+) -> Result<(), ModelError> {
     let mut model = model.clone();
     let keys = model.denoiser_keys();
     let mut tensors = Vec::new();
@@ -95,8 +110,8 @@ pub fn save(model: &Model, path: &Path, info: &BTreeMap<String, String>) -> Resu
         let Some(lora) = &linear.lora else { continue };
         let layer = layer_key(keys.key(&format!("{name}.weight")));
         let (down, up) = (lora.down.val(), lora.up.val().mul_scalar(lora.scale));
-        tensors.push((format!("{layer}.lora_A.default.weight"), down.dims().to_vec(), values(down)));
-        tensors.push((format!("{layer}.lora_B.default.weight"), up.dims().to_vec(), values(up)));
+        tensors.push((format.key(&layer, Half::Down), down.dims().to_vec(), values(down)));
+        tensors.push((format.key(&layer, Half::Up), up.dims().to_vec(), values(up)));
     }
     save_tensors(path, tensors, WeightType::F32, info)
 }
@@ -120,86 +135,39 @@ pub fn check_base(path: &Path, folder: &Path) -> Result<(), ModelError> {
 /// Attaches the adapters of a file, scaled by `alpha` (1 applies them as trained).
 ///
 /// # Errors
-/// If the file is damaged, lacks half of a pair, or names layers this model does not have.
+/// As [`LoraWeights::open`], or if the file names layers this model does not have, or other sizes of them.
 pub fn load(mut model: Model, path: &Path, alpha: f32) -> Result<Model, ModelError> {
-    let files = WeightFiles::open(path)?;
-    let mut halves = halves(&files)?;
+    let lora = LoraWeights::open(path)?;
     let keys = model.denoiser_keys();
-    for (name, linear) in model.denoiser_linears() {
-        let layer = layer_key(keys.key(&format!("{name}.weight")));
-        if let Some((down, up)) = halves.remove(&layer) {
-            linear.lora = Some(read_adapter(&files, linear, [&down, &up], alpha)?);
+    let mut linears: Vec<(String, &mut Linear)> = model
+        .denoiser_linears()
+        .into_iter()
+        .map(|(name, linear)| (layer_key(keys.key(&format!("{name}.weight"))), linear))
+        .collect();
+    let available: Vec<String> = linears.iter().map(|(layer, _)| layer.clone()).collect();
+    lora.check_layers(&available)?;
+    for (layer, linear) in &mut linears {
+        if lora.layers().contains_key(layer) {
+            linear.lora = Some(read_adapter(&lora, layer, linear, alpha)?);
         }
     }
-    if halves.is_empty() {
-        return Ok(model);
-    }
-    let unknown = halves.into_values().flat_map(|(down, up)| [down, up]).collect();
-    Err(ModelError::Keys { path: path.to_owned(), missing: Vec::new(), unknown })
-}
-
-/// Keys of the (down, up) halves by layer.
-fn halves(files: &WeightFiles) -> Result<BTreeMap<String, (String, String)>, ModelError> {
-    let mut pairs: BTreeMap<String, [Option<String>; 2]> = BTreeMap::new();
-    let mut unknown = Vec::new();
-    for key in files.keys() {
-        match split_key(key) {
-            Some((layer, half)) => pairs.entry(layer).or_default()[half] = Some(key.to_owned()),
-            None => unknown.push(key.to_owned()),
-        }
-    }
-    let mut complete = BTreeMap::new();
-    let mut missing = Vec::new();
-    for (layer, pair) in pairs {
-        match pair {
-            [Some(down), Some(up)] => {
-                complete.insert(layer, (down, up));
-            }
-            [None, _] => missing.push(format!("{layer}.lora_A.default.weight")),
-            [_, None] => missing.push(format!("{layer}.lora_B.default.weight")),
-        }
-    }
-    if unknown.is_empty() && missing.is_empty() && !complete.is_empty() {
-        return Ok(complete);
-    }
-    Err(ModelError::Keys { path: files.path().to_owned(), missing, unknown })
-}
-
-/// Layer and half (0 down, 1 up) of a LoRA key; `None` for other keys.
-fn split_key(key: &str) -> Option<(String, usize)> {
-    const SUFFIXES: [(&str, usize); 4] = [
-        (".lora_A.default.weight", 0),
-        (".lora_B.default.weight", 1),
-        (".lora_A.weight", 0),
-        (".lora_B.weight", 1),
-    ];
-    let (layer, half) =
-        SUFFIXES.iter().find_map(|(suffix, half)| Some((key.strip_suffix(suffix)?, *half)))?;
-    Some((layer.strip_prefix("transformer.").unwrap_or(layer).to_owned(), half))
+    Ok(model)
 }
 
 fn read_adapter(
-    files: &WeightFiles,
+    lora: &LoraWeights,
+    name: &str,
     linear: &Linear,
-    keys: [&str; 2],
     alpha: f32,
 ) -> Result<LowRankAdapter, ModelError> {
     let [output, input] = linear.weight.val().dims();
     let device = linear.weight.val().device();
-    let (down_shape, down) = files.read(keys[0])?;
-    let rank = down_shape.first().copied().unwrap_or(0);
-    let (up_shape, up) = files.read(keys[1])?;
-    for (key, found, expected) in [(keys[0], down_shape, [rank, input]), (keys[1], up_shape, [output, rank])]
-    {
-        if found != expected {
-            let (path, key, expected) = (files.path().to_owned(), key.to_owned(), expected.to_vec());
-            return Err(ModelError::Shape { path, key, found, expected });
-        }
-    }
+    lora.check_shape(name, [output, input])?;
+    let (layer, factors) = (&lora.layers()[name], lora.read(name)?);
     Ok(LowRankAdapter {
-        down: matrix(down, [rank, input], &device),
-        up: matrix(up, [output, rank], &device),
-        scale: alpha,
+        down: matrix(factors.down, [layer.rank, input], &device),
+        up: matrix(factors.up, [output, layer.rank], &device),
+        scale: alpha * layer.scale,
     })
 }
 

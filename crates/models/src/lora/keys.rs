@@ -1,0 +1,183 @@
+//! How LoRA files spell the layers they update, and the spellings written here.
+//!
+//! A key is a prefix, a layer and a part: `transformer.` `transformer_blocks.0.attn.to_q` `.lora_A.weight`. Read are
+//! the spellings of DiffSynth-Studio, PEFT and diffusers, ComfyUI, and kohya's scripts.
+
+/// The spellings that are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoraFormat {
+    /// DiffSynth-Studio's: `transformer_blocks.0.attn.to_q.lora_A.default.weight`. diffusers reads it too.
+    #[default]
+    Diffsynth,
+    /// PEFT's in a diffusers pipeline: `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`.
+    Diffusers,
+}
+
+impl LoraFormat {
+    /// Both, for flags and messages.
+    pub const ALL: [Self; 2] = [Self::Diffsynth, Self::Diffusers];
+
+    /// What the command line calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Diffsynth => "diffsynth",
+            Self::Diffusers => "diffusers",
+        }
+    }
+
+    /// The key of one half of a layer's update.
+    pub(super) fn key(self, layer: &str, half: Half) -> String {
+        let letter = match half {
+            Half::Down => 'A',
+            Half::Up => 'B',
+        };
+        match self {
+            Self::Diffsynth => format!("{layer}.lora_{letter}.default.weight"),
+            Self::Diffusers => format!("transformer.{layer}.lora_{letter}.weight"),
+        }
+    }
+}
+
+/// A factor of an update `up · down`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Half {
+    /// `[rank, in]`, also called `lora_A`.
+    Down,
+    /// `[out, rank]`, also called `lora_B`.
+    Up,
+}
+
+/// What a key holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// One factor of the update.
+    Half(Half),
+    /// The number that, divided by the rank, scales the update.
+    Alpha,
+}
+
+/// What stands before the layer: PEFT's wrapper, DiffSynth-Studio's pipeline (without `--remove_prefix_in_ckpt`),
+/// ComfyUI's model, diffusers' pipeline.
+const PREFIXES: [&str; 4] = ["base_model.model.", "pipe.dit.", "diffusion_model.", "transformer."];
+
+/// kohya's prefix; after it the layer's dots are underscores too.
+const FLAT_PREFIX: &str = "lora_unet_";
+
+const HALVES: [(&str, Half); 4] =
+    [(".lora_A", Half::Down), (".lora_down", Half::Down), (".lora_B", Half::Up), (".lora_up", Half::Up)];
+
+/// Layer and part of a key; `None` for keys of another kind.
+pub(super) fn split(key: &str) -> Option<(String, Part)> {
+    if let Some(name) = key.strip_suffix(".alpha") {
+        return Some((layer(name), Part::Alpha));
+    }
+    let stem = key.strip_suffix(".weight")?;
+    let stem = stem.strip_suffix(".default").unwrap_or(stem);
+    let (name, half) = HALVES.iter().find_map(|(suffix, half)| Some((stem.strip_suffix(suffix)?, *half)))?;
+    Some((layer(name), Part::Half(half)))
+}
+
+/// A layer's name without what stands before it.
+fn layer(mut name: &str) -> String {
+    while let Some(rest) = PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix)) {
+        name = rest;
+    }
+    name.strip_prefix(FLAT_PREFIX).map_or_else(|| name.to_owned(), dotted)
+}
+
+/// Parts of layer names with an underscore of their own, a longer one before its beginning.
+const COMPOUNDS: [&str; 21] = [
+    "transformer_blocks",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out",
+    "img_mlp",
+    "img_mod",
+    "img_in",
+    "txt_mlp",
+    "txt_mod",
+    "txt_in",
+    "norm_out",
+    "proj_out",
+    "time_text_embed",
+    "timestep_embedder",
+    "linear_1",
+    "linear_2",
+];
+
+/// Turns the underscores that were dots back into dots.
+fn dotted(flat: &str) -> String {
+    let (mut parts, mut rest) = (Vec::new(), flat);
+    while !rest.is_empty() {
+        let ends = |part: &&&str| {
+            rest.strip_prefix(**part).is_some_and(|after| after.is_empty() || after.starts_with('_'))
+        };
+        let single = rest.split('_').next().unwrap_or(rest);
+        let part = COMPOUNDS.iter().find(ends).copied().unwrap_or(single);
+        parts.push(part);
+        rest = rest[part.len()..].strip_prefix('_').unwrap_or("");
+    }
+    parts.join(".")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_spelling_found_in_the_wild_names_the_same_layer() {
+        let spellings = [
+            "transformer_blocks.0.img_mlp.net.0.proj.lora_A.default.weight",
+            "transformer.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight",
+            "base_model.model.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight",
+            "diffusion_model.transformer_blocks.0.img_mlp.net.0.proj.lora_down.weight",
+            "pipe.dit.transformer_blocks.0.img_mlp.net.0.proj.lora_A.default.weight",
+            "transformer_blocks.0.img_mlp.net.0.proj.lora_down.weight",
+            "lora_unet_transformer_blocks_0_img_mlp_net_0_proj.lora_down.weight",
+        ];
+        for key in spellings {
+            let expected = ("transformer_blocks.0.img_mlp.net.0.proj".to_owned(), Part::Half(Half::Down));
+            assert_eq!(split(key), Some(expected), "{key}");
+        }
+    }
+
+    #[test]
+    fn underscores_that_were_dots_are_told_from_those_that_were_not() {
+        let layers = [
+            "transformer_blocks.59.attn.to_out.0",
+            "transformer_blocks.7.attn.add_q_proj",
+            "transformer_blocks.7.attn.to_add_out",
+            "transformer_blocks.7.txt_mod.1",
+            "time_text_embed.timestep_embedder.linear_2",
+            "norm_out.linear",
+            "proj_out",
+        ];
+        for layer in layers {
+            assert_eq!(dotted(&layer.replace('.', "_")), layer);
+        }
+    }
+
+    #[test]
+    fn alphas_and_foreign_keys_are_told_apart() {
+        let alpha = split("lora_unet_img_in.alpha");
+        assert_eq!(alpha, Some(("img_in".to_owned(), Part::Alpha)));
+        for key in ["img_in.weight", "img_in.lora_magnitude_vector", "img_in.lora_B.bias", "img_in.diff_b"] {
+            assert_eq!(split(key), None, "{key}");
+        }
+    }
+
+    #[test]
+    fn written_keys_are_read_as_what_they_were_written_for() {
+        for format in LoraFormat::ALL {
+            for half in [Half::Down, Half::Up] {
+                let found = split(&format.key("transformer_blocks.0.attn.to_q", half));
+                assert_eq!(found, Some(("transformer_blocks.0.attn.to_q".to_owned(), Part::Half(half))));
+            }
+        }
+    }
+}
