@@ -81,7 +81,7 @@ fn a_folder_that_holds_another_run_is_refused_with_both_values() {
     let error = fail(&Recipe { learning_rate: 5e-4, ..sft(&bench) });
     assert_says(&error, &["holds another run", "learning_rate is 0.001 there, 0.0005 here", "hint:"]);
     // How long it runs is no part of which run it is.
-    train(&Recipe { max_steps: Some(2), save_steps: 1, ..sft(&bench) });
+    train(&Recipe { max_steps: Some(2), save_steps: Some(1), ..sft(&bench) });
 }
 
 #[test]

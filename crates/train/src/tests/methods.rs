@@ -10,7 +10,7 @@ use fewstep_flow::noise::TorchGenerator;
 use fewstep_models::{Denoiser, Model, NamedVisitor, visit_named};
 
 use super::fixtures::{Bench, SIDE_PX, all_values, prompt};
-use crate::batch::{Batch, Plan};
+use crate::batch::{Batch, Plan, Planned};
 use crate::dataset::{Dataset, Preparation};
 use crate::host::to_vec;
 use crate::method::{Direct, FlowMatching, GradientSum};
@@ -34,13 +34,21 @@ fn prepared(recipe: &Recipe, model: Model) -> Model {
     Trainable::new(recipe, &model).unwrap().prepare(model, recipe).unwrap()
 }
 
-fn batch<'a>(data: &'a Dataset, positions: &'a [usize]) -> Batch<'a> {
-    Batch { data, positions, seed: 5, epoch: 2 }
+fn planned(positions: &[usize]) -> Planned {
+    Planned { positions: positions.to_vec(), generators: None }
 }
 
-type ByName = BTreeMap<String, Vec<f32>>;
+fn batch<'a>(data: &'a Dataset, planned: &'a Planned) -> Batch<'a> {
+    Batch { data, planned, seed: 5, epoch: 2 }
+}
 
-fn by_name(model: &Model, sum: GradientSum) -> ByName {
+fn rows(planned: Vec<Planned>) -> Vec<usize> {
+    planned.into_iter().flat_map(|planned| planned.positions).collect()
+}
+
+pub(super) type ByName = BTreeMap<String, Vec<f32>>;
+
+pub(super) fn by_name(model: &Model, sum: GradientSum) -> ByName {
     struct Reader(GradientsParams, ByName);
     impl NamedVisitor for Reader {
         fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
@@ -80,7 +88,8 @@ fn adjoint_equals_tape(recipe: &Recipe, bench: &Bench) {
     let direct = Direct::new(recipe, &start);
     let model = lively(prepared(recipe, start));
     let (mut adjoint, mut tape) = (GradientSum::default(), GradientSum::default());
-    let batch = batch(&data, &[0, 1, 3]);
+    let planned = planned(&[0, 1, 3]);
+    let batch = batch(&data, &planned);
     let loss = direct.step(&model, &batch, 0.5, &mut adjoint).unwrap();
     let expected = direct.step_on_tape(&model, &batch, 0.5, &mut tape).unwrap();
     assert!((loss - expected).abs() < 1e-6 * expected, "loss {loss}, on the tape {expected}");
@@ -132,7 +141,7 @@ fn only_adapters_have_gradients() {
     let direct = Direct::new(&recipe, &start);
     let model = prepared(&recipe, start);
     let mut sum = GradientSum::default();
-    direct.step(&model, &batch(&data, &[0, 1]), 1.0, &mut sum).unwrap();
+    direct.step(&model, &batch(&data, &planned(&[0, 1])), 1.0, &mut sum).unwrap();
     let gradients = by_name(&model, sum);
     assert!(gradients.len() > 20);
     assert!(gradients.keys().all(|name| name.contains(".lora.")));
@@ -147,9 +156,9 @@ fn batches_accumulate_to_the_large_batch() {
     let method = FlowMatching::new(&recipe);
     let model = prepared(&recipe, start);
     let (mut parts, mut whole) = (GradientSum::default(), GradientSum::default());
-    let first = method.step(&model, &batch(&data, &[0, 1, 2, 3]), 0.8, &mut parts).unwrap();
-    let second = method.step(&model, &batch(&data, &[4]), 0.2, &mut parts).unwrap();
-    let loss = method.step(&model, &batch(&data, &[0, 1, 2, 3, 4]), 1.0, &mut whole).unwrap();
+    let first = method.step(&model, &batch(&data, &planned(&[0, 1, 2, 3])), 0.8, &mut parts).unwrap();
+    let second = method.step(&model, &batch(&data, &planned(&[4])), 0.2, &mut parts).unwrap();
+    let loss = method.step(&model, &batch(&data, &planned(&[0, 1, 2, 3, 4])), 1.0, &mut whole).unwrap();
     assert!((0.8 * first + 0.2 * second - loss).abs() < 1e-6 * loss);
     assert_gradients_close(&by_name(&model, parts), &by_name(&model, whole), 1e-5);
 }
@@ -163,10 +172,9 @@ fn the_flow_matching_loss_is_the_one_computed_by_hand() {
     let data = dataset(&recipe, &plain);
     let model = prepared(&recipe, plain.clone());
     let method = FlowMatching::new(&recipe);
-    let loss = method.step(&model, &batch(&data, &[4]), 1.0, &mut GradientSum::default()).unwrap();
+    let loss = method.step(&model, &batch(&data, &planned(&[4])), 1.0, &mut GradientSum::default()).unwrap();
 
     let mut generator = TorchGenerator::new(Draw { seed: 5, epoch: 2, row: 4 }.seed(Purpose::Sample));
-    generator.rand(1);
     let sigma = 1.0 / (1.0 + (-generator.randn(1)[0]).exp());
     let latents = data.latents(&[4]);
     let (shape, clean) = (latents.dims(), to_vec(latents));
@@ -197,8 +205,10 @@ fn sigma_and_dropped_captions_have_the_asked_for_shares() {
     ];
     for (timestep_sampling, below_quarter) in cases {
         let method = FlowMatching::new(&Recipe { timestep_sampling, ..base.clone() });
-        let drawn: Vec<_> =
-            (0..4000).map(|row| method.draw_sample(Draw { seed: 1, epoch: 0, row }, 0, &levels)).collect();
+        let drawn: Vec<_> = (0..4000)
+            .map(|row| Draw { seed: 1, epoch: 0, row }.generator(Purpose::Sample))
+            .map(|mut generator| method.draw_sample(&mut generator, 0, &levels))
+            .collect();
         let share = |count: usize| count as f64 / drawn.len() as f64;
         // Four standard errors of a share near a quarter.
         let (dropped, small) =
@@ -222,7 +232,7 @@ fn frozen_weights_stay_bit_equal_and_the_others_move() {
         let mut optimizer = Optimizer::new(&recipe);
         for _ in 0..3 {
             let mut sum = GradientSum::default();
-            method.step(&model, &batch(&data, &[0, 1]), 1.0, &mut sum).unwrap();
+            method.step(&model, &batch(&data, &planned(&[0, 1])), 1.0, &mut sum).unwrap();
             model = optimizer.step(model, sum.finish(), 1.0, 1e-3);
         }
         for ((name, before), (_, after)) in before.iter().zip(&all_values(&model)) {
@@ -256,7 +266,7 @@ fn parameters_are_updated_in_their_own_memory() {
     let mut model = prepared(&recipe, start);
     let before = addresses(&model);
     let mut sum = GradientSum::default();
-    direct.step(&model, &batch(&data, &[0, 1]), 1.0, &mut sum).unwrap();
+    direct.step(&model, &batch(&data, &planned(&[0, 1])), 1.0, &mut sum).unwrap();
     let gradients = sum.finish();
     let norm = gradient_norm(&model, &gradients);
     model = Optimizer::new(&recipe).step(model, gradients, norm, 1e-3);
@@ -269,9 +279,9 @@ fn accumulated_batches_hold_the_rows_of_the_large_batch() {
     let large = Recipe { task: Task::Sft, batch_size: 6, ..bench.recipe() };
     let parts = Recipe { batch_size: 2, gradient_accumulation_steps: 3, ..large.clone() };
     let data = dataset(&large, &bench.model());
-    let rows = |recipe| Plan::new(recipe, &data).step(7);
-    assert_eq!(rows(&parts).len(), 3);
-    assert_eq!(rows(&parts).concat(), rows(&large).concat());
+    let step = |recipe| Plan::new(recipe, &data).step(7);
+    assert_eq!(step(&parts).len(), 3);
+    assert_eq!(rows(step(&parts)), rows(step(&large)));
 }
 
 #[test]
@@ -302,7 +312,7 @@ fn an_epoch_has_every_row_once_and_the_next_another_order() {
     // 18 positions in batches of 4 are 5 batches, in steps of 2 batches 3 steps.
     assert_eq!(plan.steps_per_epoch, 3);
     let epoch = |plan: &mut Plan, first: u64| -> Vec<usize> {
-        (first..first + 3).flat_map(|step| plan.step(step).concat()).collect()
+        (first..first + 3).flat_map(|step| rows(plan.step(step))).collect()
     };
     let (first, second) = (epoch(&mut plan, 0), epoch(&mut plan, 3));
     assert_ne!(first, second);

@@ -2,5 +2,6 @@
 
 mod bad_input;
 mod fixtures;
+mod goldens;
 mod methods;
 mod runs;

@@ -119,7 +119,7 @@ fn resumable(bench: &Bench, task: Task) -> Recipe {
         lr_schedule: Schedule::Cosine,
         warmup_steps: 2,
         gradient_accumulation_steps: 2,
-        save_steps: 2,
+        save_steps: Some(2),
         log_steps: 2,
         max_steps: Some(7),
         ..bench.recipe()
@@ -176,7 +176,7 @@ fn equal_seeds_give_equal_bits_and_others_do_not() {
 #[test]
 fn a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken() {
     let bench = Bench::new().with_pictures();
-    let recipe = Recipe { task: Task::Sft, save_steps: 2, ..bench.recipe() };
+    let recipe = Recipe { task: Task::Sft, save_steps: Some(2), ..bench.recipe() };
     train(&recipe);
     let checkpoints = recipe.output_path.join("checkpoints");
     let expected = newest_checkpoint(&recipe);
@@ -201,7 +201,7 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken() {
 #[test]
 fn only_the_newest_checkpoints_are_kept() {
     let bench = Bench::new().with_pictures();
-    let recipe = Recipe { task: Task::Sft, save_steps: 1, keep: 2, ..bench.recipe() };
+    let recipe = Recipe { task: Task::Sft, save_steps: Some(1), keep: 2, ..bench.recipe() };
     train(&recipe);
     let names =
         fs::read_dir(recipe.output_path.join("checkpoints")).unwrap().map(|entry| entry.unwrap().file_name());
