@@ -21,7 +21,7 @@ use burn::tensor::{Device, Tensor};
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path::velocity_of_clean;
-use fewstep_flow::schedule::SchedulerConfig;
+use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
 
 pub use config::{PredictionType, PromptTemplate, TextEncoderConfig, TransformerConfig, VaeConfig};
 pub use text_encoder::TextEncoder;
@@ -145,7 +145,7 @@ impl QwenImage {
         width: usize,
     ) -> Result<SigmaGrid, ModelError> {
         let tokens = (height / self.division_factor()) * (width / self.division_factor());
-        Ok(self.scheduler.grid(num_inference_steps, tokens)?)
+        Ok(self.scheduler.grid(&GridRequest::new(num_inference_steps, tokens))?)
     }
 }
 
