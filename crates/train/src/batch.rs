@@ -9,7 +9,7 @@ use crate::TrainError;
 use crate::dataset::{Dataset, EMPTY_PROMPT, Group};
 use crate::global_draws::GlobalDraws;
 use crate::random::{Draw, Purpose};
-use crate::recipe::{Objective, RandomNumbers, Recipe};
+use crate::recipe::{RandomNumbers, Recipe};
 
 /// The order of the data through a run.
 pub(crate) struct Plan {
@@ -23,8 +23,6 @@ pub(crate) struct Plan {
     pub(crate) steps_per_epoch: u64,
     /// Where the run draws from one generator.
     global: Option<GlobalDraws>,
-    /// Numbers of each position's noise, where items draw it from that generator.
-    elements: Vec<usize>,
     /// The epoch laid out last, with its batches.
     epoch: Option<(u64, Vec<Vec<usize>>)>,
 }
@@ -43,9 +41,6 @@ impl Plan {
     pub(crate) fn new(recipe: &Recipe, data: &Dataset) -> Self {
         let groups: Vec<Group> = data.samples.iter().map(|sample| sample.group).collect();
         let global = recipe.random_numbers == RandomNumbers::TorchGlobal;
-        let draws_noise = global && recipe.task.objective() == Objective::FlowMatching;
-        let count = if draws_noise { groups.len() * recipe.dataset_repeat } else { 0 };
-        let elements = groups.iter().cycle().take(count).map(|group| group.latent_shape.iter().product());
         let mut plan = Self {
             seed: recipe.seed,
             shuffle: recipe.shuffle,
@@ -53,8 +48,7 @@ impl Plan {
             batch_size: recipe.batch_size,
             batches_per_step: recipe.gradient_accumulation_steps,
             steps_per_epoch: 0,
-            global: global.then(|| GlobalDraws::new(recipe.seed, recipe.shuffle)),
-            elements: elements.collect(),
+            global: global.then(|| GlobalDraws::new(recipe, &groups)),
             groups,
             epoch: None,
         };
@@ -90,8 +84,8 @@ impl Plan {
     }
 
     fn generators(&mut self, items: std::ops::Range<usize>) -> Option<Vec<TorchGenerator>> {
-        let global = self.global.as_mut().filter(|_| !self.elements.is_empty())?;
-        Some(items.map(|item| global.at_item(item, &self.elements)).collect())
+        let global = self.global.as_mut()?;
+        items.map(|item| global.at_item(item)).collect()
     }
 
     fn positions(&self) -> usize {
@@ -101,7 +95,7 @@ impl Plan {
     fn order(&mut self, epoch: u64) -> Vec<usize> {
         let positions = self.positions();
         match &mut self.global {
-            Some(global) => global.order(epoch, positions, &self.elements).to_vec(),
+            Some(global) => global.order(epoch, positions).to_vec(),
             None if !self.shuffle => (0..positions).collect(),
             None => Draw { seed: self.seed, epoch, row: 0 }.generator(Purpose::Order).randperm(positions),
         }

@@ -101,7 +101,8 @@ impl Recipe {
         }
     }
 
-    fn extra_inputs(&self) -> impl Iterator<Item = &str> {
+    /// The columns that reach the method.
+    pub(crate) fn extra_inputs(&self) -> impl Iterator<Item = &str> {
         self.extra_inputs.iter().map(|name| name.trim()).filter(|name| !name.is_empty())
     }
 

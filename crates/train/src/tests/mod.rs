@@ -4,4 +4,5 @@ mod bad_input;
 mod fixtures;
 mod goldens;
 mod methods;
+mod peer_runs;
 mod runs;

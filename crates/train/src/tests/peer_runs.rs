@@ -1,0 +1,118 @@
+//! Whole runs against those of DiffSynth-Studio's own script (goldens/train_cli): order, losses and files.
+
+use std::fs;
+use std::path::Path;
+
+use fewstep_models::read_info;
+use fewstep_testkit::{Golden, golden};
+use tempfile::TempDir;
+
+use super::fixtures::train;
+use super::goldens::assert_nearly_all_close;
+use crate::recipe::{Activation, Compat, Recipe, Task};
+
+/// The script's arguments, save where the model is and what is trained.
+fn recipe(output: &Path) -> Recipe {
+    let data = golden("train_cli/data");
+    Recipe {
+        task: Task::DirectDistill,
+        model: golden("qwen_image/model"),
+        dataset_metadata_path: Some(data.join("metadata.csv")),
+        dataset_base_path: data,
+        height: Some(64),
+        width: Some(64),
+        dataset_repeat: 2,
+        learning_rate: 1e-3,
+        num_epochs: 2,
+        output_path: output.to_owned(),
+        ..Recipe::compatible(Compat::Diffsynth)
+    }
+}
+
+fn lora(recipe: Recipe) -> Recipe {
+    Recipe {
+        lora_base_model: Some("dit".into()),
+        lora_rank: 4,
+        lora_checkpoint: Some(golden("train_cli/lora_init.safetensors")),
+        ..recipe
+    }
+}
+
+/// Steps and losses of a loss.csv.
+fn losses(folder: &Path) -> Vec<(usize, f64)> {
+    let csv = fs::read_to_string(folder.join("loss.csv")).unwrap();
+    let mut lines = csv.lines();
+    assert_eq!(lines.next(), Some("step,key,value"));
+    let row = |line: &str| {
+        let fields: Vec<&str> = line.split(',').collect();
+        assert_eq!(fields[1], "loss");
+        (fields[0].parse().unwrap(), fields[2].parse().unwrap())
+    };
+    lines.map(row).collect()
+}
+
+/// Trains and compares losses, names and keys of the files with the peer's; returns the run's folder.
+#[track_caller]
+fn assert_equals(recipe: impl Fn(&Path) -> Recipe, name: &str, loss_tolerance: f64) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let peer = golden(&format!("train_cli/{name}"));
+    let recipe = recipe(&folder.path().join("run"));
+    let (_, last) = train(&recipe);
+    assert!(last.ends_with("epoch-1.safetensors"), "{}", last.display());
+    let (found, expected) = (losses(&recipe.output_path), losses(&peer));
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.into_iter().zip(expected) {
+        let error = (found.1 / expected.1 - 1.0).abs();
+        assert!(
+            found.0 == expected.0 && error < loss_tolerance,
+            "{name}: found {found:?}, expected {expected:?}"
+        );
+    }
+    for epoch in ["epoch-0.safetensors", "epoch-1.safetensors"] {
+        if peer.join(epoch).exists() {
+            let [found, expected] = [recipe.output_path.join(epoch), peer.join(epoch)].map(Golden::open);
+            assert_eq!(found.keys(), expected.keys());
+        }
+    }
+    folder
+}
+
+#[track_caller]
+fn assert_same_weights(run: &TempDir, name: &str) {
+    for epoch in ["epoch-0.safetensors", "epoch-1.safetensors"] {
+        let expected = golden(&format!("train_cli/{name}/{epoch}"));
+        if !expected.exists() {
+            continue;
+        }
+        let [found, expected] = [run.path().join("run").join(epoch), expected].map(Golden::open);
+        for key in expected.keys() {
+            assert_eq!(found.shape(&key), expected.shape(&key));
+            assert_nearly_all_close(&found.f32s(&key), &expected.f32s(&key), &key);
+        }
+    }
+}
+
+#[test]
+fn a_run_of_adapters_equals_the_peers() {
+    let run = assert_equals(|output| lora(recipe(output)), "lora_float32", 2e-6);
+    assert_same_weights(&run, "lora_float32");
+    let info = read_info(&run.path().join("run/epoch-1.safetensors")).unwrap();
+    assert_eq!((info["format"].as_str(), info["fewstep.training_steps"].as_str()), ("pt", "12"));
+}
+
+#[test]
+fn a_run_of_adapters_with_the_published_activation_equals_the_peers() {
+    let tanh = |output: &Path| Recipe { activation: Some(Activation::Tanh), ..lora(recipe(output)) };
+    let run = assert_equals(tanh, "lora_float32_tanh", 2e-6);
+    assert_same_weights(&run, "lora_float32_tanh");
+}
+
+#[test]
+fn a_run_of_full_weights_equals_the_peers() {
+    let run = assert_equals(
+        |output| Recipe { trainable_models: vec!["dit".into()], ..recipe(output) },
+        "full_float32",
+        2e-6,
+    );
+    assert_same_weights(&run, "full_float32");
+}
