@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context as _, Result};
 use burn::tensor::Device;
 use clap::{ArgMatches, Args};
-use fewstep_train::{Context, Outcome, Recipe};
+use fewstep_train::recipe::{Compute, PeerFlags};
+use fewstep_train::{Context, Outcome, Recipe, TrainError};
 
 use crate::INTERRUPTED;
 use crate::progress::TrainProgress;
@@ -24,6 +25,8 @@ pub struct TrainArgs {
     quiet: bool,
     #[command(flatten)]
     recipe: Recipe,
+    #[command(flatten)]
+    unsupported: PeerFlags,
 }
 
 /// Trains until the recipe's last step or Ctrl-C.
@@ -31,10 +34,15 @@ pub struct TrainArgs {
 /// # Errors
 /// As [`fewstep_train::run`].
 pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
+    flags.unsupported.check()?;
     let recipe = flags.recipe.resolve(matches, flags.config.as_deref())?;
+    let device = device(&recipe)?;
     let stop = stop_on_signal()?;
-    let context = Context { device: Device::flex(), stop: &stop, version: &version() };
+    let context = Context { device, stop: &stop, version: &version() };
     let mut progress = TrainProgress::new(flags.quiet);
+    for note in recipe.notes() {
+        progress.say(note);
+    }
     let outcome = fewstep_train::run(&recipe, context, &mut progress);
     progress.finish();
     match outcome? {
@@ -45,6 +53,16 @@ pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
         Outcome::Stopped(step) => {
             progress.say(&format!("stopped after step {step}; the same command continues"));
             Ok(ExitCode::from(INTERRUPTED))
+        }
+    }
+}
+
+/// The device a recipe names.
+fn device(recipe: &Recipe) -> Result<Device, TrainError> {
+    match recipe.device {
+        Compute::Cpu => Ok(Device::flex()),
+        Compute::Cuda => {
+            Err(TrainError::Value { key: "device", found: "cuda".into(), expected: "cpu in this build" })
         }
     }
 }
