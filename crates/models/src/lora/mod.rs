@@ -37,8 +37,8 @@ pub struct LoraConfig {
     pub target_modules: Vec<String>,
 }
 
-/// Attaches fresh adapters, which start as the identity: `down` uniform in ±1/√in, `up` zero (PEFT's
-/// initialisation). Returns the model and the layers that got one.
+/// Attaches fresh adapters, which start as the identity: `down` uniform in ±1/√in, `up` zero. They are PEFT's to the
+/// bit, after `torch.manual_seed(seed)`. Returns the model and the layers that got one.
 ///
 /// # Errors
 /// If a target matches no layer.
@@ -174,9 +174,13 @@ fn read_adapter(
 fn fresh(linear: &Linear, config: &LoraConfig, generator: &mut TorchGenerator) -> LowRankAdapter {
     let [output, input] = linear.weight.val().dims();
     let device = linear.weight.val().device();
-    let bound = (input as f32).sqrt().recip();
-    let down =
-        generator.rand(config.rank * input).into_iter().map(|value| bound * (2.0 * value - 1.0)).collect();
+    // PEFT makes two linear layers, which draw weights of their own, before it draws the one that stays.
+    generator.rand(config.rank * input);
+    generator.rand(output * config.rank);
+    let bound = (input as f64).sqrt().recip() as f32;
+    // torch scales in f64.
+    let scaled = |value: f32| (f64::from(value) * f64::from(2.0 * bound) - f64::from(bound)) as f32;
+    let down = generator.rand(config.rank * input).into_iter().map(scaled).collect();
     LowRankAdapter {
         down: matrix(down, [config.rank, input], &device),
         up: matrix(vec![0.0; output * config.rank], [output, config.rank], &device),

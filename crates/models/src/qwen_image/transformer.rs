@@ -243,7 +243,8 @@ impl Transformer {
 }
 
 impl Transformer {
-    /// Every projection with its module name, for adapters.
+    /// Every projection with its module name, for adapters, in the order of the peers' modules: fresh adapters are
+    /// drawn in it.
     pub(crate) fn linears(&mut self) -> Vec<(String, &mut Linear)> {
         let embedder = &mut self.time_text_embed.timestep_embedder;
         let mut linears = vec![
@@ -251,14 +252,14 @@ impl Transformer {
             ("time_text_embed.timestep_embedder.linear_2".to_owned(), &mut embedder.linear_2),
             ("img_in".to_owned(), &mut self.img_in),
             ("txt_in".to_owned(), &mut self.txt_in),
-            ("norm_out.linear".to_owned(), &mut self.norm_out.linear),
-            ("proj_out".to_owned(), &mut self.proj_out),
         ];
         for (index, block) in self.transformer_blocks.iter_mut().enumerate() {
             let named = block.linears().into_iter();
             linears
                 .extend(named.map(|(name, linear)| (format!("transformer_blocks.{index}.{name}"), linear)));
         }
+        linears.push(("norm_out.linear".to_owned(), &mut self.norm_out.linear));
+        linears.push(("proj_out".to_owned(), &mut self.proj_out));
         linears
     }
 }
@@ -292,17 +293,17 @@ impl Block {
         let attn = &mut self.attn;
         [
             ("img_mod", &mut self.img_mod),
-            ("txt_mod", &mut self.txt_mod),
             ("attn.to_q", &mut attn.to_q),
             ("attn.to_k", &mut attn.to_k),
             ("attn.to_v", &mut attn.to_v),
-            ("attn.to_out", &mut attn.to_out),
             ("attn.add_q_proj", &mut attn.add_q_proj),
             ("attn.add_k_proj", &mut attn.add_k_proj),
             ("attn.add_v_proj", &mut attn.add_v_proj),
+            ("attn.to_out", &mut attn.to_out),
             ("attn.to_add_out", &mut attn.to_add_out),
             ("img_mlp.up", &mut self.img_mlp.up),
             ("img_mlp.down", &mut self.img_mlp.down),
+            ("txt_mod", &mut self.txt_mod),
             ("txt_mlp.up", &mut self.txt_mlp.up),
             ("txt_mlp.down", &mut self.txt_mlp.down),
         ]

@@ -20,7 +20,7 @@ use crate::dataset::{Dataset, Preparation};
 use crate::host::{HostTensors, trainable_values};
 use crate::method::{GradientSum, Method};
 use crate::optimizer::{Optimizer, gradient_norm};
-use crate::recipe::{Activation, Compat, Recipe, Schedule, Task};
+use crate::recipe::{Activation, Compat, Dtype, Recipe, Schedule, Task};
 use crate::trainable::Trainable;
 
 /// f32 against f64 was measured at 2e-7 to 8e-7 on gradients; the two activations differ by 2.6e-5 in the loss.
@@ -355,6 +355,34 @@ fn ten_optimiser_steps_on_adapters_equal_the_peers_with_both_learning_rates() {
         assert_eq!(trained.keys().cloned().collect::<Vec<_>>(), expected.keys());
         for (name, found) in trained {
             assert_nearly_all_close(&found.values, &expected.f32s(&name), &name);
+        }
+    }
+}
+
+#[test]
+fn fresh_adapters_are_the_peers_to_the_bit() {
+    let peer = Peer::new("diffsynth", Activation::Sigmoid);
+    let recipe = Recipe { lora_checkpoint: None, seed: 0, ..peer.lora() };
+    let trained = Bench::new(&recipe).trained();
+    let keys: Vec<String> =
+        peer.tensors.keys().into_iter().filter(|key| key.starts_with("peft_init_seed0.")).collect();
+    assert_eq!(keys.len(), 12);
+    for key in keys {
+        let name = key.trim_start_matches("peft_init_seed0.");
+        assert_close(&trained[name].values, &peer.tensors.f32s(&key), 0.0);
+    }
+}
+
+#[test]
+fn bf16_numbers_come_close_to_the_peers() {
+    for peer in Peer::both() {
+        let recipe = Recipe { dtype: Dtype::Bf16, ..peer.lora() };
+        let (loss, gradients) = Bench::new(&recipe).gradients(0, None);
+        let expected = peer.number("distill_lora_bf16", "loss");
+        eprintln!("{} {loss} {expected} f32 {}", peer.tag, peer.number("distill_lora", "loss"));
+        for (name, norm16) in peer.value("distill_lora_bf16")["grad_norms"].as_object().unwrap() {
+            let f = norm(gradients[name].iter().copied());
+            eprintln!("{name} {:.3e} {f:.4e}", f / norm16.as_f64().unwrap() - 1.0);
         }
     }
 }

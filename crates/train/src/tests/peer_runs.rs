@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use super::fixtures::train;
 use super::goldens::assert_nearly_all_close;
-use crate::recipe::{Activation, Compat, Recipe, Task};
+use crate::recipe::{Activation, Compat, Dtype, Recipe, Task};
 
 /// The script's arguments, save where the model is and what is trained.
 fn recipe(output: &Path) -> Recipe {
@@ -115,4 +115,26 @@ fn a_run_of_full_weights_equals_the_peers() {
         2e-6,
     );
     assert_same_weights(&run, "full_float32");
+}
+
+#[test]
+fn a_run_of_adapters_in_bf16_comes_close_to_the_peers() {
+    let bf16 = |output: &Path| Recipe { dtype: Dtype::Bf16, ..lora(recipe(output)) };
+    let run = assert_equals(bf16, "lora_bfloat16", 1.0);
+    for (found, expected) in losses(&run.path().join("run")).into_iter().zip(losses(&golden("train_cli/lora_bfloat16"))) {
+        eprintln!("{} {} {:.2e}", found.1, expected.1, found.1 / expected.1 - 1.0);
+    }
+    for epoch in ["epoch-0.safetensors", "epoch-1.safetensors"] {
+        let [found, expected] = [run.path().join("run").join(epoch), golden(&format!("train_cli/lora_bfloat16/{epoch}"))].map(Golden::open);
+        let start = Golden::open(golden("train_cli/lora_init.safetensors"));
+        let (mut d, mut m, mut x) = (0.0, 0.0, 0.0);
+        for key in expected.keys() {
+            for ((a, b), s) in found.f64s(&key).iter().zip(expected.f64s(&key)).zip(start.f64s(&key)) {
+                d += (a - b) * (a - b);
+                m += (b - s) * (b - s);
+                x = f64::max(x, (a - b).abs());
+            }
+        }
+        eprintln!("{epoch} relative {:.3e} max {x:.3e}", (d / m).sqrt());
+    }
 }
