@@ -19,6 +19,16 @@ pub enum FlowError {
         /// What could be followed.
         expected: &'static str,
     },
+    /// A run asks for what no schedule has.
+    #[error("sampling: {field}: found {found}, expected {expected}")]
+    Request {
+        /// What was asked for.
+        field: &'static str,
+        /// Its value.
+        found: String,
+        /// What could be done.
+        expected: &'static str,
+    },
     /// The numbers are no way from noise to picture.
     #[error("sigma grid: entry {index} of {length}: found {found}, expected {expected}")]
     Grid {

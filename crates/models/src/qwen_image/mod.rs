@@ -22,7 +22,7 @@ use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::{guided, rescaled};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path::velocity_of_clean;
-use fewstep_flow::schedule::SchedulerConfig;
+use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
 
 pub use config::{PredictionType, PromptTemplate, TextEncoderConfig, TransformerConfig, VaeConfig};
 pub use text_encoder::TextEncoder;
@@ -170,7 +170,7 @@ impl QwenImage {
         width: usize,
     ) -> Result<SigmaGrid, ModelError> {
         let tokens = (height / self.division_factor()) * (width / self.division_factor());
-        Ok(self.scheduler.grid(num_inference_steps, tokens)?)
+        Ok(self.scheduler.grid(&GridRequest::new(num_inference_steps, tokens))?)
     }
 }
 

@@ -1,0 +1,178 @@
+//! Sigma schedules: how the levels of a run are spaced, shifted and stretched.
+//!
+//! One formula serves every flow-matching model; a [`Schedule`] holds its constants. They come from a model's
+//! `scheduler_config.json` ([`SchedulerConfig`]) or from the table of the families ([`Schedule::QWEN_IMAGE`] and
+//! its neighbours). It is evaluated in f32 in the order in which DiffSynth's torch does it, because the loss
+//! weights of [`TrainingLevels`] magnify last bits near pure noise: its grids come out bit for bit. diffusers
+//! takes another order and differs by its f32 rounding, measured at 2.4e-7 over all goldens.
+//!
+//! Schedules of models that were trained to predict noise (DDIM, k-diffusion's Euler) are left out.
+
+mod config;
+mod request;
+mod templates;
+mod training;
+
+pub use config::SchedulerConfig;
+pub use request::{GridRequest, ShiftOverride, StrengthRule};
+pub use training::TrainingLevels;
+
+use crate::{FlowError, SigmaGrid};
+
+/// What a model family fixes about its sigma grids, whatever the number of steps and the size of the picture.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Schedule {
+    /// The levels before the shift.
+    pub spacing: Spacing,
+    /// How levels are moved towards noise.
+    pub shift: Shift,
+    /// The sigma at which the last step starts: the shifted levels are stretched to it.
+    pub terminal: Option<f64>,
+}
+
+/// Equally spaced levels from the start of the run, which is 1 or the denoising strength, by their end.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Spacing {
+    /// n steps end at 0.
+    ToZero,
+    /// n − 1 steps end at 1/n, and a last one at 0. The same as [`Self::ToZero`] when the run starts from pure
+    /// noise, but a lower start does not lower the end.
+    ToOneStep,
+    /// n − 1 steps end at this sigma, and a last one at 0.
+    To(f64),
+}
+
+/// The factor f of the shift s' = f·s / (1 + (f − 1)·s), often written as f = e^μ.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Shift {
+    /// The same f for every size.
+    Factor(f64),
+    /// μ is linear in the number of image tokens.
+    Linear(MuLine),
+    /// μ is linear in the number of image tokens and in that of steps: FLUX.2's fit.
+    TokensAndSteps,
+}
+
+/// The line through two (image tokens, μ), which goes on beyond both.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MuLine {
+    /// Image tokens and μ of the smaller reference picture.
+    pub base: (usize, f64),
+    /// Image tokens, more than those of `base`, and μ of the larger one.
+    pub max: (usize, f64),
+}
+
+impl Schedule {
+    /// The grid of one run: spaced, shifted, stretched, then 0.
+    ///
+    /// Stretching leaves a run of one step from pure noise alone, where the peers divide 0 by 0.
+    ///
+    /// # Errors
+    /// When the request asks for no steps, for a strength outside (0, 1], for a shift that is no positive number,
+    /// or for so many or so lopsided steps that two levels coincide in f32.
+    pub fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, FlowError> {
+        request.check()?;
+        let shift = self.resolve(request)?;
+        let spaced = self.spacing.levels(request.first_level(), request.num_inference_steps);
+        let shifted = spaced.map(|sigma| shift.apply(sigma)).collect();
+        let stretched = stretch(shifted, self.terminal);
+        SigmaGrid::new(stretched.into_iter().skip(request.skipped_steps()).chain([0.0]).collect())
+    }
+
+    fn resolve(&self, request: &GridRequest) -> Result<ResolvedShift, FlowError> {
+        let shift = match (request.shift, self.shift) {
+            (Some(ShiftOverride::Mu(mu)), _) => ResolvedShift::Mu(mu),
+            (Some(ShiftOverride::Factor(factor)), _) => ResolvedShift::Factor(factor),
+            (None | Some(ShiftOverride::DiffsynthTraining), Shift::Factor(factor)) => {
+                ResolvedShift::Factor(factor)
+            }
+            (Some(ShiftOverride::DiffsynthTraining), _) => {
+                ResolvedShift::Mu(templates::DIFFSYNTH_TRAINING_MU)
+            }
+            (None, Shift::Linear(line)) => ResolvedShift::Mu(line.mu(request.image_tokens)),
+            (None, Shift::TokensAndSteps) => {
+                ResolvedShift::Mu(templates::flux_2_mu(request.image_tokens, request.num_inference_steps))
+            }
+        };
+        shift.check()?;
+        Ok(shift)
+    }
+}
+
+/// The shift of one run.
+#[derive(Clone, Copy)]
+enum ResolvedShift {
+    Factor(f64),
+    Mu(f64),
+}
+
+impl ResolvedShift {
+    fn check(self) -> Result<(), FlowError> {
+        let (field, found, factor, expected) = match self {
+            Self::Factor(factor) => ("shift", factor, factor, "a positive number"),
+            Self::Mu(mu) => ("exponential_shift_mu", mu, mu.exp(), "a number between -80 and 80"),
+        };
+        // The f32 formula needs the factor and its inverse.
+        if factor > 1e-35 && factor < 1e35 {
+            return Ok(());
+        }
+        Err(FlowError::Request { field, found: found.to_string(), expected })
+    }
+
+    /// Two forms of one formula, because their last bits differ. Pure noise stays itself, to the bit.
+    fn apply(self, sigma: f32) -> f32 {
+        match self {
+            _ if sigma == 1.0 => 1.0,
+            Self::Factor(factor) => factor as f32 * sigma / (1.0 + (factor - 1.0) as f32 * sigma),
+            Self::Mu(mu) => {
+                let factor = mu.exp() as f32;
+                1.0 / (factor + (1.0 / sigma - 1.0)) * factor
+            }
+        }
+    }
+}
+
+impl Spacing {
+    fn levels(self, start: f64, steps: usize) -> impl Iterator<Item = f32> {
+        let (lowest, count) = match self {
+            Self::ToZero => (0.0, steps + 1),
+            Self::ToOneStep => (1.0 / steps as f64, steps),
+            Self::To(lowest) => (lowest, steps),
+        };
+        linspace((lowest + (1.0 - lowest) * start) as f32, lowest as f32, count).take(steps)
+    }
+}
+
+/// `torch.linspace` on the CPU: from the nearer end, with one rounding.
+fn linspace(first: f32, last: f32, count: usize) -> impl Iterator<Item = f32> {
+    let step = (last - first) / (count.max(2) - 1) as f32;
+    (0..count).map(move |k| {
+        if k < count / 2 || count == 1 {
+            step.mul_add(k as f32, first)
+        } else {
+            (-step).mul_add((count - 1 - k) as f32, last)
+        }
+    })
+}
+
+impl MuLine {
+    fn mu(&self, image_tokens: usize) -> f64 {
+        let ((base, base_mu), (max, max_mu)) = (self.base, self.max);
+        let slope = (max_mu - base_mu) / (max as f64 - base as f64);
+        base_mu + slope * (image_tokens as f64 - base as f64)
+    }
+}
+
+/// Moves the last of `sigmas` to `terminal` by scaling the distances from 1. A last level of 1 has no distance
+/// and stays.
+fn stretch(sigmas: Vec<f32>, terminal: Option<f64>) -> Vec<f32> {
+    let (Some(terminal), Some(&last)) = (terminal, sigmas.last()) else { return sigmas };
+    if last == 1.0 {
+        return sigmas;
+    }
+    let scale = (1.0 - last) / (1.0 - terminal) as f32;
+    sigmas.into_iter().map(|sigma| 1.0 - (1.0 - sigma) / scale).collect()
+}
+
+#[cfg(test)]
+mod tests;

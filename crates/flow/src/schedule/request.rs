@@ -1,0 +1,85 @@
+//! What one run asks of a schedule.
+
+use crate::FlowError;
+
+/// The run that a grid is for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GridRequest {
+    /// Sampling steps, at least 1.
+    pub num_inference_steps: usize,
+    /// Image tokens of the picture; enters where the shift depends on the size.
+    pub image_tokens: usize,
+    /// A shift in place of the schedule's own.
+    pub shift: Option<ShiftOverride>,
+    /// How much of an input picture is drawn anew, in (0, 1]. At 1 the run starts from pure noise.
+    pub denoising_strength: f64,
+    /// What a strength below 1 does to the grid.
+    pub strength_rule: StrengthRule,
+}
+
+/// A shift in place of a schedule's own.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ShiftOverride {
+    /// μ: the shift's factor is e^μ (the peers' `exponential_shift_mu`).
+    Mu(f64),
+    /// The factor itself (the peers' `shift` and `sigma_shift`).
+    Factor(f64),
+    /// DiffSynth's habit in training, where it passes no picture size: μ = 0.8 in the place of a shift that
+    /// depends on the size, so that its student is trained on another grid than it samples on. Static shifts
+    /// stay.
+    DiffsynthTraining,
+}
+
+/// Where a run that keeps part of an input picture starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StrengthRule {
+    /// All steps are taken, from a first level that is the strength before the shift (DiffSynth).
+    #[default]
+    LowerStart,
+    /// The first steps of the whole grid are left out, so that the strength's part of them remains, rounded up
+    /// (diffusers).
+    SkipSteps,
+}
+
+impl GridRequest {
+    /// A run from pure noise with the schedule's own shift.
+    pub fn new(num_inference_steps: usize, image_tokens: usize) -> Self {
+        Self {
+            num_inference_steps,
+            image_tokens,
+            shift: None,
+            denoising_strength: 1.0,
+            strength_rule: StrengthRule::default(),
+        }
+    }
+
+    pub(super) fn check(&self) -> Result<(), FlowError> {
+        if self.num_inference_steps == 0 {
+            return Err(FlowError::NoSteps);
+        }
+        if self.denoising_strength > 0.0 && self.denoising_strength <= 1.0 {
+            return Ok(());
+        }
+        Err(FlowError::Request {
+            field: "denoising_strength",
+            found: self.denoising_strength.to_string(),
+            expected: "more than 0 and at most 1",
+        })
+    }
+
+    /// Before the shift.
+    pub(super) fn first_level(&self) -> f64 {
+        match self.strength_rule {
+            StrengthRule::LowerStart => self.denoising_strength,
+            StrengthRule::SkipSteps => 1.0,
+        }
+    }
+
+    pub(super) fn skipped_steps(&self) -> usize {
+        let steps = self.num_inference_steps as f64;
+        match self.strength_rule {
+            StrengthRule::LowerStart => 0,
+            StrengthRule::SkipSteps => (steps - steps * self.denoising_strength) as usize,
+        }
+    }
+}
