@@ -26,10 +26,11 @@ use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
 
 pub use config::{PredictionType, PromptTemplate, TextEncoderConfig, TransformerConfig, VaeConfig};
 pub use text_encoder::TextEncoder;
-pub use tokenizer::PromptTokenizer;
+pub use tokenizer::{PromptLength, PromptTokenizer};
 pub use transformer::Transformer;
 pub use vae::{PixelUnshuffle, Vae};
 
+use crate::load_options::rounded;
 use crate::weights::{KeyMap, WeightType, collect, initialize, write};
 use crate::{Condition, Conventions, GuidanceRule, LoadOptions, ModelError};
 
@@ -54,6 +55,8 @@ pub struct QwenImage {
     scheduler: SchedulerConfig,
     #[module(skip)]
     conventions: Conventions,
+    #[module(skip)]
+    dtype: WeightType,
 }
 
 impl QwenImage {
@@ -64,7 +67,7 @@ impl QwenImage {
     pub(crate) fn from_pretrained(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let text_encoder = TextEncoder::from_pretrained(folder, &options.device)?;
         let transformer = Transformer::from_pretrained(folder, &options.device)?;
-        Self::with_parts(folder, text_encoder, transformer, options.conventions)
+        Self::with_parts(folder, text_encoder, transformer, options)
     }
 
     /// Builds the folder's configs with fresh weights; the same seed gives the same weights.
@@ -79,7 +82,7 @@ impl QwenImage {
             folder,
             initialize(text_encoder, &mut generator, &[]),
             initialize(transformer, &mut generator, transformer::ZERO_AT_START),
-            Conventions::default(),
+            &LoadOptions::default(),
         )
     }
 
@@ -87,8 +90,9 @@ impl QwenImage {
         folder: &Path,
         text_encoder: TextEncoder,
         transformer: Transformer,
-        conventions: Conventions,
+        options: &LoadOptions,
     ) -> Result<Self, ModelError> {
+        let conventions = options.conventions;
         let scheduler = folder.join("scheduler/scheduler_config.json");
         let scheduler = std::fs::read_to_string(&scheduler).map_err(ModelError::io(&scheduler))?;
         Ok(Self {
@@ -98,6 +102,7 @@ impl QwenImage {
             tokenizer: PromptTokenizer::read(folder, conventions.max_prompt_tokens)?,
             scheduler: SchedulerConfig::from_json(&scheduler)?,
             conventions,
+            dtype: options.dtype,
         })
     }
 
@@ -121,18 +126,35 @@ impl QwenImage {
     /// If a prompt cannot be tokenised.
     pub(crate) fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {
         let tokens = self.tokenizer.encode(prompts)?;
-        Ok(self.text_encoder.forward(&tokens))
+        let Condition { text, lengths } = self.text_encoder.forward(&tokens);
+        Ok(Condition { text: rounded(text, self.dtype), lengths })
+    }
+
+    /// The tokens of a prompt and how many of them are read.
+    pub(crate) fn prompt_tokens(&self, prompt: &str) -> Result<PromptLength, ModelError> {
+        self.tokenizer.length(prompt)
     }
 
     /// The velocity of [`crate::Denoiser`].
     pub(crate) fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {
         let [_, channels, height, width] = noisy.dims();
         let packed = latents::pack(noisy.clone());
-        let output = self.transformer.forward(packed, sigma.clone(), condition, [height / 2, width / 2]);
+        let time = self.time(sigma.clone());
+        let output = self.transformer.forward(packed, time, condition, [height / 2, width / 2]);
         let output = latents::unpack(output, [channels, height, width]);
-        match self.transformer.prediction_type() {
+        let velocity = match self.transformer.prediction_type() {
             PredictionType::Velocity => output,
             PredictionType::Clean => velocity_of_clean(noisy, output, sigma),
+        };
+        rounded(velocity, self.dtype)
+    }
+
+    /// What the transformer is told of a sigma: the peers round the timestep, 1000·sigma, and then its thousandth
+    /// (in bf16 777.6 becomes 776), while the solver's sigmas stay f32.
+    fn time(&self, sigma: Tensor<1>) -> Tensor<1> {
+        match self.dtype {
+            WeightType::F32 => sigma,
+            dtype => rounded(rounded(sigma * 1000.0, dtype) / 1000.0, dtype),
         }
     }
 
@@ -145,11 +167,11 @@ impl QwenImage {
     ) -> Tensor<4> {
         let combined = guided(conditional.clone(), unconditional, cfg_scale);
         if self.conventions.guidance == GuidanceRule::Plain {
-            return combined;
+            return rounded(combined, self.dtype);
         }
         let [_, channels, height, width] = conditional.dims();
         let rescaled = rescaled(latents::pack(combined), latents::pack(conditional));
-        latents::unpack(rescaled, [channels, height, width])
+        rounded(latents::unpack(rescaled, [channels, height, width]), self.dtype)
     }
 
     /// What the model was loaded with.
@@ -157,20 +179,24 @@ impl QwenImage {
         &self.conventions
     }
 
+    /// The number type the model was loaded with.
+    pub(crate) fn dtype(&self) -> WeightType {
+        self.dtype
+    }
+
     /// Pixels per transformer token along one side.
     pub(crate) fn division_factor(&self) -> usize {
         self.vae.factor() * latents::PATCH
     }
 
-    /// The sigma grid of inference for pictures of a size.
-    pub(crate) fn sigma_grid(
-        &self,
-        num_inference_steps: usize,
-        height: usize,
-        width: usize,
-    ) -> Result<SigmaGrid, ModelError> {
-        let tokens = (height / self.division_factor()) * (width / self.division_factor());
-        Ok(self.scheduler.grid(&GridRequest::new(num_inference_steps, tokens))?)
+    /// Transformer tokens of a picture size.
+    pub(crate) fn image_tokens(&self, height: usize, width: usize) -> usize {
+        (height / self.division_factor()) * (width / self.division_factor())
+    }
+
+    /// The sigma grid of one run.
+    pub(crate) fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, ModelError> {
+        Ok(self.scheduler.grid(request)?)
     }
 }
 
