@@ -11,7 +11,7 @@ use fewstep_flow::schedule::GridRequest;
 
 use crate::load_options::{round_weights, rounded};
 use crate::qwen_image::{self, PromptLength, QwenImage};
-use crate::weights::{KeyMap, WeightType};
+use crate::weights::{KeyMap, TensorShapes, WeightType};
 use crate::{Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError};
 
 /// Predicts velocities: all that methods and samplers know of a model.
@@ -72,7 +72,8 @@ impl Model {
         QwenImage::random(folder, seed, device).map(Model::QwenImage)
     }
 
-    /// Writes a complete model folder: weights of this model, every other file copied from `source`.
+    /// Writes a complete model folder: the weights of this model's components that can learn, every other file
+    /// copied from `source`.
     ///
     /// # Errors
     /// If a file cannot be read or written.
@@ -83,9 +84,9 @@ impl Model {
         dtype: WeightType,
         info: &BTreeMap<String, String>,
     ) -> Result<(), ModelError> {
-        copy_configs(source, folder)?;
+        copy_others(source, folder)?;
         match self {
-            Model::QwenImage(model) => model.save_weights(folder, dtype, info),
+            Model::QwenImage(model) => model.save_weights(source, folder, dtype, info),
         }
     }
 
@@ -254,6 +255,18 @@ impl Denoiser for Model {
     }
 }
 
+/// Shapes of all tensors that the weight files of a model folder must hold, by component and key.
+///
+/// Only the configs are read: the weights need not be there, and none are allocated. Tensors that the files may
+/// hold and the model does not use, such as a vision tower, are left out.
+///
+/// # Errors
+/// If the folder names no known family, or a config is missing, damaged or unsupported.
+pub fn expected_tensors(folder: &Path) -> Result<BTreeMap<&'static str, TensorShapes>, ModelError> {
+    check_family(folder)?;
+    qwen_image::expected_tensors(folder)
+}
+
 /// Checks that `model_index.json` names a family there is code for.
 fn check_family(folder: &Path) -> Result<(), ModelError> {
     let path = folder.join("model_index.json");
@@ -271,14 +284,16 @@ fn check_family(folder: &Path) -> Result<(), ModelError> {
     Ok(())
 }
 
-/// Copies everything but weights and their indices, one level of folders deep.
-fn copy_configs(source: &Path, target: &Path) -> Result<(), ModelError> {
+/// Copies everything but the weights, and their indices, of components that can learn.
+fn copy_others(source: &Path, target: &Path) -> Result<(), ModelError> {
     std::fs::create_dir_all(target).map_err(ModelError::io(target))?;
     for path in entries(source)? {
         let name = path.file_name().unwrap_or_default();
         if path.is_dir() {
-            copy_configs(&path, &target.join(name))?;
-        } else if !is_weights(&path) {
+            copy_others(&path, &target.join(name))?;
+        } else if !is_weights(&path)
+            || qwen_image::UNCHANGED.iter().any(|component| source.ends_with(component))
+        {
             let bytes = std::fs::read(&path).map_err(ModelError::io(&path))?;
             let copy = target.join(name);
             fewstep_data::atomic::write(&copy, &bytes).map_err(ModelError::io(&copy))?;

@@ -4,6 +4,8 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use fewstep_kernels::{LowRank, Projection, linear};
 
+use crate::weights::unfilled;
+
 /// `y = x Wᵀ + b`, plus the adapter's branch where one is attached.
 #[derive(Module, Debug)]
 pub struct Linear {
@@ -27,11 +29,11 @@ pub struct LowRankAdapter {
 }
 
 impl Linear {
-    /// A projection of zeros, to be filled by the loader or the initialiser.
-    pub(crate) fn zeros(input: usize, output: usize, bias: bool, device: &Device) -> Self {
+    /// A projection to be filled by the loader or the initialiser.
+    pub(crate) fn unfilled(input: usize, output: usize, bias: bool, device: &Device) -> Self {
         Self {
-            weight: Param::from_tensor(Tensor::zeros([output, input], device)),
-            bias: bias.then(|| Param::from_tensor(Tensor::zeros([output], device))),
+            weight: unfilled([output, input], device),
+            bias: bias.then(|| unfilled([output], device)),
             lora: None,
         }
     }

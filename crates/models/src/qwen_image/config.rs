@@ -1,11 +1,46 @@
 //! The config files of a Qwen-Image folder.
 
-use std::path::Path;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 
+use super::vae::VaeConfig;
 use crate::ModelError;
+
+/// The configs of all components with weights, checked against each other.
+pub(super) struct Configs {
+    pub(super) text_encoder: TextEncoderConfig,
+    pub(super) transformer: TransformerConfig,
+    pub(super) vae: VaeConfig,
+}
+
+impl Configs {
+    pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
+        let (text_encoder, vae) = (TextEncoderConfig::read(folder)?, VaeConfig::read(folder)?);
+        let file = ConfigFile::read(folder, TRANSFORMER_FILE)?;
+        let transformer = TransformerConfig::of(&file)?;
+        let pairs = [
+            (
+                "joint_attention_dim",
+                transformer.joint_attention_dim,
+                "text encoder's width",
+                text_encoder.hidden_size,
+            ),
+            ("out_channels", transformer.out_channels, "VAE's latent channels", vae.channels()),
+        ];
+        for (name, found, of, expected) in pairs {
+            if found != expected {
+                return Err(file.error(format!("{name} is {found}, expected the {of}, {expected}")));
+            }
+        }
+        Ok(Self { text_encoder, transformer, vae })
+    }
+}
+
+const TRANSFORMER_FILE: &str = "transformer/config.json";
 
 /// `transformer/config.json` of class `QwenImageTransformer2DModel`.
 #[derive(Clone, Debug, Deserialize)]
@@ -74,27 +109,26 @@ pub struct TextEncoderConfig {
     pub num_key_value_heads: usize,
     /// Epsilon of the RMS norms.
     pub rms_norm_eps: f32,
-    /// Base of the rotary frequencies.
+    /// Rotary embedding.
+    pub rope: Rope,
+    /// Activation of the MLP; SiLU.
+    hidden_act: String,
+    /// Attention over a window of tokens; not supported.
+    #[serde(default)]
+    use_sliding_window: bool,
+}
+
+/// Rotary embedding of the text model.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Rope {
+    /// Base of the frequencies.
     pub rope_theta: f32,
-}
-
-/// `vae/config.json`.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(tag = "_class_name")]
-pub enum VaeConfig {
-    /// Pixels rearranged, no weights.
-    PixelUnshuffle(PixelUnshuffleConfig),
-}
-
-/// Config of the pixel autoencoder.
-#[derive(Clone, Debug, Deserialize)]
-pub struct PixelUnshuffleConfig {
-    /// Pixels per latent pixel along one side.
-    pub factor: usize,
-    /// Mean of each colour in [−1, 1].
-    pub mean: [f32; 3],
-    /// Standard deviation of each colour.
-    pub std: [f32; 3],
+    /// Pairs of head dims that turn with (time, row, column); text has the same position on all three.
+    pub mrope_section: Option<Vec<usize>>,
+    rope_type: Option<String>,
+    /// What files of older transformers call `rope_type`.
+    #[serde(rename = "type")]
+    older_type: Option<String>,
 }
 
 /// How a prompt is wrapped before tokenising.
@@ -127,9 +161,13 @@ impl Default for PromptTemplate {
 
 impl TransformerConfig {
     pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
-        let path = folder.join("transformer/config.json");
-        let config: Self = read_json(&path)?;
-        config.check().map_err(|reason| ModelError::Config { path, reason })?;
+        Self::of(&ConfigFile::read(folder, TRANSFORMER_FILE)?)
+    }
+
+    fn of(file: &ConfigFile) -> Result<Self, ModelError> {
+        file.check_class("transformer", file.class_name(), &["QwenImageTransformer2DModel"])?;
+        let config: Self = file.parse()?;
+        config.check().map_err(|reason| file.error(reason))?;
         Ok(config)
     }
 
@@ -163,24 +201,82 @@ impl TransformerConfig {
 
 impl TextEncoderConfig {
     pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
-        let path = folder.join("text_encoder/config.json");
-        let config: Self = read_json(&path)?;
-        let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
-        if groups == 0 || !heads.is_multiple_of(groups) || !config.hidden_size.is_multiple_of(2 * heads) {
-            let reason = format!(
+        let mut file = ConfigFile::read(folder, "text_encoder/config.json")?;
+        let architecture = file.json["architectures"][0].as_str().or(file.json["model_type"].as_str());
+        let expected = ["Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text"];
+        file.check_class("text_encoder", architecture, &expected)?;
+        file.json = text_part(std::mem::take(&mut file.json));
+        let config: Self = file.parse()?;
+        config.check().map_err(|reason| file.error(reason))?;
+        Ok(config)
+    }
+
+    /// E.
+    pub(super) fn head_dim(&self) -> usize {
+        self.hidden_size / self.num_attention_heads
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let (heads, groups) = (self.num_attention_heads, self.num_key_value_heads);
+        if heads == 0 || groups == 0 || heads % groups != 0 || !self.hidden_size.is_multiple_of(2 * heads) {
+            return Err(format!(
                 "hidden_size {}, num_attention_heads {heads}, num_key_value_heads {groups}: expected heads of an \
                  even size and groups that divide the heads",
-                config.hidden_size
-            );
-            return Err(ModelError::Config { path, reason });
+                self.hidden_size
+            ));
         }
-        Ok(config)
+        if self.hidden_act != "silu" {
+            return Err(format!("hidden_act is {}, expected silu", self.hidden_act));
+        }
+        if self.use_sliding_window {
+            return Err("use_sliding_window is true, expected false".into());
+        }
+        self.rope.check(self.head_dim() / 2)
     }
 }
 
-impl VaeConfig {
-    pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
-        read_json(&folder.join("vae/config.json"))
+impl Rope {
+    fn check(&self, pairs: usize) -> Result<(), String> {
+        if let Some(kind) = self.kinds().find(|kind| !["default", "mrope"].contains(kind)) {
+            return Err(format!("rotary embedding of type {kind}, expected default or mrope"));
+        }
+        match &self.mrope_section {
+            Some(sections) if sections.iter().sum::<usize>() != pairs => Err(format!(
+                "mrope_section {sections:?} adds up to {}, expected half of the head dim, {pairs}",
+                sections.iter().sum::<usize>()
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn kinds(&self) -> impl Iterator<Item = &str> {
+        [&self.rope_type, &self.older_type].into_iter().filter_map(Option::as_deref)
+    }
+}
+
+/// The text model's entries in one object, whichever release of transformers wrote the file: on top, or in
+/// `text_config`, which wins; the rotary entries in `rope_scaling` or `rope_parameters`, the base on top or there.
+fn text_part(config: Value) -> Value {
+    // Newer releases leave out of `text_config` what equals the defaults of their `Qwen2_5_VLTextConfig`.
+    let mut text = json!({
+        "vocab_size": 152_064, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "hidden_act": "silu", "file": config
+    });
+    merge(&mut text, "file");
+    merge(&mut text, "text_config");
+    let mut rope = json!({ "rope_theta": text["rope_theta"] });
+    for name in ["rope_scaling", "rope_parameters"] {
+        rope[name] = text[name].take();
+        merge(&mut rope, name);
+    }
+    text["rope"] = rope;
+    text
+}
+
+/// Moves the entries of the object `name` one level up.
+fn merge(config: &mut Value, name: &str) {
+    let Some(outer) = config.as_object_mut() else { return };
+    if let Some(Value::Object(inner)) = outer.remove(name) {
+        outer.extend(inner.into_iter().filter(|(_, value)| !value.is_null()));
     }
 }
 
@@ -190,19 +286,76 @@ impl PromptTemplate {
         struct Index {
             prompt_template: Option<PromptTemplate>,
         }
-        let path = folder.join("model_index.json");
-        let template = read_json::<Index>(&path)?.prompt_template.unwrap_or_default();
+        let file = ConfigFile::read(folder, "model_index.json")?;
+        let template = file.parse::<Index>()?.prompt_template.unwrap_or_default();
         if template.text.matches("{}").count() != 1 {
             let reason = format!("prompt_template.text {:?}, expected exactly one {{}}", template.text);
-            return Err(ModelError::Config { path, reason });
+            return Err(file.error(reason));
         }
         Ok(template)
     }
 }
 
-/// Reads a JSON file into a config.
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
-    let text = std::fs::read_to_string(path).map_err(ModelError::io(path))?;
-    serde_json::from_str(&text)
-        .map_err(|error| ModelError::Config { path: path.to_owned(), reason: error.to_string() })
+impl PromptTemplate {
+    /// The special tokens in the text, such as `<|im_start|>`.
+    pub(super) fn special_tokens(&self) -> impl Iterator<Item = &str> {
+        let starts = self.text.match_indices("<|").map(|(start, _)| &self.text[start..]);
+        starts.filter_map(|rest| Some(&rest[..rest.find("|>")? + 2]))
+    }
+}
+
+/// One JSON file of a model folder.
+pub(super) struct ConfigFile {
+    path: PathBuf,
+    json: Value,
+}
+
+impl ConfigFile {
+    /// Reads `file`, given relative to the model folder.
+    pub(super) fn read(folder: &Path, file: &str) -> Result<Self, ModelError> {
+        let path = folder.join(file);
+        let text = std::fs::read_to_string(&path).map_err(|reason| match reason.kind() {
+            ErrorKind::NotFound => {
+                ModelError::NoModelFolder { path: folder.to_owned(), missing: file.to_owned() }
+            }
+            _ => ModelError::Io { path: path.clone(), reason },
+        })?;
+        let json = serde_json::from_str(&text)
+            .map_err(|error| ModelError::Config { path: path.clone(), reason: error.to_string() })?;
+        Ok(Self { path, json })
+    }
+
+    /// The class that diffusers writes into its configs.
+    pub(super) fn class_name(&self) -> Option<&str> {
+        self.json["_class_name"].as_str()
+    }
+
+    /// Refuses configs of classes there is no code for.
+    pub(super) fn check_class(
+        &self,
+        role: &'static str,
+        found: Option<&str>,
+        expected: &[&'static str],
+    ) -> Result<(), ModelError> {
+        let found = found.unwrap_or("(none)");
+        if expected.contains(&found) {
+            return Ok(());
+        }
+        let (path, found, expected) = (self.path.clone(), found.to_owned(), expected.to_vec());
+        Err(ModelError::UnknownClass { path, role, found, expected })
+    }
+
+    /// The file as one line.
+    pub(super) fn text(&self) -> String {
+        self.json.to_string()
+    }
+
+    pub(super) fn parse<T: DeserializeOwned>(&self) -> Result<T, ModelError> {
+        T::deserialize(&self.json).map_err(|error| self.error(error.to_string()))
+    }
+
+    /// Says what is wrong in the file, found against expected.
+    pub(super) fn error(&self, reason: String) -> ModelError {
+        ModelError::Config { path: self.path.clone(), reason }
+    }
 }

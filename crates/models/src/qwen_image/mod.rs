@@ -24,14 +24,15 @@ use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path::velocity_of_clean;
 use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
 
-pub use config::{PredictionType, PromptTemplate, TextEncoderConfig, TransformerConfig, VaeConfig};
+pub use config::{PredictionType, PromptTemplate, Rope, TextEncoderConfig, TransformerConfig};
 pub use text_encoder::TextEncoder;
 pub use tokenizer::{PromptLength, PromptTokenizer};
 pub use transformer::Transformer;
-pub use vae::{PixelUnshuffle, Vae};
+pub use vae::{Autoencoder, AutoencoderConfig, PixelUnshuffle, PixelUnshuffleConfig, Vae, VaeConfig};
 
+use self::config::{ConfigFile, Configs};
 use crate::load_options::rounded;
-use crate::weights::{KeyMap, WeightType, collect, initialize, write};
+use crate::weights::{KeyMap, TensorShapes, WeightType, carry_ignored, collect, expected, initialize, write};
 use crate::{Condition, Conventions, GuidanceRule, LoadOptions, ModelError};
 
 /// The class `model_index.json` names.
@@ -39,6 +40,9 @@ pub(crate) const PIPELINE_CLASS: &str = "QwenImagePipeline";
 
 /// Components with weights, in the order of the folders.
 pub(crate) const COMPONENTS: &[&str] = &["text_encoder", "transformer", "vae"];
+
+/// Components no method trains: a saved model has the files it was loaded from.
+pub(crate) const UNCHANGED: &[&str] = &["vae"];
 
 /// All components of one Qwen-Image folder.
 #[derive(Module, Debug)]
@@ -59,62 +63,73 @@ pub struct QwenImage {
     dtype: WeightType,
 }
 
+/// The components with weights.
+struct Parts {
+    text_encoder: TextEncoder,
+    transformer: Transformer,
+    vae: Vae,
+}
+
 impl QwenImage {
     /// Loads a folder.
     ///
     /// # Errors
     /// If a file is missing or damaged, or weights and configs do not fit.
     pub(crate) fn from_pretrained(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
-        let text_encoder = TextEncoder::from_pretrained(folder, &options.device)?;
-        let transformer = Transformer::from_pretrained(folder, &options.device)?;
-        Self::with_parts(folder, text_encoder, transformer, options)
+        Configs::read(folder)?;
+        let parts = Parts {
+            text_encoder: TextEncoder::from_pretrained(folder, &options.device)?,
+            transformer: Transformer::from_pretrained(folder, &options.device)?,
+            vae: Vae::from_pretrained(folder, &options.device)?,
+        };
+        Self::with_parts(folder, parts, options)
     }
 
-    /// Builds the folder's configs with fresh weights; the same seed gives the same weights.
+    /// Builds the folder's configs with fresh weights; the same seed gives the same weights. The VAE is loaded.
     ///
     /// # Errors
-    /// If a config or the tokenizer is missing or damaged.
+    /// If a config, the tokenizer or the VAE is missing or damaged.
     pub(crate) fn random(folder: &Path, seed: u64, device: &Device) -> Result<Self, ModelError> {
         let mut generator = TorchGenerator::new(seed);
-        let text_encoder = TextEncoder::zeros(&TextEncoderConfig::read(folder)?, device);
-        let transformer = Transformer::zeros(&TransformerConfig::read(folder)?, device);
-        Self::with_parts(
-            folder,
-            initialize(text_encoder, &mut generator, &[]),
-            initialize(transformer, &mut generator, transformer::ZERO_AT_START),
-            &LoadOptions::default(),
-        )
+        let configs = Configs::read(folder)?;
+        let text_encoder = TextEncoder::unfilled(&configs.text_encoder, device);
+        let transformer = Transformer::unfilled(&configs.transformer, device);
+        let parts = Parts {
+            text_encoder: initialize(text_encoder, &mut generator, &[]),
+            transformer: initialize(transformer, &mut generator, transformer::ZERO_AT_START),
+            vae: Vae::from_pretrained(folder, device)?,
+        };
+        Self::with_parts(folder, parts, &LoadOptions::default())
     }
 
-    fn with_parts(
-        folder: &Path,
-        text_encoder: TextEncoder,
-        transformer: Transformer,
-        options: &LoadOptions,
-    ) -> Result<Self, ModelError> {
+    fn with_parts(folder: &Path, parts: Parts, options: &LoadOptions) -> Result<Self, ModelError> {
         let conventions = options.conventions;
-        let scheduler = folder.join("scheduler/scheduler_config.json");
-        let scheduler = std::fs::read_to_string(&scheduler).map_err(ModelError::io(&scheduler))?;
+        let scheduler = ConfigFile::read(folder, "scheduler/scheduler_config.json")?;
+        let tokenizer = PromptTokenizer::read(folder, conventions.max_prompt_tokens)?;
+        tokenizer.check_ids(parts.text_encoder.vocabulary())?;
         Ok(Self {
-            text_encoder,
-            transformer: transformer.with_gelu(conventions.gelu),
-            vae: Vae::from_config(VaeConfig::read(folder)?),
-            tokenizer: PromptTokenizer::read(folder, conventions.max_prompt_tokens)?,
-            scheduler: SchedulerConfig::from_json(&scheduler)?,
+            text_encoder: parts.text_encoder,
+            transformer: parts.transformer.with_gelu(conventions.gelu),
+            vae: parts.vae,
+            tokenizer,
+            scheduler: SchedulerConfig::from_json(&scheduler.text())?,
             conventions,
             dtype: options.dtype,
         })
     }
 
-    /// Writes the weights of the components that have any.
+    /// Writes the weights of the components that can learn. What the text encoder's files in `source` hold
+    /// beside the language model is written along, so that the peers can load the folder.
     pub(crate) fn save_weights(
         &self,
+        source: &Path,
         folder: &Path,
         dtype: WeightType,
         info: &BTreeMap<String, String>,
     ) -> Result<(), ModelError> {
         let save = |file: &str, tensors| write(&folder.join(file), &tensors, info);
-        let text_encoder = collect(&self.text_encoder, &text_encoder::KEYS, dtype);
+        let mut text_encoder = collect(&self.text_encoder, &text_encoder::KEYS, dtype);
+        carry_ignored(&mut text_encoder, &source.join("text_encoder"), &text_encoder::KEYS, dtype)?;
         save("text_encoder/model.safetensors", text_encoder)?;
         let transformer = collect(&self.transformer, &transformer::KEYS, dtype);
         save("transformer/diffusion_pytorch_model.safetensors", transformer)
@@ -198,6 +213,20 @@ impl QwenImage {
     pub(crate) fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, ModelError> {
         Ok(self.scheduler.grid(request)?)
     }
+}
+
+/// The tensors of the components' weight files, from the configs alone.
+pub(crate) fn expected_tensors(folder: &Path) -> Result<BTreeMap<&'static str, TensorShapes>, ModelError> {
+    let configs = Configs::read(folder)?;
+    // Nothing is allocated there.
+    let device = Device::flex();
+    let text_encoder = TextEncoder::unfilled(&configs.text_encoder, &device);
+    let transformer = Transformer::unfilled(&configs.transformer, &device);
+    Ok(BTreeMap::from([
+        ("text_encoder", expected(&text_encoder, &text_encoder::KEYS)),
+        ("transformer", expected(&transformer, &transformer::KEYS)),
+        ("vae", Vae::expected(&configs.vae, &device)),
+    ]))
 }
 
 /// Key names of this family's transformer in LoRA files.

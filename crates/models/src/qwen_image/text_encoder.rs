@@ -16,11 +16,17 @@ use super::config::TextEncoderConfig;
 use super::tokenizer::PromptTokens;
 use crate::parts::linear::Linear;
 use crate::parts::rotary::frequencies;
-use crate::weights::{KeyMap, WeightFiles, load};
+use crate::weights::{KeyMap, WeightFiles, load, unfilled};
 use crate::{Condition, ModelError};
 
-/// The published files hold the vision tower and an output head too.
-pub(super) const KEYS: KeyMap = KeyMap { prefix: "model.", rules: &[], ignored: &["visual.", "lm_head."] };
+/// The published files hold the vision tower and an output head too. Folders written by transformers 4.52 and
+/// later may nest both towers in `model.`.
+pub(super) const KEYS: KeyMap = KeyMap {
+    prefix: "model.",
+    aliases: &[("model.language_model.", "model."), ("model.visual.", "visual.")],
+    ignored: &["visual.", "lm_head."],
+    ..KeyMap::PLAIN
+};
 
 /// The language model; its states after the final norm are the condition.
 #[derive(Module, Debug)]
@@ -79,21 +85,20 @@ impl TextEncoder {
     /// # Errors
     /// If its config or weights are missing, damaged or do not fit each other.
     pub fn from_pretrained(folder: &Path, device: &Device) -> Result<Self, ModelError> {
-        let zeros = Self::zeros(&TextEncoderConfig::read(folder)?, device);
-        load(zeros, &WeightFiles::open(&folder.join("text_encoder"))?, &KEYS)
+        let empty = Self::unfilled(&TextEncoderConfig::read(folder)?, device);
+        load(empty, &WeightFiles::open(&folder.join("text_encoder"))?, &KEYS)
     }
 
-    pub(super) fn zeros(config: &TextEncoderConfig, device: &Device) -> Self {
-        let norm = || RmsNorm { weight: Param::from_tensor(Tensor::zeros([config.hidden_size], device)) };
-        let table = Tensor::zeros([config.vocab_size, config.hidden_size], device);
+    pub(super) fn unfilled(config: &TextEncoderConfig, device: &Device) -> Self {
+        let norm = || RmsNorm { weight: unfilled([config.hidden_size], device) };
         Self {
-            embed_tokens: Embedding { weight: Param::from_tensor(table) },
+            embed_tokens: Embedding { weight: unfilled([config.vocab_size, config.hidden_size], device) },
             layers: (0..config.num_hidden_layers)
                 .map(|_| Layer {
                     input_layernorm: norm(),
-                    self_attn: SelfAttention::zeros(config, device),
+                    self_attn: SelfAttention::unfilled(config, device),
                     post_attention_layernorm: norm(),
-                    mlp: GatedMlp::zeros(config, device),
+                    mlp: GatedMlp::unfilled(config, device),
                 })
                 .collect(),
             norm: norm(),
@@ -101,27 +106,49 @@ impl TextEncoder {
         }
     }
 
+    /// Tokens there are embeddings for.
+    pub(super) fn vocabulary(&self) -> usize {
+        self.config.vocab_size
+    }
+
     /// Runs the prompts as one right-padded batch and drops the template's leading tokens.
     ///
     /// Padding comes after the tokens and attention is causal, so no valid token sees it.
     pub fn forward(&self, tokens: &PromptTokens) -> Condition {
-        let device = self.embed_tokens.weight.val().device();
-        let longest = tokens.ids.iter().map(Vec::len).max().unwrap_or(0);
-        let mut hidden = embedding(self.embed_tokens.weight.val(), padded_ids(&tokens.ids, longest, &device));
-        let rotation = self.rotation(longest, &device);
-        for layer in &self.layers {
-            hidden = layer.forward(hidden, &rotation, &self.config);
-        }
-        let hidden = self.norm.forward(hidden, &self.config); // [B, T, J]
-        let [batch, _, width] = hidden.dims();
+        let hidden = self.run(tokens, &mut |_| ());
+        let [batch, longest, width] = hidden.dims();
         let text = hidden.slice([0..batch, tokens.drop_tokens..longest, 0..width]);
         let lengths = tokens.ids.iter().map(|ids| ids.len() - tokens.drop_tokens).collect();
         zero_padding(Condition { text, lengths })
     }
 
+    /// The states of all tokens, `[B, T, J]` each: the embeddings, then after every layer, the last of them after
+    /// the final norm too. The template's leading tokens are still there, and padding holds arbitrary numbers.
+    pub fn hidden_states(&self, tokens: &PromptTokens) -> Vec<Tensor<3>> {
+        let mut states = Vec::with_capacity(self.layers.len() + 1);
+        let last = self.run(tokens, &mut |state| states.push(state.clone()));
+        states.pop();
+        states.push(last);
+        states
+    }
+
+    /// The states after the final norm, `[B, T, J]`; `observe` sees those before it.
+    fn run(&self, tokens: &PromptTokens, observe: &mut dyn FnMut(&Tensor<3>)) -> Tensor<3> {
+        let device = self.embed_tokens.weight.val().device();
+        let longest = tokens.ids.iter().map(Vec::len).max().unwrap_or(0);
+        let mut hidden = embedding(self.embed_tokens.weight.val(), padded_ids(&tokens.ids, longest, &device));
+        observe(&hidden);
+        let rotation = self.rotation(longest, &device);
+        for layer in &self.layers {
+            hidden = layer.forward(hidden, &rotation, &self.config);
+            observe(&hidden);
+        }
+        self.norm.forward(hidden, &self.config)
+    }
+
     fn rotation(&self, positions: usize, device: &Device) -> Rotation {
-        let head_dim = self.config.hidden_size / self.config.num_attention_heads;
-        let frequencies: Vec<f32> = frequencies(head_dim, self.config.rope_theta).collect();
+        let head_dim = self.config.head_dim();
+        let frequencies: Vec<f32> = frequencies(head_dim, self.config.rope.rope_theta).collect();
         let angles = (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
         let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(f32::sin_cos).unzip();
         let shape = [1, 1, positions, head_dim / 2];
@@ -170,14 +197,14 @@ impl Layer {
 }
 
 impl SelfAttention {
-    fn zeros(config: &TextEncoderConfig, device: &Device) -> Self {
+    fn unfilled(config: &TextEncoderConfig, device: &Device) -> Self {
         let width = config.hidden_size;
-        let grouped = width / config.num_attention_heads * config.num_key_value_heads;
+        let grouped = config.head_dim() * config.num_key_value_heads;
         Self {
-            q_proj: Linear::zeros(width, width, true, device),
-            k_proj: Linear::zeros(width, grouped, true, device),
-            v_proj: Linear::zeros(width, grouped, true, device),
-            o_proj: Linear::zeros(width, width, false, device),
+            q_proj: Linear::unfilled(width, width, true, device),
+            k_proj: Linear::unfilled(width, grouped, true, device),
+            v_proj: Linear::unfilled(width, grouped, true, device),
+            o_proj: Linear::unfilled(width, width, false, device),
         }
     }
 
@@ -221,12 +248,12 @@ fn repeat(x: Tensor<4>, times: usize) -> Tensor<4> {
 }
 
 impl GatedMlp {
-    fn zeros(config: &TextEncoderConfig, device: &Device) -> Self {
+    fn unfilled(config: &TextEncoderConfig, device: &Device) -> Self {
         let (width, inner) = (config.hidden_size, config.intermediate_size);
         Self {
-            gate_proj: Linear::zeros(width, inner, false, device),
-            up_proj: Linear::zeros(width, inner, false, device),
-            down_proj: Linear::zeros(inner, width, false, device),
+            gate_proj: Linear::unfilled(width, inner, false, device),
+            up_proj: Linear::unfilled(width, inner, false, device),
+            down_proj: Linear::unfilled(inner, width, false, device),
         }
     }
 

@@ -19,6 +19,9 @@ use crate::ModelError;
 /// The pre-tokenisation of Qwen2 (digits one by one), from transformers' `Qwen2Tokenizer`.
 const PRETOKENIZE: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// The file that lists the special tokens.
+const CONFIG: &str = "tokenizer_config.json";
+
 /// Wraps prompts in the template and tokenises them.
 #[derive(Clone, Debug)]
 pub struct PromptTokenizer {
@@ -63,9 +66,26 @@ impl PromptTokenizer {
     pub fn read(folder: &Path, max_tokens: usize) -> Result<Self, ModelError> {
         let template = PromptTemplate::read(folder)?;
         let folder: Arc<Path> = folder.join("tokenizer").into();
-        let tokenizer = build(&folder)?;
+        check_files(&folder)?;
+        let added = added_tokens(&folder)?;
+        let listed = |token: &&str| added.iter().any(|(_, added)| added.content == **token);
+        if let Some(token) = template.special_tokens().find(|token| !listed(token)) {
+            let reason = format!("no special token {token} in {CONFIG}, which the prompt template needs");
+            return Err(ModelError::Tokenizer { path: folder.to_path_buf(), reason });
+        }
+        let tokenizer = Arc::new(build(&folder, added)?);
         let max_tokens = template.max_tokens.unwrap_or(max_tokens);
-        Ok(Self { tokenizer: Arc::new(tokenizer), template, max_tokens, folder })
+        Ok(Self { tokenizer, template, max_tokens, folder })
+    }
+
+    /// Checks that there is an embedding for every id.
+    pub(super) fn check_ids(&self, embeddings: usize) -> Result<(), ModelError> {
+        let largest = self.tokenizer.get_vocab(true).into_values().max().unwrap_or(0) as usize;
+        if largest < embeddings {
+            return Ok(());
+        }
+        Err(self
+            .error(format!("the largest id is {largest}, but the text encoder has {embeddings} embeddings")))
     }
 
     /// Tokenises prompts; each has at least one token after the dropped ones.
@@ -104,8 +124,20 @@ impl PromptTokenizer {
     }
 }
 
+fn check_files(folder: &Path) -> Result<(), ModelError> {
+    for name in ["vocab.json", "merges.txt", CONFIG] {
+        if !folder.join(name).is_file() {
+            return Err(ModelError::NoModelFolder {
+                path: folder.parent().unwrap_or(folder).to_owned(),
+                missing: format!("tokenizer/{name}"),
+            });
+        }
+    }
+    Ok(())
+}
+
 /// Builds the tokenizer from the slow-format files: vocab.json, merges.txt, tokenizer_config.json.
-fn build(folder: &Path) -> Result<Tokenizer, ModelError> {
+fn build(folder: &Path, added: Vec<(u32, AddedToken)>) -> Result<Tokenizer, ModelError> {
     let error = |reason: String| ModelError::Tokenizer { path: folder.to_owned(), reason };
     let file = |name: &str| folder.join(name).to_string_lossy().into_owned();
     let bpe = BPE::from_file(&file("vocab.json"), &file("merges.txt"))
@@ -120,18 +152,21 @@ fn build(folder: &Path) -> Result<Tokenizer, ModelError> {
         PreTokenizerWrapper::Split(split),
         PreTokenizerWrapper::ByteLevel(byte_level),
     ])));
-    let added = added_tokens(folder)?;
-    tokenizer.add_special_tokens(&added);
-    for token in &added {
-        if tokenizer.token_to_id(&token.content).is_none() {
-            return Err(error(format!("special token {} got no id", token.content)));
+    for (id, token) in added {
+        let content = token.content.clone();
+        tokenizer.add_special_tokens(&[token]);
+        let found = tokenizer.token_to_id(&content);
+        if found != Some(id) {
+            return Err(error(format!(
+                "special token {content} has id {found:?} by vocab.json, expected {id}"
+            )));
         }
     }
     Ok(tokenizer)
 }
 
-/// The added tokens of tokenizer_config.json in the order of their ids.
-fn added_tokens(folder: &Path) -> Result<Vec<AddedToken>, ModelError> {
+/// The added tokens of tokenizer_config.json with their ids, in the order of these.
+fn added_tokens(folder: &Path) -> Result<Vec<(u32, AddedToken)>, ModelError> {
     #[derive(Deserialize)]
     struct Config {
         added_tokens_decoder: std::collections::BTreeMap<String, Added>,
@@ -141,7 +176,7 @@ fn added_tokens(folder: &Path) -> Result<Vec<AddedToken>, ModelError> {
         content: String,
         special: bool,
     }
-    let path = folder.join("tokenizer_config.json");
+    let path = folder.join(CONFIG);
     let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
     let config: Config = serde_json::from_str(&text)
         .map_err(|error| ModelError::Config { path: path.clone(), reason: error.to_string() })?;
@@ -156,6 +191,6 @@ fn added_tokens(folder: &Path) -> Result<Vec<AddedToken>, ModelError> {
     added.sort_by_key(|(id, _)| *id);
     Ok(added
         .into_iter()
-        .map(|(_, token)| AddedToken::from(token.content, token.special).normalized(false))
+        .map(|(id, token)| (id, AddedToken::from(token.content, token.special).normalized(false)))
         .collect())
 }

@@ -15,18 +15,17 @@ use super::config::{PredictionType, TransformerConfig};
 use super::rotary::joint_table;
 use crate::parts::linear::Linear;
 use crate::parts::timestep::sinusoidal;
-use crate::weights::{KeyMap, WeightFiles, load};
+use crate::weights::{KeyMap, WeightFiles, load, unfilled};
 use crate::{Condition, ModelError};
 
 pub(super) const KEYS: KeyMap = KeyMap {
-    prefix: "",
     rules: &[
         (".to_out.", ".to_out.0."),
         ("_mlp.up.", "_mlp.net.0.proj."),
         ("_mlp.down.", "_mlp.net.2."),
         ("_mod.", "_mod.1."),
     ],
-    ignored: &[],
+    ..KeyMap::PLAIN
 };
 
 /// Parameters that start at zero when trained from scratch.
@@ -137,13 +136,13 @@ impl Transformer {
     /// # Errors
     /// If its config or weights are missing, damaged or do not fit each other.
     pub fn from_pretrained(folder: &Path, device: &Device) -> Result<Self, ModelError> {
-        let zeros = Self::zeros(&TransformerConfig::read(folder)?, device);
-        load(zeros, &WeightFiles::open(&folder.join("transformer"))?, &KEYS)
+        let empty = Self::unfilled(&TransformerConfig::read(folder)?, device);
+        load(empty, &WeightFiles::open(&folder.join("transformer"))?, &KEYS)
     }
 
-    pub(super) fn zeros(config: &TransformerConfig, device: &Device) -> Self {
+    pub(super) fn unfilled(config: &TransformerConfig, device: &Device) -> Self {
         let width = config.num_attention_heads * config.attention_head_dim;
-        let linear = |input, output| Linear::zeros(input, output, true, device);
+        let linear = |input, output| Linear::unfilled(input, output, true, device);
         Self {
             time_text_embed: TimeTextEmbed {
                 timestep_embedder: TimestepEmbedder {
@@ -151,10 +150,10 @@ impl Transformer {
                     linear_2: linear(width, width),
                 },
             },
-            txt_norm: Scale::zeros(config.joint_attention_dim, device),
+            txt_norm: Scale::unfilled(config.joint_attention_dim, device),
             img_in: linear(config.in_channels, width),
             txt_in: linear(config.joint_attention_dim, width),
-            transformer_blocks: (0..config.num_layers).map(|_| Block::zeros(config, device)).collect(),
+            transformer_blocks: (0..config.num_layers).map(|_| Block::unfilled(config, device)).collect(),
             norm_out: NormOut { linear: linear(width, 2 * width) },
             proj_out: linear(width, config.in_channels),
             config: config.clone(),
@@ -272,20 +271,20 @@ fn key_mask(condition: &Condition, image_tokens: usize) -> Option<KeyMask> {
 }
 
 impl Scale {
-    fn zeros(width: usize, device: &Device) -> Self {
-        Self { weight: Param::from_tensor(Tensor::zeros([width], device)) }
+    fn unfilled(width: usize, device: &Device) -> Self {
+        Self { weight: unfilled([width], device) }
     }
 }
 
 impl Block {
-    fn zeros(config: &TransformerConfig, device: &Device) -> Self {
+    fn unfilled(config: &TransformerConfig, device: &Device) -> Self {
         let width = config.num_attention_heads * config.attention_head_dim;
         Self {
-            img_mod: Linear::zeros(width, 6 * width, true, device),
-            txt_mod: Linear::zeros(width, 6 * width, true, device),
-            attn: JointAttention::zeros(config, device),
-            img_mlp: Mlp::zeros(width, device),
-            txt_mlp: Mlp::zeros(width, device),
+            img_mod: Linear::unfilled(width, 6 * width, true, device),
+            txt_mod: Linear::unfilled(width, 6 * width, true, device),
+            attn: JointAttention::unfilled(config, device),
+            img_mlp: Mlp::unfilled(width, device),
+            txt_mlp: Mlp::unfilled(width, device),
         }
     }
 
@@ -330,10 +329,10 @@ impl Block {
 }
 
 impl JointAttention {
-    fn zeros(config: &TransformerConfig, device: &Device) -> Self {
+    fn unfilled(config: &TransformerConfig, device: &Device) -> Self {
         let width = config.num_attention_heads * config.attention_head_dim;
-        let square = || Linear::zeros(width, width, true, device);
-        let norm = || Scale::zeros(config.attention_head_dim, device);
+        let square = || Linear::unfilled(width, width, true, device);
+        let norm = || Scale::unfilled(config.attention_head_dim, device);
         Self {
             to_q: square(),
             to_k: square(),
@@ -378,10 +377,10 @@ impl JointAttention {
 }
 
 impl Mlp {
-    fn zeros(width: usize, device: &Device) -> Self {
+    fn unfilled(width: usize, device: &Device) -> Self {
         Self {
-            up: Linear::zeros(width, 4 * width, true, device),
-            down: Linear::zeros(4 * width, width, true, device),
+            up: Linear::unfilled(width, 4 * width, true, device),
+            down: Linear::unfilled(4 * width, width, true, device),
         }
     }
 

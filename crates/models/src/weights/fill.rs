@@ -1,13 +1,22 @@
 //! Filling a module's parameters: from weight files, or with fresh random numbers.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
-use burn::module::{Module, Param};
-use burn::tensor::{Tensor, TensorData};
+use burn::module::{Module, Param, ParamId};
+use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_flow::noise::TorchGenerator;
 
 use super::{KeyMap, WeightFiles};
 use crate::{ModelError, NamedMapper, map_named};
+
+/// A parameter that takes memory only once it is filled.
+pub(crate) fn unfilled<const D: usize>(shape: [usize; D], device: &Device) -> Param<Tensor<D>> {
+    let zeros = move |device: &Device, require_grad| {
+        let tensor: Tensor<D> = Tensor::zeros(shape, device);
+        tensor.set_require_grad(require_grad)
+    };
+    Param::uninitialized(ParamId::new(), zeros, device.clone(), true, shape.into())
+}
 
 /// Loads every parameter of a component.
 ///
@@ -15,14 +24,14 @@ use crate::{ModelError, NamedMapper, map_named};
 /// Lists the keys the files lack and those the module does not have; names a tensor of another shape
 /// or with values that are not finite.
 pub(crate) fn load<M: Module>(module: M, files: &WeightFiles, keys: &KeyMap) -> Result<M, ModelError> {
-    let mut loader = Loader { files, keys, used: BTreeSet::new(), missing: Vec::new(), error: None };
+    let unused = files.keys().map(|key| (keys.canonical(key), key.to_owned())).collect();
+    let mut loader = Loader { files, keys, unused, missing: Vec::new(), error: None };
     let module = map_named(module, &mut loader);
     if let Some(error) = loader.error {
         return Err(error);
     }
-    let ignored = |key: &str| keys.ignored.iter().any(|prefix| key.starts_with(prefix));
-    let unknown: Vec<String> =
-        files.keys().filter(|key| !loader.used.contains(*key) && !ignored(key)).map(str::to_owned).collect();
+    let unused = loader.unused.into_iter().filter(|(key, _)| !keys.ignores(key));
+    let unknown: Vec<String> = unused.map(|(_, in_file)| in_file).collect();
     if loader.missing.is_empty() && unknown.is_empty() {
         return Ok(module);
     }
@@ -32,7 +41,8 @@ pub(crate) fn load<M: Module>(module: M, files: &WeightFiles, keys: &KeyMap) -> 
 struct Loader<'a> {
     files: &'a WeightFiles,
     keys: &'a KeyMap,
-    used: BTreeSet<String>,
+    /// Keys not asked for yet, with their spelling in the files.
+    unused: BTreeMap<String, String>,
     missing: Vec<String>,
     error: Option<ModelError>,
 }
@@ -59,16 +69,12 @@ impl Loader<'_> {
 impl NamedMapper for Loader<'_> {
     fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let key = self.keys.key(name);
-        if !self.files.contains(&key) {
+        let Some(in_file) = self.unused.remove(&key) else {
             self.missing.push(key);
             return parameter;
-        }
-        let shape = parameter.val().dims();
-        match self.read(&key, shape) {
-            Ok(values) => {
-                self.used.insert(key);
-                replace(parameter, values)
-            }
+        };
+        match self.read(&in_file, parameter.lazy_shape().dims::<D>()) {
+            Ok(values) => fill(parameter, values),
             Err(error) => {
                 self.error.get_or_insert(error);
                 parameter
@@ -98,7 +104,7 @@ struct Initializer<'a> {
 
 impl NamedMapper for Initializer<'_> {
     fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let shape = parameter.val().dims();
+        let shape = parameter.lazy_shape().dims::<D>();
         let count = shape.iter().product();
         let values = if self.zeros.iter().any(|zero| name.contains(zero)) || name.ends_with("bias") {
             vec![0.0; count]
@@ -110,10 +116,12 @@ impl NamedMapper for Initializer<'_> {
                 if name.contains("embed_tokens") { EMBEDDING_DEVIATION } else { fan_in.sqrt().recip() };
             self.generator.randn(count).into_iter().map(|value| value * deviation).collect()
         };
-        replace(parameter, values)
+        fill(parameter, values)
     }
 }
 
-fn replace<const D: usize>(parameter: Param<Tensor<D>>, values: Vec<f32>) -> Param<Tensor<D>> {
-    parameter.map(|old| Tensor::from_data(TensorData::new(values, old.dims()), &old.device()))
+fn fill<const D: usize>(parameter: Param<Tensor<D>>, values: Vec<f32>) -> Param<Tensor<D>> {
+    let data = TensorData::new(values, parameter.lazy_shape().dims::<D>());
+    let (id, tensor) = (parameter.id, Tensor::from_data(data, &parameter.lazy_device()));
+    parameter.transform_for_load(tensor, id)
 }

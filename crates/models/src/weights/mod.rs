@@ -2,12 +2,15 @@
 
 mod files;
 mod fill;
+mod shapes;
 mod write;
 
 pub use files::{WeightFiles, read_info, weights_hash};
-pub(crate) use fill::{initialize, load};
+pub(crate) use fill::{initialize, load, unfilled};
+pub use shapes::TensorShapes;
+pub(crate) use shapes::expected;
 pub use write::{WeightType, save_tensors};
-pub(crate) use write::{collect, values, write};
+pub(crate) use write::{carry_ignored, collect, values, write};
 
 /// How a module's parameter names and the keys of its weight files correspond.
 ///
@@ -19,15 +22,31 @@ pub(crate) struct KeyMap {
     pub(crate) prefix: &'static str,
     /// `(in the module's name, in the file's key)`.
     pub(crate) rules: &'static [(&'static str, &'static str)],
+    /// Other spellings: `(prefix of a key in some files, the prefix meant)`, the first that fits counts.
+    pub(crate) aliases: &'static [(&'static str, &'static str)],
     /// Prefixes of keys the files may hold and the model does not use.
     pub(crate) ignored: &'static [&'static str],
 }
 
 impl KeyMap {
+    /// Keys equal names.
+    pub(crate) const PLAIN: KeyMap = KeyMap { prefix: "", rules: &[], aliases: &[], ignored: &[] };
+
     /// The file's key of a parameter's name.
     pub(crate) fn key(&self, name: &str) -> String {
         let rule = self.rules.iter().find(|(ours, _)| name.contains(ours));
         let renamed = rule.map_or_else(|| name.to_owned(), |(ours, theirs)| name.replacen(ours, theirs, 1));
         format!("{}{renamed}", self.prefix)
+    }
+
+    /// A file's key in the spelling of [`KeyMap::key`].
+    pub(crate) fn canonical(&self, key: &str) -> String {
+        let alias = self.aliases.iter().find_map(|(from, to)| Some((key.strip_prefix(from)?, to)));
+        alias.map_or_else(|| key.to_owned(), |(rest, to)| format!("{to}{rest}"))
+    }
+
+    /// Whether the model has no use for a key in that spelling.
+    pub(crate) fn ignores(&self, key: &str) -> bool {
+        self.ignored.iter().any(|prefix| key.starts_with(prefix))
     }
 }

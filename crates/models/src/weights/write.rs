@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 use half::{bf16, f16};
 use serde_json::json;
 
-use super::KeyMap;
+use super::{KeyMap, WeightFiles};
 use crate::{ModelError, NamedVisitor, visit_named};
 
 /// Number type of written weights.
@@ -126,6 +126,28 @@ impl NamedVisitor for Collector<'_> {
         let shape = tensor.dims().to_vec();
         self.tensors.insert(self.keys.key(name), RawTensor::new(shape, &values(tensor), self.dtype));
     }
+}
+
+/// Adds the tensors that a component's files hold and the model does not use; none where there are no files.
+pub(crate) fn carry_ignored(
+    tensors: &mut BTreeMap<String, RawTensor>,
+    component: &Path,
+    keys: &KeyMap,
+    dtype: WeightType,
+) -> Result<(), ModelError> {
+    let files = match WeightFiles::open(component) {
+        Ok(files) => files,
+        Err(ModelError::NoModelFolder { .. }) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for in_file in files.keys() {
+        let key = keys.canonical(in_file);
+        if keys.ignores(&key) {
+            let (shape, values) = files.read(in_file)?;
+            tensors.insert(key, RawTensor::new(shape, &values, dtype));
+        }
+    }
+    Ok(())
 }
 
 /// A tensor's values on the host.

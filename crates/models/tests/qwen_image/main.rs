@@ -1,5 +1,11 @@
 //! The Qwen-Image components against numbers of diffusers and DiffSynth-Studio (goldens/qwen_image).
 
+mod loading;
+mod shapes;
+mod vae;
+
+use std::path::Path;
+
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_models::qwen_image::{PromptTokenizer, TextEncoder, Transformer};
 use fewstep_models::{Condition, ModelError};
@@ -10,6 +16,32 @@ const TOLERANCE: f32 = 1e-5;
 
 fn folder() -> std::path::PathBuf {
     golden("qwen_image/model")
+}
+
+/// The golden model in a folder that may be changed.
+fn model_copy() -> tempfile::TempDir {
+    let target = tempfile::tempdir().expect("temporary folder");
+    copy_files(&folder(), target.path());
+    target
+}
+
+fn copy_files(source: &Path, target: &Path) {
+    std::fs::create_dir_all(target).expect("folder");
+    for entry in std::fs::read_dir(source).expect("golden folder") {
+        let path = entry.expect("entry").path();
+        let copy = target.join(path.file_name().expect("name"));
+        if path.is_dir() {
+            copy_files(&path, &copy);
+        } else {
+            std::fs::write(copy, std::fs::read(&path).expect("read")).expect("write");
+        }
+    }
+}
+
+fn edit_json(path: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
+    let mut json = serde_json::from_str(&std::fs::read_to_string(path).expect("read")).expect("JSON");
+    edit(&mut json);
+    std::fs::write(path, json.to_string()).expect("write");
 }
 
 /// What the golden case `name` feeds the transformer.
@@ -74,7 +106,10 @@ fn transformer_equals_the_peer_on_square_wide_and_odd_latents() {
     let golden = Golden::open(golden("qwen_image/transformer.safetensors"));
     for case in ["sq64", "w96", "odd144x80"] {
         let expected: Tensor<3> = golden.tensor(&format!("{case}.diffusers_out_packed"), &Device::flex());
-        assert_tensors_close(velocity(case, &golden), expected, TOLERANCE);
+        let found = velocity(case, &golden);
+        assert_tensors_close(found.clone(), expected, TOLERANCE);
+        let expected = golden.tensor(&format!("{case}.diffsynth_tanh_out"), &Device::flex());
+        assert_tensors_close(found, pack(expected), TOLERANCE);
     }
 }
 
@@ -125,25 +160,33 @@ fn tokenizer_gives_the_peers_ids() {
     }
 }
 
+/// The prompts of tokens.json.
+fn prompts() -> Vec<String> {
+    let text = std::fs::read_to_string(golden("qwen_image/tokens.json")).expect("golden is there");
+    let json: serde_json::Value = serde_json::from_str(&text).expect("golden is JSON");
+    let rows = json["rows"].as_array().expect("rows").iter();
+    rows.map(|row| row["prompt"].as_str().expect("prompt").to_owned()).collect()
+}
+
+fn text_encoder() -> (PromptTokenizer, TextEncoder) {
+    let tokenizer = PromptTokenizer::read(&folder(), 1024).expect("the golden tokenizer loads");
+    let encoder = TextEncoder::from_pretrained(&folder(), &Device::flex());
+    (tokenizer, encoder.expect("the golden encoder loads"))
+}
+
 #[test]
 fn text_encoder_equals_the_peer_alone_and_in_a_padded_batch() {
     let golden_states = Golden::open(golden("qwen_image/text_encoder.safetensors"));
-    let text = std::fs::read_to_string(golden("qwen_image/tokens.json")).expect("golden is there");
-    let json: serde_json::Value = serde_json::from_str(&text).expect("golden is JSON");
-    let prompts: Vec<String> = json["rows"]
-        .as_array()
-        .expect("rows")
-        .iter()
-        .map(|row| row["prompt"].as_str().expect("prompt").to_owned())
-        .collect();
-    let device = Device::flex();
-    let tokenizer = PromptTokenizer::read(&folder(), 1024).expect("the golden tokenizer loads");
-    let encoder = TextEncoder::from_pretrained(&folder(), &device).expect("the golden encoder loads");
+    let (prompts, device, (tokenizer, encoder)) = (prompts(), Device::flex(), text_encoder());
     let encode = |prompts: &[String]| encoder.forward(&tokenizer.encode(prompts).expect("tokenises"));
     for (index, prompt) in prompts.iter().enumerate() {
         let expected: Tensor<3> = golden_states.tensor(&format!("p{index}.prompt_embeds"), &device);
         assert_tensors_close(encode(std::slice::from_ref(prompt)).text, expected, TOLERANCE);
     }
+    assert_eq!(
+        golden_states.keys().iter().filter(|key| key.ends_with("prompt_embeds")).count(),
+        prompts.len() + 1
+    );
     let batch = encode(&prompts[..2]);
     let expected: Tensor<3> = golden_states.tensor("batch01.prompt_embeds", &device);
     assert_tensors_close(batch.text, expected, TOLERANCE);
@@ -153,14 +196,21 @@ fn text_encoder_equals_the_peer_alone_and_in_a_padded_batch() {
 }
 
 #[test]
-fn weights_of_another_size_are_refused_with_the_tensor_named() {
-    let temporary = tempfile::tempdir().expect("temporary folder");
-    let target = temporary.path().join("transformer");
-    std::fs::create_dir(&target).expect("folder");
-    for entry in std::fs::read_dir(folder().join("transformer")).expect("golden folder") {
-        let path = entry.expect("entry").path();
-        std::fs::copy(&path, target.join(path.file_name().expect("name"))).expect("copy");
+fn every_layer_of_the_text_encoder_equals_the_peers() {
+    let golden_states = Golden::open(golden("qwen_image/text_encoder.safetensors"));
+    let (tokenizer, encoder) = text_encoder();
+    let states = encoder.hidden_states(&tokenizer.encode(&prompts()[..1]).expect("tokenises"));
+    assert_eq!(states.len(), 4);
+    for (layer, found) in states.into_iter().enumerate() {
+        let expected: Tensor<3> = golden_states.tensor(&format!("p0.hidden_states.{layer}"), &Device::flex());
+        assert_tensors_close(found, expected, TOLERANCE);
     }
+}
+
+#[test]
+fn weights_of_another_size_are_refused_with_the_tensor_named() {
+    let temporary = model_copy();
+    let target = temporary.path().join("transformer");
     let config = std::fs::read_to_string(target.join("config.json")).expect("config");
     let edit = |from: &str, to: &str| {
         assert!(config.contains(from), "{from} in the golden config");

@@ -1,0 +1,96 @@
+//! Pixels to latents and back.
+
+mod autoencoder;
+mod config;
+mod layers;
+mod pixel_unshuffle;
+
+use std::path::Path;
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::ModelError;
+use crate::weights::{TensorShapes, expected};
+
+pub use autoencoder::Autoencoder;
+pub use config::{AutoencoderConfig, PixelUnshuffleConfig, VaeConfig};
+pub use pixel_unshuffle::PixelUnshuffle;
+
+/// The autoencoder a folder's `vae/config.json` names.
+#[derive(Module, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a model has one")]
+pub enum Vae {
+    /// The published model's: see [`Autoencoder`].
+    Autoencoder(Autoencoder),
+    /// No compression: see [`PixelUnshuffle`].
+    PixelUnshuffle(PixelUnshuffle),
+}
+
+impl Vae {
+    /// Loads the component `vae/` of a model folder on the plain side of `device`.
+    ///
+    /// # Errors
+    /// If its config or weights are missing, damaged or do not fit each other.
+    pub fn from_pretrained(folder: &Path, device: &Device) -> Result<Self, ModelError> {
+        Ok(match VaeConfig::read(folder)? {
+            VaeConfig::AutoencoderKLQwenImage(config) => {
+                Vae::Autoencoder(Autoencoder::load(config, &folder.join("vae"), device)?)
+            }
+            VaeConfig::PixelUnshuffle(config) => Vae::PixelUnshuffle(PixelUnshuffle::new(config)),
+        })
+    }
+
+    /// The tensors that the weight files of a config hold.
+    pub(super) fn expected(config: &VaeConfig, device: &Device) -> TensorShapes {
+        match config {
+            VaeConfig::AutoencoderKLQwenImage(config) => {
+                expected(&Autoencoder::unfilled(config.clone(), device), &autoencoder::KEYS)
+            }
+            VaeConfig::PixelUnshuffle(_) => TensorShapes::new(),
+        }
+    }
+
+    /// Pixels per latent pixel along one side.
+    pub fn factor(&self) -> usize {
+        match self {
+            Vae::Autoencoder(vae) => vae.factor(),
+            Vae::PixelUnshuffle(vae) => vae.factor(),
+        }
+    }
+
+    /// Channels of the latents.
+    pub fn channels(&self) -> usize {
+        match self {
+            Vae::Autoencoder(vae) => vae.channels(),
+            Vae::PixelUnshuffle(vae) => vae.channels(),
+        }
+    }
+
+    /// Normalised latents of pictures.
+    ///
+    /// # Shapes
+    /// - `pixels`: `[B, 3, height, width]` in [−1, 1]; output `[B, C, H, W]`
+    pub fn encode(&self, pixels: Tensor<4>) -> Tensor<4> {
+        match self {
+            Vae::Autoencoder(vae) => vae.encode(pixels),
+            Vae::PixelUnshuffle(vae) => vae.encode(pixels),
+        }
+    }
+
+    /// Pictures of normalised latents.
+    ///
+    /// # Shapes
+    /// - `latents`: `[B, C, H, W]`; output `[B, 3, height, width]`, mostly in [−1, 1] but not clamped
+    pub fn decode(&self, latents: Tensor<4>) -> Tensor<4> {
+        match self {
+            Vae::Autoencoder(vae) => vae.decode(latents),
+            Vae::PixelUnshuffle(vae) => vae.decode(latents),
+        }
+    }
+}
+
+/// One number per channel, `[1, C, 1, 1]`.
+fn per_channel(values: &[f32], device: &Device) -> Tensor<4> {
+    Tensor::from_data(TensorData::new(values.to_vec(), [1, values.len(), 1, 1]), device)
+}
