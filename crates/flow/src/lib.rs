@@ -15,6 +15,7 @@
 //! | x, x_s | `noisy`, `state` | (1 − s)·x₀ + s·e |
 //! | v | `velocity` | dx/ds = e − x₀ |
 //! | s_1 … s_{N+1} | `grid` ([`SigmaGrid`]) | 1 … 0 for N = `num_inference_steps` |
+//! | f = e^μ | [`schedule::Shift`], [`schedule::ShiftOverride`] | how far a schedule is moved towards noise |
 //! | w | `cfg_scale` | guidance; 1 is off |
 //! | a | `cotangent`, `*_gradient` | derivative of the loss by a state |
 //! | μ, s | `mean`, `deviation` | of the data in the Gaussian [`oracle`] |

@@ -10,7 +10,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use crate::DataError;
-pub use rows::{DistillRow, ImageRow, RandDevice, write_distill_csv, write_image_csv};
+pub use fewstep_flow::noise::RandDevice;
+pub use rows::{DistillRow, ImageRow, write_distill_csv, write_image_csv};
 
 /// The rows of one metadata file.
 #[derive(Clone, Debug)]

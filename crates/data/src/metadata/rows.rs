@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use fewstep_flow::noise::RandDevice;
 use serde::{Deserialize, Serialize};
 
 use super::{RAND_DEVICE, Row, STEPS};
@@ -33,16 +34,6 @@ pub struct DistillRow {
     pub cfg_scale: f32,
 }
 
-/// The random number generator that draws initial noise, named as torch names its device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RandDevice {
-    /// torch's CPU generator, a Mersenne Twister.
-    Cpu,
-    /// torch's CUDA generator, Philox.
-    Cuda,
-}
-
 impl ImageRow {
     pub(super) fn from_row(row: &Row) -> Result<Self, DataError> {
         Ok(Self { image: row.image("image")?.into(), prompt: row.text("prompt")?.into() })
@@ -55,21 +46,16 @@ impl DistillRow {
             image: row.image("image")?.into(),
             prompt: row.text("prompt")?.into(),
             seed: row.integer("seed")?,
-            rand_device: RandDevice::from_row(row, "rand_device")?,
+            rand_device: rand_device(row, "rand_device")?,
             num_inference_steps: steps(row, "num_inference_steps")?,
             cfg_scale: row.number("cfg_scale")?,
         })
     }
 }
 
-impl RandDevice {
-    fn from_row(row: &Row, column: &str) -> Result<Self, DataError> {
-        match row.text(column)? {
-            "cpu" => Ok(Self::Cpu),
-            "cuda" => Ok(Self::Cuda),
-            other => Err(row.wrong(column, other, RAND_DEVICE)),
-        }
-    }
+fn rand_device(row: &Row, column: &str) -> Result<RandDevice, DataError> {
+    let found = row.text(column)?;
+    found.parse().map_err(|_| row.wrong(column, found, RAND_DEVICE))
 }
 
 fn steps(row: &Row, column: &str) -> Result<usize, DataError> {
