@@ -13,9 +13,10 @@ use fewstep_report::{Report, Stage};
 use fewstep_train::{Context, Outcome, Recipe};
 
 use crate::evaluate::{EvaluateArgs, evaluate};
-use crate::generate::{GenerateArgs, generate, read_prompts};
+use crate::generate::{GenerateArgs, generate};
 use crate::parse::Student;
 use crate::progress::{Progress, TrainProgress};
+use crate::prompts::read_prompts;
 use crate::train::{stop_on_signal, version};
 
 /// Side of the bundled pictures in pixels.
@@ -155,7 +156,9 @@ fn unpack(root: &Path, emoji: &Path) -> Result<()> {
 }
 
 fn draw_teacher(args: &DemoArgs, size: &Size, teacher: &Path, progress: &dyn Progress) -> Result<()> {
-    let prompts = spread(&read_prompts(&args.output.join("emoji/metadata.csv"))?, size.teacher_pictures);
+    let rows = read_prompts(&args.output.join("emoji/metadata.csv"))?;
+    let all: Vec<String> = rows.into_iter().map(|row| row.prompt).collect();
+    let prompts = spread(&all, size.teacher_pictures);
     let file = args.output.join("prompts.txt");
     atomic::write(&file, prompts.join("\n").as_bytes()).with_context(|| file.display().to_string())?;
     let output = args.output.join("teacher");

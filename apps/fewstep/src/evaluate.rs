@@ -13,7 +13,6 @@ use burn::tensor::Device;
 use clap::Args;
 use fewstep_data::image::Picture;
 use fewstep_data::metadata::Metadata;
-use fewstep_flow::Solver;
 use fewstep_models::{LoadOptions, Model, Pipeline, Request, lora};
 use fewstep_report::{
     Chart, Curve, Features, Grid, GridRow, Judge, Report, Row, Stage, kid, latent_mse, psnr_db, retrieval,
@@ -235,14 +234,10 @@ fn draw(
         .iter()
         .zip(args.seed..)
         .map(|(prompt, seed)| Request {
-            prompt: prompt.clone(),
-            negative_prompt: String::new(),
             seed,
             num_inference_steps: contestant.num_inference_steps,
             cfg_scale: contestant.cfg_scale,
-            height: args.height,
-            width: args.width,
-            solver: Solver::Euler,
+            ..Request::new(prompt, args.height, args.width)
         })
         .collect();
     let (mut pictures, mut latents, mut secs) = (Vec::new(), Vec::new(), 0.0);

@@ -3,21 +3,27 @@
 //! Next to each picture its final latents and text states are kept, so that distillation needs neither
 //! the VAE, nor the text encoder, nor the picture's round trip through 8 bits.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use burn::tensor::Tensor;
 use clap::Args;
-use fewstep_data::metadata::{DistillRow, Metadata, RandDevice, write_distill_csv};
-use fewstep_data::provenance::{Provenance, TORCH_CPU};
+use fewstep_data::image::Picture;
+use fewstep_data::metadata::{DistillRow, RandDevice, write_distill_csv};
+use fewstep_data::provenance::{InputImage, Provenance, TORCH_CPU, TORCH_CUDA};
 use fewstep_flow::Solver;
+use fewstep_models::conventions::name_of;
 use fewstep_models::{
-    Generated, LoraFile, Pipeline, PipelineOptions, Request, WeightType, save_tensors, weights_hash,
+    DTYPES, Generated, LoraFile, Pipeline, PipelineOptions, Request, WeightType, save_tensors, weights_hash,
 };
 use sha2::{Digest, Sha256};
 
 use crate::args::with_defaults;
-use crate::parse::{lora_file, solver};
+use crate::conventions::LoadArgs;
+use crate::parse::{lora_file, rand_device, solver};
 use crate::progress::Progress;
+use crate::prompts::{PromptRow, read_prompts};
 
 /// Flags of `generate`.
 #[derive(Args, Clone, Debug)]
@@ -31,7 +37,8 @@ pub struct GenerateArgs {
     /// What to draw; may be given several times
     #[arg(long)]
     pub prompt: Vec<String>,
-    /// More prompts: a text file with one per line, or a metadata file (csv, json, jsonl) with a column `prompt`
+    /// More prompts: a text file with one per line, or a metadata file (csv, json, jsonl) with a column `prompt`,
+    /// whose columns `seed` and `negative_prompt`, where it has them, win over the flags
     #[arg(long)]
     pub prompts: Option<PathBuf>,
     /// Use only the first so many prompts
@@ -43,6 +50,9 @@ pub struct GenerateArgs {
     /// Seed of the first picture; the next ones count up
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// The torch generator that draws the noise: cpu or cuda
+    #[arg(long, default_value = "cpu", value_parser = rand_device)]
+    pub rand_device: RandDevice,
     /// Pictures per prompt, each with a seed of its own
     #[arg(long, default_value_t = 1)]
     pub images_per_prompt: usize,
@@ -61,6 +71,18 @@ pub struct GenerateArgs {
     /// Picture width in pixels
     #[arg(long)]
     pub width: usize,
+    /// Shift of the schedule, the logarithm mu of its factor [default: the model's for the picture size]
+    #[arg(long, value_name = "MU")]
+    pub exponential_shift_mu: Option<f64>,
+    /// Picture to start from; another size is resized and cut in the middle
+    #[arg(long, value_name = "FILE")]
+    pub input_image: Option<PathBuf>,
+    /// How much of the input picture is drawn anew, from 0 (nothing) to 1
+    #[arg(long, default_value_t = 1.0)]
+    pub denoising_strength: f64,
+    /// Store noise, sigmas and every state beside the final latents in latents/
+    #[arg(long)]
+    pub save_latents: bool,
     /// Pictures drawn at once
     #[arg(long, default_value_t = 8)]
     pub batch_size: usize,
@@ -73,6 +95,9 @@ pub struct GenerateArgs {
     /// Guidance scale the student shall run with: written to metadata.csv
     #[arg(long, default_value_t = 1.0)]
     pub student_cfg_scale: f32,
+    /// How the model computes.
+    #[command(flatten)]
+    pub load: LoadArgs,
 }
 
 impl GenerateArgs {
@@ -94,10 +119,11 @@ impl GenerateArgs {
 /// written.
 pub fn generate(args: &GenerateArgs, progress: &dyn Progress) -> Result<()> {
     let requests = requests(args)?;
-    let options = PipelineOptions { lora: args.lora.clone(), ..PipelineOptions::default() };
+    let options = PipelineOptions { load: args.load.options(), lora: args.lora.clone() };
     let pipeline = Pipeline::from_pretrained(&args.model, options)?;
     let provenance = provenance(args, &pipeline, &requests)?;
     claim(&args.output, &provenance)?;
+    warn_of_long_prompts(&pipeline, &requests, progress)?;
     let indices: Vec<usize> = (0..requests.len()).collect();
     progress.start("generating", requests.len() as u64);
     for batch in indices.chunks(args.batch_size) {
@@ -115,54 +141,86 @@ pub fn generate(args: &GenerateArgs, progress: &dyn Progress) -> Result<()> {
     Ok(write_distill_csv(&args.output.join("metadata.csv"), &rows)?)
 }
 
-/// Reads prompts from a text file, one per line, or from a metadata file's column `prompt`.
-///
-/// # Errors
-/// If the file cannot be read or holds no prompt.
-pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
-    let prompts = if path.extension().is_some_and(|extension| extension == "txt") {
-        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        text.lines().map(str::to_owned).collect()
-    } else {
-        let metadata = Metadata::read(path)?;
-        let rows = metadata.rows.iter().map(|row| Ok(row.text("prompt")?.to_owned()));
-        rows.collect::<Result<Vec<String>>>()?
-    };
-    ensure!(!prompts.is_empty(), "{}: no prompts", path.display());
-    Ok(prompts)
-}
-
-/// One request per picture: every prompt `images_per_prompt` times, seeds counting up.
+/// One request per picture: every prompt `images_per_prompt` times, seeds counting up from the flag's, or from the
+/// row's own.
 fn requests(args: &GenerateArgs) -> Result<Vec<Request>> {
     ensure!(args.batch_size > 0, "--batch-size 0, expected 1 or more");
     ensure!(args.images_per_prompt > 0, "--images-per-prompt 0, expected 1 or more");
-    let mut prompts = args.prompt.clone();
-    if let Some(path) = &args.prompts {
-        prompts.extend(read_prompts(path)?);
-    }
-    prompts.truncate(args.limit.unwrap_or(usize::MAX));
-    ensure!(!prompts.is_empty(), "no prompts\nhint: give --prompt TEXT or --prompts FILE");
-    let repeated = prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, args.images_per_prompt));
-    let request = |(index, prompt): (usize, &String)| Request {
-        prompt: prompt.clone(),
-        negative_prompt: args.negative_prompt.clone(),
-        seed: args.seed + index as u64,
-        num_inference_steps: args.num_inference_steps,
-        cfg_scale: args.cfg_scale,
-        height: args.height,
-        width: args.width,
-        solver: args.solver,
+    let settings = settings(args)?;
+    let request = |(index, (row, copy)): (usize, (&PromptRow, usize))| Request {
+        prompt: row.prompt.clone(),
+        negative_prompt: row.negative_prompt.clone().unwrap_or_else(|| args.negative_prompt.clone()),
+        seed: row.seed.map_or(args.seed + index as u64, |seed| seed + copy as u64),
+        ..settings.clone()
     };
-    Ok(repeated.enumerate().map(request).collect())
+    let rows = prompt_rows(args)?;
+    let copies = rows.iter().flat_map(|row| (0..args.images_per_prompt).map(move |copy| (row, copy)));
+    Ok(copies.enumerate().map(request).collect())
 }
 
-fn provenance(args: &GenerateArgs, pipeline: &Pipeline, requests: &[Request]) -> Result<Provenance> {
-    pipeline.model.latent_shape(args.height, args.width)?;
-    let grid = |steps| pipeline.model.sigma_grid(steps, args.height, args.width);
-    let mut hash = Sha256::new();
-    for request in requests {
-        hash.update(format!("{}\0{}\0", request.seed, request.prompt));
+/// The prompts of flags and file.
+fn prompt_rows(args: &GenerateArgs) -> Result<Vec<PromptRow>> {
+    let given = args.prompt.iter();
+    let mut rows: Vec<PromptRow> =
+        given.map(|prompt| PromptRow { prompt: prompt.clone(), ..PromptRow::default() }).collect();
+    if let Some(path) = &args.prompts {
+        rows.extend(read_prompts(path)?);
     }
+    rows.truncate(args.limit.unwrap_or(usize::MAX));
+    ensure!(!rows.is_empty(), "no prompts\nhint: give --prompt TEXT or --prompts FILE");
+    Ok(rows)
+}
+
+/// What all pictures have in common.
+fn settings(args: &GenerateArgs) -> Result<Request> {
+    ensure!(
+        args.input_image.is_some() || args.denoising_strength == 1.0,
+        "--denoising-strength {} without a picture\nhint: give --input-image FILE",
+        args.denoising_strength
+    );
+    Ok(Request {
+        rand_device: args.rand_device,
+        num_inference_steps: args.num_inference_steps,
+        cfg_scale: args.cfg_scale,
+        solver: args.solver,
+        exponential_shift_mu: args.exponential_shift_mu,
+        input_image: args.input_image.as_deref().map(Picture::load).transpose()?,
+        denoising_strength: args.denoising_strength,
+        keep_trajectory: args.save_latents,
+        ..Request::new("", args.height, args.width)
+    })
+}
+
+/// Says once which prompts the model does not read to their end.
+fn warn_of_long_prompts(pipeline: &Pipeline, requests: &[Request], progress: &dyn Progress) -> Result<()> {
+    let guided = requests.iter().filter(|request| request.cfg_scale != 1.0);
+    let negatives = guided.map(|request| &request.negative_prompt);
+    let texts: BTreeSet<&String> = requests.iter().map(|request| &request.prompt).chain(negatives).collect();
+    let mut long = Vec::new();
+    for text in texts {
+        let length = pipeline.model.prompt_tokens(text)?;
+        if length.is_cut() {
+            long.push((text, length));
+        }
+    }
+    if let Some((text, length)) = long.first() {
+        progress.say(&format!(
+            "warning: {} of the prompts are cut after {} tokens; {:?} has {}",
+            long.len(),
+            length.limit,
+            text.chars().take(SHOWN_OF_PROMPT).chain(['…']).collect::<String>(),
+            length.found
+        ));
+    }
+    Ok(())
+}
+
+/// Characters of a prompt that name it in a message.
+const SHOWN_OF_PROMPT: usize = 40;
+
+fn provenance(args: &GenerateArgs, pipeline: &Pipeline, requests: &[Request]) -> Result<Provenance> {
+    let first = &requests[0];
+    let student = pipeline.model.sigma_grid(args.student_num_inference_steps, args.height, args.width);
     Ok(Provenance {
         teacher: args.model.display().to_string(),
         teacher_hash: weights_hash(&args.model)?,
@@ -171,17 +229,43 @@ fn provenance(args: &GenerateArgs, pipeline: &Pipeline, requests: &[Request]) ->
         cfg_scale: args.cfg_scale,
         negative_prompt: args.negative_prompt.clone(),
         solver: format!("{:?}", args.solver).to_lowercase(),
-        sigmas: grid(args.num_inference_steps)?.as_slice().to_vec(),
+        sigmas: pipeline.grid(first)?.as_slice().to_vec(),
         student_num_inference_steps: args.student_num_inference_steps,
         student_cfg_scale: args.student_cfg_scale,
-        student_sigmas: grid(args.student_num_inference_steps)?.as_slice().to_vec(),
-        noise_generator: TORCH_CPU.into(),
-        dtype: "f32".into(),
+        student_sigmas: student?.as_slice().to_vec(),
+        noise_generator: match args.rand_device {
+            RandDevice::Cpu => TORCH_CPU.into(),
+            RandDevice::Cuda => TORCH_CUDA.into(),
+        },
+        dtype: name_of(&DTYPES, args.load.dtype).into(),
+        conventions: pipeline.model.conventions().record(),
+        exponential_shift_mu: args.exponential_shift_mu,
+        input_image: first.input_image.as_ref().map(|picture| InputImage {
+            hash: hex(Sha256::digest(&picture.rgb)),
+            denoising_strength: args.denoising_strength,
+        }),
+        saves_latents: args.save_latents,
         height: args.height,
         width: args.width,
         batch_size: args.batch_size,
-        requests_hash: hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+        requests_hash: requests_hash(args, requests),
     })
+}
+
+/// A negative prompt that is the flag's is not hashed: data sets of before had no other.
+fn requests_hash(args: &GenerateArgs, requests: &[Request]) -> String {
+    let mut hash = Sha256::new();
+    for request in requests {
+        hash.update(format!("{}\0{}\0", request.seed, request.prompt));
+        if request.negative_prompt != args.negative_prompt {
+            hash.update(format!("{}\0\0", request.negative_prompt));
+        }
+    }
+    hex(hash.finalize())
+}
+
+fn hex(digest: impl AsRef<[u8]>) -> String {
+    digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Makes the folder this run's, or checks that it already is.
@@ -220,16 +304,28 @@ fn is_done(folder: &Path, index: usize) -> bool {
 }
 
 fn save(folder: &Path, index: usize, generated: &Generated) -> Result<()> {
-    let latents = generated.latents.clone().squeeze_dim::<3>(0);
-    let text = generated.condition.text.clone().squeeze_dim::<2>(0);
-    let tensors = [
-        ("latents".to_owned(), latents.dims().to_vec(), latents.into_data().try_into_vec::<f32>()),
-        ("text".to_owned(), text.dims().to_vec(), text.into_data().try_into_vec::<f32>()),
-    ];
-    let tensors =
-        tensors.map(|(name, shape, values)| (name, shape, values.expect("samplers compute in f32")));
-    save_tensors(&latents_path(folder, index), tensors, WeightType::F32, &Default::default())?;
+    save_tensors(&latents_path(folder, index), tensors(generated), WeightType::F32, &Default::default())?;
     Ok(generated.save(folder.join(image_name(index)))?)
+}
+
+/// What `train` reads, and with a trajectory all of the run.
+fn tensors(generated: &Generated) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    let mut tensors = vec![
+        entry("latents", generated.latents.clone().squeeze_dim::<3>(0)),
+        entry("text", generated.condition.text.clone().squeeze_dim::<2>(0)),
+    ];
+    if let Some(trajectory) = &generated.trajectory {
+        let sigmas = generated.sigmas.as_slice().to_vec();
+        tensors.push(entry("noise", generated.noise.clone().squeeze_dim::<3>(0)));
+        tensors.push(entry("trajectory", trajectory.clone()));
+        tensors.push(("sigmas".to_owned(), vec![sigmas.len()], sigmas));
+    }
+    tensors
+}
+
+fn entry<const D: usize>(name: &str, tensor: Tensor<D>) -> (String, Vec<usize>, Vec<f32>) {
+    let shape = tensor.dims().to_vec();
+    (name.to_owned(), shape, tensor.into_data().try_into_vec::<f32>().expect("samplers compute in f32"))
 }
 
 fn row(args: &GenerateArgs, index: usize, request: &Request) -> DistillRow {
@@ -237,7 +333,7 @@ fn row(args: &GenerateArgs, index: usize, request: &Request) -> DistillRow {
         image: image_name(index),
         prompt: request.prompt.clone(),
         seed: request.seed,
-        rand_device: RandDevice::Cpu,
+        rand_device: request.rand_device,
         num_inference_steps: args.student_num_inference_steps,
         cfg_scale: args.student_cfg_scale,
     }

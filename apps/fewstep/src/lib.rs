@@ -2,11 +2,13 @@
 //! the parts in the other crates.
 
 pub mod args;
+pub mod conventions;
 pub mod demo;
 pub mod evaluate;
 pub mod generate;
 pub mod parse;
 pub mod progress;
+pub mod prompts;
 pub mod train;
 
 /// Exit code of a run that a signal stopped, as shells report SIGINT.

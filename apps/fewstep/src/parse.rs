@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use burn::tensor::Device;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use fewstep_data::metadata::RandDevice;
 use fewstep_flow::Solver;
 use fewstep_models::LoraFile;
 
@@ -45,6 +48,33 @@ pub fn solver(text: &str) -> Result<Solver, String> {
         "heun" => Ok(Solver::Heun),
         _ => Err("expected euler or heun".into()),
     }
+}
+
+/// `cpu` or `cuda`: the generator, which is emulated and needs no such device.
+pub fn rand_device(text: &str) -> Result<RandDevice, String> {
+    match text {
+        "cpu" => Ok(RandDevice::Cpu),
+        "cuda" => Ok(RandDevice::Cuda),
+        _ => Err("expected cpu or cuda".into()),
+    }
+}
+
+/// `cpu`; other devices are named but not built in.
+pub fn device(text: &str) -> Result<Device, String> {
+    match text {
+        "cpu" => Ok(Device::flex()),
+        "cuda" => Err("this build computes on the cpu alone".into()),
+        _ => Err("expected cpu".into()),
+    }
+}
+
+/// One of a table's names.
+pub fn named<T: Copy + Send + Sync + 'static>(
+    names: &'static [(&'static str, T)],
+) -> impl TypedValueParser<Value = T> {
+    let of_name = |found: String| names.iter().find(|(name, _)| *name == found);
+    PossibleValuesParser::new(names.iter().map(|(name, _)| *name))
+        .map(move |found| of_name(found).expect("the parser before accepts these names alone").1)
 }
 
 #[cfg(test)]

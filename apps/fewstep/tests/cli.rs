@@ -2,33 +2,15 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of the tests fail where the tests do.
 
+mod program;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use fewstep_testkit::write_tiny_configs;
+use program::{fails, run, strs};
 use tempfile::TempDir;
-
-fn fewstep(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_fewstep")).args(args).output().unwrap()
-}
-
-/// Runs and expects success.
-fn run(args: &[&str]) -> String {
-    let output = fewstep(args);
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "fewstep {}: {text}", args.join(" "));
-    text
-}
-
-/// Runs and expects this exit code; returns what was said.
-fn fails(args: &[&str], code: i32) -> String {
-    let output = fewstep(args);
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "fewstep {}: {text}", args.join(" "));
-    text
-}
 
 /// A folder with a small teacher, `teacher/`, trained for a few steps on two pictures, `pictures/`.
 struct Fixture {
@@ -123,10 +105,6 @@ impl Fixture {
         .map(String::from)
         .to_vec()
     }
-}
-
-fn strs(args: &[String]) -> Vec<&str> {
-    args.iter().map(String::as_str).collect()
 }
 
 /// Every file below a folder with its bytes.

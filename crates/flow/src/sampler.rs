@@ -51,11 +51,15 @@ pub fn trajectory<const D: usize>(
     states
 }
 
-fn step<const D: usize>(
+/// One step of [`sample`], from a state at the first sigma of a pair to the second.
+///
+/// # Shapes
+/// `state`, the velocities and the result: `[B, …]`, equal.
+pub fn step<const D: usize>(
     solver: Solver,
     state: Tensor<D>,
     (sigma, next): (f32, f32),
-    velocity: &mut impl FnMut(Tensor<D>, f32) -> Tensor<D>,
+    mut velocity: impl FnMut(Tensor<D>, f32) -> Tensor<D>,
 ) -> Tensor<D> {
     let slope = velocity(state.clone(), sigma);
     let predicted = state.clone() + slope.clone() * (next - sigma);

@@ -1,7 +1,9 @@
 //! What the peers compute differently from the same weights.
 //!
 //! The default is the published model's own way; [`Conventions::of`] gives a peer's. A family reads from here what
-//! it has a choice in.
+//! it has a choice in. Every choice has one name, for flags, recipes and data sets.
+
+use std::collections::BTreeMap;
 
 use fewstep_data::image::Rounding;
 use fewstep_kernels::Gelu;
@@ -32,6 +34,20 @@ pub enum DecodeRange {
     /// Clamped to [−1, 1].
     Clamped,
 }
+
+/// Names of [`Peer`]s.
+pub const PEERS: [(&str, Peer); 2] = [("diffsynth", Peer::Diffsynth), ("diffusers", Peer::Diffusers)];
+/// Names of [`Conventions::gelu`].
+pub const ACTIVATIONS: [(&str, Gelu); 2] = [("gelu-tanh", Gelu::Tanh), ("gelu-sigmoid", Gelu::Sigmoid)];
+/// Names of [`Conventions::guidance`].
+pub const GUIDANCE_RULES: [(&str, GuidanceRule); 2] =
+    [("plain", GuidanceRule::Plain), ("norm-rescaled", GuidanceRule::NormRescaled)];
+/// Names of [`Conventions::decode`].
+pub const DECODE_RANGES: [(&str, DecodeRange); 2] =
+    [("unbounded", DecodeRange::Unbounded), ("clamped", DecodeRange::Clamped)];
+/// Names of [`Conventions::rounding`].
+pub const ROUNDINGS: [(&str, Rounding); 2] =
+    [("nearest", Rounding::Nearest), ("truncate", Rounding::Truncate)];
 
 /// Choices that change numbers but not weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -75,5 +91,41 @@ impl Conventions {
             },
             Some(Peer::Diffusers) => Self { max_prompt_tokens: 512, ..Self::default() },
         }
+    }
+    /// Every choice by name, as a data set records it.
+    pub fn record(&self) -> BTreeMap<String, String> {
+        let entries = [
+            ("activation", name_of(&ACTIVATIONS, self.gelu).to_owned()),
+            ("guidance_rule", name_of(&GUIDANCE_RULES, self.guidance).to_owned()),
+            ("decode_range", name_of(&DECODE_RANGES, self.decode).to_owned()),
+            ("pixel_rounding", name_of(&ROUNDINGS, self.rounding).to_owned()),
+            ("max_prompt_tokens", self.max_prompt_tokens.to_string()),
+        ];
+        entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    }
+}
+
+/// A choice's name in its table.
+///
+/// # Panics
+/// If the table lacks it.
+pub fn name_of<T: PartialEq>(names: &[(&'static str, T)], choice: T) -> &'static str {
+    let found = names.iter().find(|(_, named)| *named == choice);
+    found.expect("the tables name every choice").0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peers_differ_in_every_recorded_choice_and_the_default_is_diffusers_but_for_the_prompt() {
+        let [own, diffsynth, diffusers] =
+            [None, Some(Peer::Diffsynth), Some(Peer::Diffusers)].map(|peer| Conventions::of(peer).record());
+        assert!(diffsynth.iter().all(|(key, value)| diffusers[key] != *value), "{diffsynth:?}");
+        let differing: Vec<&String> = own.keys().filter(|key| own[*key] != diffusers[*key]).collect();
+        assert_eq!(differing, ["max_prompt_tokens"]);
+        assert_eq!(diffsynth["activation"], "gelu-sigmoid");
+        assert_eq!(diffsynth["max_prompt_tokens"], "4096");
     }
 }

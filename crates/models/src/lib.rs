@@ -5,7 +5,7 @@
 //! [`Model`]'s methods, [`Denoiser`] and [`Condition`]; nobody else matches on its variants.
 
 mod condition;
-mod conventions;
+pub mod conventions;
 mod error;
 mod load_options;
 pub mod lora;
@@ -20,11 +20,12 @@ mod weights;
 pub use condition::Condition;
 pub use conventions::{Conventions, DecodeRange, GuidanceRule, Peer};
 pub use error::ModelError;
-pub use load_options::LoadOptions;
+pub use load_options::{DTYPES, LoadOptions};
 pub use model::{Denoiser, Model, expected_tensors};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};
 pub use parts::linear::{Linear, LowRankAdapter};
 pub use pipeline::{Generated, LoraFile, Pipeline, PipelineOptions, Request};
+pub use qwen_image::PromptLength;
 pub use weights::{
     TensorEntry, TensorShapes, WeightFiles, WeightType, read_info, save_tensors, weights_hash,
 };

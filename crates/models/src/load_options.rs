@@ -5,6 +5,10 @@ use burn::tensor::{DType, Device, Tensor};
 
 use crate::{Conventions, NamedMapper, WeightType, map_named};
 
+/// Names of [`LoadOptions::dtype`].
+pub const DTYPES: [(&str, WeightType); 3] =
+    [("f32", WeightType::F32), ("f16", WeightType::F16), ("bf16", WeightType::BF16)];
+
 /// How a model is loaded, whatever its family.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
@@ -12,7 +16,8 @@ pub struct LoadOptions {
     pub device: Device,
     /// What the peers compute differently.
     pub conventions: Conventions,
-    /// Weights are rounded to this type; arithmetic stays f32.
+    /// Weights, and what the peers hand from one part to the next (noise, text states, timesteps, velocities,
+    /// latents, pixels), are rounded to this type; the arithmetic inside a part stays f32.
     pub dtype: WeightType,
 }
 
@@ -23,20 +28,25 @@ impl Default for LoadOptions {
     }
 }
 
-/// Rounds every parameter to the nearest number of a type.
-pub(crate) fn round_weights<M: Module>(module: M, dtype: WeightType) -> M {
+/// Every value as the nearest number of a type, stored as f32. Gradients pass.
+pub(crate) fn rounded<const D: usize>(values: Tensor<D>, dtype: WeightType) -> Tensor<D> {
     match dtype {
-        WeightType::F32 => module,
-        WeightType::F16 => map_named(module, &mut Round(DType::F16)),
-        WeightType::BF16 => map_named(module, &mut Round(DType::BF16)),
+        WeightType::F32 => values,
+        WeightType::F16 => values.cast(DType::F16).cast(DType::F32),
+        WeightType::BF16 => values.cast(DType::BF16).cast(DType::F32),
     }
 }
 
-struct Round(DType);
+/// Rounds every parameter to the nearest number of a type.
+pub(crate) fn round_weights<M: Module>(module: M, dtype: WeightType) -> M {
+    if dtype == WeightType::F32 { module } else { map_named(module, &mut Round(dtype)) }
+}
+
+struct Round(WeightType);
 
 impl NamedMapper for Round {
     fn map<const D: usize>(&mut self, _name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        parameter.map(|values| values.cast(self.0).cast(DType::F32))
+        parameter.map(|values| rounded(values, self.0))
     }
 }
 
@@ -56,5 +66,13 @@ mod tests {
         assert_close(&rounded(WeightType::BF16), &[1.0, -1.0], 0.0);
         assert_close(&rounded(WeightType::F16), &[1.0 + 3.0 / 1024.0, -1.0], 0.0);
         assert_close(&rounded(WeightType::F32), &[1.003, -1.0002], 0.0);
+    }
+
+    #[test]
+    fn gradients_pass_a_rounding() {
+        let device = Device::flex().autodiff();
+        let x = Tensor::<1>::from_floats([1.003, -2.5], &device).require_grad();
+        let gradients = (rounded(x.clone(), WeightType::BF16) * 3.0).sum().backward();
+        assert_close(&values(x.grad(&gradients).expect("x has a gradient")), &[3.0, 3.0], 0.0);
     }
 }

@@ -7,10 +7,10 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::guided;
-use fewstep_flow::schedule::ShiftOverride;
+use fewstep_flow::schedule::GridRequest;
 
-use crate::load_options::round_weights;
-use crate::qwen_image::{self, QwenImage};
+use crate::load_options::{round_weights, rounded};
+use crate::qwen_image::{self, PromptLength, QwenImage};
 use crate::weights::{KeyMap, TensorShapes, WeightType, copy_tree, is_weights};
 use crate::{Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError};
 
@@ -31,6 +31,14 @@ pub trait Denoiser {
     /// All `[B, C, H, W]`.
     fn guide(&self, conditional: Tensor<4>, unconditional: Tensor<4>, cfg_scale: f32) -> Tensor<4> {
         guided(conditional, unconditional, cfg_scale)
+    }
+
+    /// Latents as they are kept between steps: rounded to the model's number type.
+    ///
+    /// # Shapes
+    /// `[B, C, H, W]`
+    fn kept(&self, latents: Tensor<4>) -> Tensor<4> {
+        latents
     }
 }
 
@@ -94,14 +102,26 @@ impl Model {
         }
     }
 
+    /// How long a prompt is, and how much of it is read.
+    ///
+    /// # Errors
+    /// If the prompt cannot be tokenised.
+    pub fn prompt_tokens(&self, prompt: &str) -> Result<PromptLength, ModelError> {
+        match self {
+            Model::QwenImage(model) => model.prompt_tokens(prompt),
+        }
+    }
+
     /// Pictures to latents.
     ///
     /// # Shapes
     /// - `pixels`: `[B, 3, height, width]` in [−1, 1]; output `[B, C, H, W]`
     pub fn encode_images(&self, pixels: Tensor<4>) -> Tensor<4> {
-        match self {
+        let pixels = rounded(pixels, self.dtype());
+        let latents = match self {
             Model::QwenImage(model) => model.vae.encode(pixels),
-        }
+        };
+        rounded(latents, self.dtype())
     }
 
     /// Latents to pictures, in the range of [`Conventions::decode`].
@@ -112,6 +132,7 @@ impl Model {
         let pixels = match self {
             Model::QwenImage(model) => model.vae.decode(latents),
         };
+        let pixels = rounded(pixels, self.dtype());
         match self.conventions().decode {
             DecodeRange::Unbounded => pixels,
             DecodeRange::Clamped => pixels.clamp(-1.0, 1.0),
@@ -122,6 +143,13 @@ impl Model {
     pub fn conventions(&self) -> &Conventions {
         match self {
             Model::QwenImage(model) => model.conventions(),
+        }
+    }
+
+    /// The number type the model was loaded with.
+    pub fn dtype(&self) -> WeightType {
+        match self {
+            Model::QwenImage(model) => model.dtype(),
         }
     }
 
@@ -161,22 +189,24 @@ impl Model {
         height: usize,
         width: usize,
     ) -> Result<SigmaGrid, ModelError> {
-        self.shifted_sigma_grid(num_inference_steps, height, width, None)
+        self.grid(&self.grid_request(num_inference_steps, height, width))
     }
 
-    /// [`Model::sigma_grid`] with another shift than the schedule's own.
+    /// A run of pictures of a size from pure noise on the model's own schedule.
+    pub fn grid_request(&self, num_inference_steps: usize, height: usize, width: usize) -> GridRequest {
+        let image_tokens = match self {
+            Model::QwenImage(model) => model.image_tokens(height, width),
+        };
+        GridRequest::new(num_inference_steps, image_tokens)
+    }
+
+    /// The sigma grid of a run that changes the model's schedule.
     ///
     /// # Errors
-    /// If the schedule has no grid of that many steps.
-    pub fn shifted_sigma_grid(
-        &self,
-        num_inference_steps: usize,
-        height: usize,
-        width: usize,
-        shift: Option<ShiftOverride>,
-    ) -> Result<SigmaGrid, ModelError> {
+    /// If the request cannot be met.
+    pub fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, ModelError> {
         match self {
-            Model::QwenImage(model) => model.sigma_grid(num_inference_steps, [height, width], shift),
+            Model::QwenImage(model) => model.grid(request),
         }
     }
 
@@ -233,6 +263,10 @@ impl Denoiser for Model {
         match self {
             Model::QwenImage(model) => model.guide(conditional, unconditional, cfg_scale),
         }
+    }
+
+    fn kept(&self, latents: Tensor<4>) -> Tensor<4> {
+        rounded(latents, self.dtype())
     }
 }
 

@@ -2,13 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Device, Tensor};
-use fewstep_data::image::Picture;
-use fewstep_flow::Solver;
+use burn::tensor::{Device, Tensor, TensorData};
+use fewstep_data::image::{Picture, Size};
+use fewstep_data::metadata::RandDevice;
 use fewstep_flow::noise::latent_noise;
+use fewstep_flow::path::noisy;
+use fewstep_flow::schedule::{GridRequest, ShiftOverride};
+use fewstep_flow::{SigmaGrid, Solver};
 
-use crate::sampling::{Guidance, sample_latents};
-use crate::{Condition, LoadOptions, Model, ModelError, lora};
+use crate::sampling::{Guidance, sample_latents, sample_trajectory};
+use crate::{Condition, Denoiser, LoadOptions, Model, ModelError, lora};
 
 /// A LoRA file and how strongly it is applied.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,8 +38,10 @@ pub struct Request {
     pub prompt: String,
     /// What guidance pushes away from; used where `cfg_scale` is not 1.
     pub negative_prompt: String,
-    /// Seed of the initial noise (torch's CPU generator).
+    /// Seed of the initial noise.
     pub seed: u64,
+    /// The torch generator that draws the noise.
+    pub rand_device: RandDevice,
     /// Evaluations along the sigma grid.
     pub num_inference_steps: usize,
     /// Guidance scale; 1 is off.
@@ -47,6 +52,14 @@ pub struct Request {
     pub width: usize,
     /// Integrator.
     pub solver: Solver,
+    /// μ of the schedule's shift in place of the one for the picture's size (the peers' name).
+    pub exponential_shift_mu: Option<f64>,
+    /// A picture to start from; another size is resized and cut in the middle.
+    pub input_image: Option<Picture>,
+    /// How much of the input picture is drawn anew, in (0, 1]: lowers the first sigma. At 1 nothing of it is left.
+    pub denoising_strength: f64,
+    /// Whether [`Generated::trajectory`] is kept.
+    pub keep_trajectory: bool,
 }
 
 impl Request {
@@ -56,11 +69,16 @@ impl Request {
             prompt: prompt.into(),
             negative_prompt: String::new(),
             seed: 0,
+            rand_device: RandDevice::Cpu,
             num_inference_steps: 4,
             cfg_scale: 1.0,
             height,
             width,
             solver: Solver::Euler,
+            exponential_shift_mu: None,
+            input_image: None,
+            denoising_strength: 1.0,
+            keep_trajectory: false,
         }
     }
 }
@@ -70,6 +88,13 @@ impl Request {
 pub struct Generated {
     /// The picture, pixels rounded as [`crate::Conventions::rounding`] says.
     pub picture: Picture,
+    /// What the seed gave, `[1, C, H, W]`.
+    pub noise: Tensor<4>,
+    /// The sigma of every state of a trajectory, the final 0 included.
+    pub sigmas: SigmaGrid,
+    /// Every state `[steps + 1, C, H, W]`, from the first (the noise, or an input picture mixed with it) to the final
+    /// latents; where [`Request::keep_trajectory`] asked for it.
+    pub trajectory: Option<Tensor<4>>,
     /// Final latents `[1, C, H, W]`.
     pub latents: Tensor<4>,
     /// The prompt's text states, one unpadded sample.
@@ -128,22 +153,36 @@ impl Pipeline {
     /// As [`Pipeline::generate`].
     ///
     /// # Panics
-    /// If the requests differ in anything but prompts and seeds.
+    /// If the requests differ in anything but prompts, seeds and the content of their input pictures.
     pub fn generate_batch(&self, requests: &[Request]) -> Result<Vec<Generated>, ModelError> {
         let Some(first) = requests.first() else { return Ok(Vec::new()) };
         assert!(
             requests.iter().all(|request| alike(first, request)),
             "requests of one batch differ in their settings"
         );
-        let [channels, height, width] = self.model.latent_shape(first.height, first.width)?;
-        let grid = self.model.sigma_grid(first.num_inference_steps, first.height, first.width)?;
+        let grid = self.grid(first)?;
         let guidance = self.guidance(requests)?;
-        let noise = requests
-            .iter()
-            .map(|request| latent_noise(request.seed, [1, channels, height, width], &self.device))
-            .collect();
-        let latents = sample_latents(&self.model, first.solver, &grid, Tensor::cat(noise, 0), &guidance);
-        Ok(self.decode(latents, &guidance.condition))
+        let noise = self.noise(requests)?;
+        let start = self.start(requests, noise.clone(), &grid);
+        let states = match first.keep_trajectory {
+            true => sample_trajectory(&self.model, first.solver, &grid, start, &guidance),
+            false => vec![sample_latents(&self.model, first.solver, &grid, start, &guidance)],
+        };
+        Ok(self.pictures(Drawn { grid, noise, states, condition: guidance.condition }))
+    }
+
+    /// The sigma grid of a request.
+    ///
+    /// # Errors
+    /// If the size does not fit the family or the schedule has no such grid.
+    pub fn grid(&self, request: &Request) -> Result<SigmaGrid, ModelError> {
+        self.model.latent_shape(request.height, request.width)?;
+        let plain = self.model.grid_request(request.num_inference_steps, request.height, request.width);
+        self.model.grid(&GridRequest {
+            shift: request.exponential_shift_mu.map(ShiftOverride::Mu),
+            denoising_strength: request.denoising_strength,
+            ..plain
+        })
     }
 
     fn guidance(&self, requests: &[Request]) -> Result<Guidance, ModelError> {
@@ -158,28 +197,82 @@ impl Pipeline {
         Ok(Guidance { condition, unconditional, cfg_scale })
     }
 
-    /// Decodes final latents `[B, C, H, W]` into pictures.
-    fn decode(&self, latents: Tensor<4>, condition: &Condition) -> Vec<Generated> {
+    /// `[B, C, H, W]`, one seed per sample.
+    fn noise(&self, requests: &[Request]) -> Result<Tensor<4>, ModelError> {
+        let [channels, height, width] = self.model.latent_shape(requests[0].height, requests[0].width)?;
+        let shape = [1, channels, height, width];
+        let draw = |request: &Request| latent_noise(request.seed, shape, &self.device);
+        Ok(self.model.kept(Tensor::cat(requests.iter().map(draw).collect(), 0)))
+    }
+
+    /// Where sampling starts: the noise, or the input pictures' latents noised to the first sigma.
+    fn start(&self, requests: &[Request], noise: Tensor<4>, grid: &SigmaGrid) -> Tensor<4> {
+        let inputs: Vec<&Picture> =
+            requests.iter().filter_map(|request| request.input_image.as_ref()).collect();
+        if inputs.is_empty() {
+            return noise;
+        }
+        let (height, width) = (requests[0].height, requests[0].width);
+        let pixels =
+            inputs.into_iter().flat_map(|picture| fitted(picture, Size { height, width }).to_pixels());
+        let pixels = TensorData::new(pixels.collect(), [requests.len(), 3, height, width]);
+        let clean = self.model.encode_images(Tensor::from_data(pixels, &self.device));
+        let sigma = Tensor::full([requests.len()], grid.as_slice()[0], &self.device);
+        self.model.kept(noisy(clean, noise, sigma))
+    }
+
+    /// Decodes what was drawn, sample by sample.
+    fn pictures(&self, drawn: Drawn) -> Vec<Generated> {
+        let latents = drawn.states.last().expect("the final latents are always there").clone();
         let pixels = self.model.decode_latents(latents.clone());
-        let [batch, _, height, width] = pixels.dims();
+        let [_, _, height, width] = pixels.dims();
         let values = crate::weights::values(pixels);
-        let per_picture = values.chunks_exact(3 * height * width);
         let rounding = self.model.conventions().rounding;
-        let picture = |pixels: &[f32]| Picture::from_pixels(pixels, width, height, rounding);
-        per_picture
-            .zip(latents.chunk(batch, 0))
+        let pixels = values.chunks_exact(3 * height * width);
+        pixels
             .enumerate()
-            .map(|(row, (pixels, latents))| Generated {
-                picture: picture(pixels),
-                latents,
-                condition: condition.row(row),
+            .map(|(row, pixels)| Generated {
+                picture: Picture::from_pixels(pixels, width, height, rounding),
+                noise: sample(&drawn.noise, row),
+                sigmas: drawn.grid.clone(),
+                trajectory: drawn.trajectory(row),
+                latents: sample(&latents, row),
+                condition: drawn.condition.row(row),
             })
             .collect()
     }
 }
 
+/// A batch after sampling.
+struct Drawn {
+    grid: SigmaGrid,
+    noise: Tensor<4>,
+    /// All states, or the last alone where no trajectory is kept.
+    states: Vec<Tensor<4>>,
+    condition: Condition,
+}
+
+impl Drawn {
+    fn trajectory(&self, row: usize) -> Option<Tensor<4>> {
+        let of_row = |state: &Tensor<4>| sample(state, row);
+        (self.states.len() > 1).then(|| Tensor::cat(self.states.iter().map(of_row).collect(), 0))
+    }
+}
+
+/// One of a batch, `[1, C, H, W]`.
+fn sample(batch: &Tensor<4>, row: usize) -> Tensor<4> {
+    batch.clone().narrow(0, row, 1)
+}
+
+/// A picture as it is where it has the size, otherwise resized and cut.
+fn fitted(picture: &Picture, size: Size) -> Picture {
+    if picture.size() == size { picture.clone() } else { picture.crop_and_resize(size) }
+}
+
 /// Whether two requests can share a batch.
 fn alike(a: &Request, b: &Request) -> bool {
-    let key = |r: &Request| (r.num_inference_steps, r.cfg_scale.to_bits(), r.height, r.width, r.solver);
-    key(a) == key(b)
+    let sampling = |r: &Request| (r.num_inference_steps, r.cfg_scale.to_bits(), r.height, r.width, r.solver);
+    let schedule = |r: &Request| (r.exponential_shift_mu.map(f64::to_bits), r.denoising_strength.to_bits());
+    let kinds = |r: &Request| (r.input_image.is_some(), r.keep_trajectory);
+    sampling(a) == sampling(b) && schedule(a) == schedule(b) && kinds(a) == kinds(b)
 }

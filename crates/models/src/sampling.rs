@@ -1,7 +1,8 @@
 //! Drawing latents: a solver, a sigma grid, guidance, and a model.
 
 use burn::tensor::{Tensor, TensorData};
-use fewstep_flow::{SigmaGrid, Solver, sample};
+use fewstep_flow::sampler::step;
+use fewstep_flow::{SigmaGrid, Solver};
 
 use crate::{Condition, Denoiser};
 
@@ -57,5 +58,34 @@ pub fn sample_latents(
     noise: Tensor<4>,
     guidance: &Guidance,
 ) -> Tensor<4> {
-    sample(solver, grid, noise, |noisy, sigma| guided_velocity(denoiser, noisy, sigma, guidance))
+    states(denoiser, solver, grid, noise, guidance).last().expect("a grid has steps")
+}
+
+/// Every state of [`sample_latents`], `noise` first and the latents last: one more than there are steps.
+///
+/// # Shapes
+/// - `noise` and each state: `[B, C, H, W]`
+pub fn sample_trajectory(
+    denoiser: &impl Denoiser,
+    solver: Solver,
+    grid: &SigmaGrid,
+    noise: Tensor<4>,
+    guidance: &Guidance,
+) -> Vec<Tensor<4>> {
+    std::iter::once(noise.clone()).chain(states(denoiser, solver, grid, noise, guidance)).collect()
+}
+
+/// The state after each step, kept in the denoiser's number type.
+fn states(
+    denoiser: &impl Denoiser,
+    solver: Solver,
+    grid: &SigmaGrid,
+    noise: Tensor<4>,
+    guidance: &Guidance,
+) -> impl Iterator<Item = Tensor<4>> {
+    grid.pairs().scan(noise, move |state, pair| {
+        let velocity = |noisy, sigma| guided_velocity(denoiser, noisy, sigma, guidance);
+        *state = denoiser.kept(step(solver, state.clone(), pair, velocity));
+        Some(state.clone())
+    })
 }

@@ -2,7 +2,7 @@
 
 use fewstep_data::image::Size;
 use fewstep_flow::SigmaGrid;
-use fewstep_flow::schedule::ShiftOverride;
+use fewstep_flow::schedule::{GridRequest, ShiftOverride};
 use fewstep_models::Model;
 
 use crate::TrainError;
@@ -15,6 +15,7 @@ impl TrainingGrid {
             Self::Inference => None,
             Self::Diffsynth => Some(ShiftOverride::DiffsynthTraining),
         };
-        Ok(model.shifted_sigma_grid(steps, size.height, size.width, shift)?)
+        let request = GridRequest { shift, ..model.grid_request(steps, size.height, size.width) };
+        Ok(model.grid(&request)?)
     }
 }

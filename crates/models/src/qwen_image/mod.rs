@@ -26,11 +26,12 @@ use fewstep_flow::schedule::{GridRequest, SchedulerConfig, ShiftOverride};
 
 pub use config::{PredictionType, PromptTemplate, Rope, TextEncoderConfig, TransformerConfig};
 pub use text_encoder::TextEncoder;
-pub use tokenizer::PromptTokenizer;
+pub use tokenizer::{PromptLength, PromptTokenizer};
 pub use transformer::Transformer;
 pub use vae::{Autoencoder, AutoencoderConfig, PixelUnshuffle, PixelUnshuffleConfig, Vae, VaeConfig};
 
 use self::config::{ConfigFile, Configs};
+use crate::load_options::rounded;
 use crate::weights::{KeyMap, TensorShapes, WeightType, carry_ignored, collect, expected, initialize, write};
 use crate::{Condition, Conventions, GuidanceRule, LoadOptions, ModelError};
 
@@ -61,6 +62,8 @@ pub struct QwenImage {
     scheduler: SchedulerConfig,
     #[module(skip)]
     conventions: Conventions,
+    #[module(skip)]
+    dtype: WeightType,
 }
 
 /// The components with weights.
@@ -82,7 +85,7 @@ impl QwenImage {
             transformer: Transformer::from_pretrained(folder, &options.device)?,
             vae: Vae::from_pretrained(folder, &options.device)?,
         };
-        Self::with_parts(folder, parts, options.conventions)
+        Self::with_parts(folder, parts, options)
     }
 
     /// Builds the folder's configs with fresh weights; the same seed gives the same weights. The VAE is loaded.
@@ -99,10 +102,11 @@ impl QwenImage {
             transformer: initialize(transformer, &mut generator, transformer::ZERO_AT_START),
             vae: Vae::from_pretrained(folder, device)?,
         };
-        Self::with_parts(folder, parts, Conventions::default())
+        Self::with_parts(folder, parts, &LoadOptions::default())
     }
 
-    fn with_parts(folder: &Path, parts: Parts, conventions: Conventions) -> Result<Self, ModelError> {
+    fn with_parts(folder: &Path, parts: Parts, options: &LoadOptions) -> Result<Self, ModelError> {
+        let conventions = options.conventions;
         let scheduler = ConfigFile::read(folder, "scheduler/scheduler_config.json")?;
         let tokenizer = PromptTokenizer::read(folder, conventions.max_prompt_tokens)?;
         tokenizer.check_ids(parts.text_encoder.vocabulary())?;
@@ -113,6 +117,7 @@ impl QwenImage {
             tokenizer,
             scheduler: SchedulerConfig::from_json(&scheduler.text())?,
             conventions,
+            dtype: options.dtype,
         })
     }
 
@@ -139,18 +144,35 @@ impl QwenImage {
     /// If a prompt cannot be tokenised.
     pub(crate) fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {
         let tokens = self.tokenizer.encode(prompts)?;
-        Ok(self.text_encoder.forward(&tokens))
+        let Condition { text, lengths } = self.text_encoder.forward(&tokens);
+        Ok(Condition { text: rounded(text, self.dtype), lengths })
+    }
+
+    /// The tokens of a prompt and how many of them are read.
+    pub(crate) fn prompt_tokens(&self, prompt: &str) -> Result<PromptLength, ModelError> {
+        self.tokenizer.length(prompt)
     }
 
     /// The velocity of [`crate::Denoiser`].
     pub(crate) fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {
         let [_, channels, height, width] = noisy.dims();
         let packed = latents::pack(noisy.clone());
-        let output = self.transformer.forward(packed, sigma.clone(), condition, [height / 2, width / 2]);
+        let time = self.time(sigma.clone());
+        let output = self.transformer.forward(packed, time, condition, [height / 2, width / 2]);
         let output = latents::unpack(output, [channels, height, width]);
-        match self.transformer.prediction_type() {
+        let velocity = match self.transformer.prediction_type() {
             PredictionType::Velocity => output,
             PredictionType::Clean => velocity_of_clean(noisy, output, sigma),
+        };
+        rounded(velocity, self.dtype)
+    }
+
+    /// What the transformer is told of a sigma: the peers round the timestep, 1000·sigma, and then its thousandth
+    /// (in bf16 777.6 becomes 776), while the solver's sigmas stay f32.
+    fn time(&self, sigma: Tensor<1>) -> Tensor<1> {
+        match self.dtype {
+            WeightType::F32 => sigma,
+            dtype => rounded(rounded(sigma * 1000.0, dtype) / 1000.0, dtype),
         }
     }
 
@@ -163,11 +185,11 @@ impl QwenImage {
     ) -> Tensor<4> {
         let combined = guided(conditional.clone(), unconditional, cfg_scale);
         if self.conventions.guidance == GuidanceRule::Plain {
-            return combined;
+            return rounded(combined, self.dtype);
         }
         let [_, channels, height, width] = conditional.dims();
         let rescaled = rescaled(latents::pack(combined), latents::pack(conditional));
-        latents::unpack(rescaled, [channels, height, width])
+        rounded(latents::unpack(rescaled, [channels, height, width]), self.dtype)
     }
 
     /// What the model was loaded with.
@@ -175,29 +197,17 @@ impl QwenImage {
         &self.conventions
     }
 
+    /// The number type the model was loaded with.
+    pub(crate) fn dtype(&self) -> WeightType {
+        self.dtype
+    }
+
     /// Pixels per transformer token along one side.
     pub(crate) fn division_factor(&self) -> usize {
         self.vae.factor() * latents::PATCH
     }
 
-    /// A sigma grid for pictures of a size.
-    pub(crate) fn sigma_grid(
-        &self,
-        num_inference_steps: usize,
-        [height, width]: [usize; 2],
-        shift: Option<ShiftOverride>,
-    ) -> Result<SigmaGrid, ModelError> {
-        let tokens = (height / self.division_factor()) * (width / self.division_factor());
-        Ok(self.scheduler.grid(&GridRequest { shift, ..GridRequest::new(num_inference_steps, tokens) })?)
-    }
-}
-
-/// How weight files call the parameters of a component.
-pub(crate) fn keys(component: &str) -> Option<&'static KeyMap> {
-    match component {
-        "transformer" => Some(&transformer::KEYS),
-        "text_encoder" => Some(&text_encoder::KEYS),
-        _ => None,
+            dtype: options.dtype,
     }
 }
 
@@ -213,6 +223,15 @@ pub(crate) fn expected_tensors(folder: &Path) -> Result<BTreeMap<&'static str, T
         ("transformer", expected(&transformer, &transformer::KEYS)),
         ("vae", Vae::expected(&configs.vae, &device)),
     ]))
+}
+
+/// How weight files call the parameters of a component.
+pub(crate) fn keys(component: &str) -> Option<&'static KeyMap> {
+    match component {
+        "transformer" => Some(&transformer::KEYS),
+        "text_encoder" => Some(&text_encoder::KEYS),
+        _ => None,
+    }
 }
 
 /// Key names of this family's transformer in LoRA files.

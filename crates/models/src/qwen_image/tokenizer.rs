@@ -32,6 +32,22 @@ pub struct PromptTokenizer {
     folder: Arc<Path>,
 }
 
+/// How long a prompt is, in tokens without the template's dropped ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PromptLength {
+    /// The prompt's tokens and those of the template's end.
+    pub found: usize,
+    /// How many are read; the rest is cut, the template's end with it.
+    pub limit: usize,
+}
+
+impl PromptLength {
+    /// Whether the end of the prompt is not read.
+    pub fn is_cut(self) -> bool {
+        self.found > self.limit
+    }
+}
+
 /// Token ids of a batch of prompts, unpadded.
 #[derive(Clone, Debug)]
 pub struct PromptTokens {
@@ -80,13 +96,27 @@ impl PromptTokenizer {
         let limit = self.template.drop_tokens + self.max_tokens;
         let mut ids = Vec::with_capacity(prompts.len());
         for prompt in prompts {
-            let text = self.template.text.replacen("{}", prompt, 1);
-            let encoding =
-                self.tokenizer.encode_fast(text, false).map_err(|error| self.error(error.to_string()))?;
-            let tokens = encoding.get_ids();
-            ids.push(tokens[..tokens.len().min(limit)].to_vec());
+            let mut tokens = self.all_tokens(prompt)?;
+            tokens.truncate(limit);
+            ids.push(tokens);
         }
         Ok(PromptTokens { ids, drop_tokens: self.template.drop_tokens })
+    }
+
+    /// How long a prompt is, and how much of it [`Self::encode`] keeps.
+    ///
+    /// # Errors
+    /// If the tokenizer refuses the prompt.
+    pub fn length(&self, prompt: &str) -> Result<PromptLength, ModelError> {
+        let found = self.all_tokens(prompt)?.len().saturating_sub(self.template.drop_tokens);
+        Ok(PromptLength { found, limit: self.max_tokens })
+    }
+
+    /// The tokens of the template with the prompt in it.
+    fn all_tokens(&self, prompt: &str) -> Result<Vec<u32>, ModelError> {
+        let text = self.template.text.replacen("{}", prompt, 1);
+        let encoding = self.tokenizer.encode_fast(text, false);
+        Ok(encoding.map_err(|error| self.error(error.to_string()))?.get_ids().to_vec())
     }
 
     fn error(&self, reason: String) -> ModelError {

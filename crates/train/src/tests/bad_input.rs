@@ -155,7 +155,7 @@ fn provenance(bench: &Bench) -> Provenance {
         height: SIDE_PX,
         width: SIDE_PX,
         batch_size: 6,
-        requests_hash: String::new(),
+        ..Provenance::default()
     }
 }
 
