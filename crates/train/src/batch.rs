@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use fewstep_data::buckets;
-use fewstep_flow::noise::TorchGenerator;
+use fewstep_flow::noise::{NoiseSource, NoiseType, TorchGenerator};
 use fewstep_models::{Condition, Model};
 
 use crate::TrainError;
@@ -169,11 +169,17 @@ impl Batch<'_> {
             .collect()
     }
 
-    /// Seeds of the initial noise: the rows' own, or fresh ones in every epoch.
-    pub fn noise_seeds(&self) -> Vec<u64> {
-        let fresh = |draw: Draw| draw.seed(Purpose::Picture);
-        let own = self.rows().into_iter().map(|row| self.data.samples[row].noise_seed);
-        own.zip(self.draws()).map(|(own, draw)| own.unwrap_or_else(|| fresh(draw))).collect()
+    /// The noise that pictures start from, `[B, C, H, W]`: the rows' own, or fresh in every epoch.
+    pub fn initial_noise(&self, dtype: NoiseType) -> Tensor<4> {
+        let [channels, height, width] = self.group().latent_shape;
+        let shape = [1, channels, height, width];
+        let draw = |(row, draw): (usize, Draw)| {
+            let sample = &self.data.samples[row];
+            let seed = sample.noise_seed.unwrap_or_else(|| draw.seed(Purpose::Picture));
+            let source = NoiseSource { rand_device: sample.rand_device, dtype };
+            source.latent_noise(seed, shape, self.data.device())
+        };
+        Tensor::cat(self.rows().into_iter().zip(self.draws()).map(draw).collect(), 0)
     }
 
     fn rows(&self) -> Vec<usize> {

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_data::image::{Resize, Size};
+use fewstep_flow::noise::RandDevice;
 use fewstep_models::{Condition, Model};
 
 use crate::TrainError;
@@ -30,6 +31,8 @@ pub(crate) struct Sample {
     pub(crate) prompt: usize,
     /// The row's seed of the initial noise, where it has one.
     pub(crate) noise_seed: Option<u64>,
+    /// The generator of that noise.
+    pub(crate) rand_device: RandDevice,
     /// Rows of one group can share a batch.
     pub(crate) group: Group,
 }
@@ -103,6 +106,7 @@ impl Dataset {
                 picture: placed.map(|(index, _)| index),
                 prompt: prompts.add(&row.prompt, stored.as_ref())?,
                 noise_seed: row.seed,
+                rand_device: row.rand_device,
                 group: Group::new(row, size, with.model)?,
             });
         }

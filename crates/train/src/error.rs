@@ -115,14 +115,6 @@ pub enum TrainError {
         /// The data set folder.
         path: PathBuf,
     },
-    /// Noise from a generator that is not reproduced here.
-    #[error("{}, row {row}, column `rand_device`: found cuda, expected cpu\nhint: noise of torch's CUDA generator cannot be drawn here; generate the data again with rand_device cpu", path.display())]
-    RandDevice {
-        /// The metadata file.
-        path: PathBuf,
-        /// The row, from 1, a header not counted.
-        row: usize,
-    },
     /// Stored latents do not fit the model.
     #[error("{}: {what} has shape {found:?}, expected {expected:?}\nhint: the data set was made for another model or picture size; generate it again", path.display())]
     Shape {

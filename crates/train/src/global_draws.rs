@@ -4,7 +4,8 @@
 //! loader is made. Each epoch draws its order; then, in flow matching, each item draws an initial noise that nothing
 //! uses (unless its row has a seed, or another process has done that part of the work), level and noise.
 
-use fewstep_flow::noise::TorchGenerator;
+use fewstep_flow::noise::{NoiseType, TorchGenerator};
+use fewstep_models::WeightType;
 
 use crate::dataset::Group;
 use crate::method::TRAINING_LEVELS;
@@ -16,6 +17,7 @@ pub(crate) struct GlobalDraws {
     shuffle: bool,
     /// Numbers of each position's noise; empty where items draw none.
     elements: Vec<usize>,
+    dtype: NoiseType,
     /// Whether items draw the initial noise of a picture too.
     initial_noise: bool,
     /// Epochs whose order is drawn.
@@ -36,6 +38,7 @@ impl GlobalDraws {
             generator: TorchGenerator::new(recipe.seed.wrapping_add(1)),
             shuffle: recipe.shuffle,
             elements: elements.collect(),
+            dtype: WeightType::from(recipe.dtype).into(),
             initial_noise: recipe.task.stage() == Stage::Whole
                 && !recipe.extra_inputs().any(|name| name == "seed"),
             epochs: 0,
@@ -70,7 +73,7 @@ impl GlobalDraws {
         let elements = *self.elements.get(*self.order.get(item)?)?;
         let mut generator = self.generator.clone();
         if self.initial_noise {
-            generator.randn(elements);
+            generator.randn_as(elements, self.dtype);
         }
         Some(generator)
     }
@@ -80,7 +83,7 @@ impl GlobalDraws {
         for at in self.items..item {
             if let Some(mut generator) = self.at_item(at) {
                 generator.randint(0, TRAINING_LEVELS as i64, 1);
-                generator.randn(self.elements[self.order[at]]);
+                generator.randn_as(self.elements[self.order[at]], self.dtype);
                 self.generator = generator;
             }
             self.items = at + 1;

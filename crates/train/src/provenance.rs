@@ -1,7 +1,7 @@
 //! Whether a data set was made for this run: the sigma grid and the teacher must be the run's own.
 
 use fewstep_data::image::Size;
-use fewstep_data::provenance::{FILE_NAME, Provenance, TORCH_CPU};
+use fewstep_data::provenance::{FILE_NAME, Provenance, TORCH_CPU, TORCH_CUDA};
 use fewstep_models::{Model, weights_hash};
 
 use crate::TrainError;
@@ -28,7 +28,7 @@ pub(crate) fn check(recipe: &Recipe, model: &Model) -> Result<(), TrainError> {
             "the model's scheduler changed since; generate the data again",
         );
     }
-    if found.noise_generator != TORCH_CPU {
+    if ![TORCH_CPU, TORCH_CUDA].contains(&found.noise_generator.as_str()) {
         let hint = "the initial noise cannot be drawn here; generate the data again";
         return differs("the noise generator", found.noise_generator, TORCH_CPU.into(), hint);
     }

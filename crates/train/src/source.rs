@@ -19,6 +19,8 @@ pub(crate) struct SourceRow {
     pub(crate) prompt: String,
     /// Seed of the initial noise, where the row has one.
     pub(crate) seed: Option<u64>,
+    /// The generator of that noise.
+    pub(crate) rand_device: RandDevice,
     /// The student's sampling steps; 0 where the task has none.
     pub(crate) num_inference_steps: usize,
     /// The student's guidance; 1 is off.
@@ -112,6 +114,7 @@ fn with_picture(picture: PictureSource, prompt: &str) -> SourceRow {
         picture: Some(picture),
         prompt,
         seed: None,
+        rand_device: RandDevice::Cpu,
         num_inference_steps: 0,
         cfg_scale: 1.0,
         size: None,
@@ -120,17 +123,12 @@ fn with_picture(picture: PictureSource, prompt: &str) -> SourceRow {
 
 fn distill_rows(metadata: &Metadata, base: &Path) -> Result<Vec<SourceRow>, TrainError> {
     let rows = metadata.distill_rows()?;
-    if let Some(at) = rows.iter().position(|row| row.rand_device != RandDevice::Cpu) {
-        return Err(TrainError::RandDevice {
-            path: metadata.path.to_path_buf(),
-            row: metadata.rows[at].number,
-        });
-    }
     metadata.image_files(base)?;
     let row = |row: DistillRow| SourceRow {
         picture: Some(PictureSource::File(base.join(row.image))),
         prompt: row.prompt,
         seed: Some(row.seed),
+        rand_device: row.rand_device,
         num_inference_steps: row.num_inference_steps,
         cfg_scale: row.cfg_scale,
         size: None,
@@ -159,6 +157,7 @@ fn online_row(prompt: String, seed: Option<u64>, recipe: &Recipe) -> Result<Sour
         picture: None,
         prompt,
         seed,
+        rand_device: RandDevice::Cpu,
         num_inference_steps: recipe.num_inference_steps,
         cfg_scale: recipe.cfg_scale as f32,
         size: Some(Size { height, width }),

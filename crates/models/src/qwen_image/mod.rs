@@ -22,7 +22,7 @@ use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::{guided, rescaled};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path::velocity_of_clean;
-use fewstep_flow::schedule::{GridRequest, SchedulerConfig, ShiftOverride};
+use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
 
 pub use config::{PredictionType, PromptTemplate, Rope, TextEncoderConfig, TransformerConfig};
 pub use text_encoder::TextEncoder;
@@ -207,7 +207,14 @@ impl QwenImage {
         self.vae.factor() * latents::PATCH
     }
 
-            dtype: options.dtype,
+    /// Transformer tokens of a picture size.
+    pub(crate) fn image_tokens(&self, height: usize, width: usize) -> usize {
+        (height / self.division_factor()) * (width / self.division_factor())
+    }
+
+    /// The sigma grid of one run.
+    pub(crate) fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, ModelError> {
+        Ok(self.scheduler.grid(request)?)
     }
 }
 

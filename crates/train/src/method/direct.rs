@@ -4,9 +4,8 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use fewstep_flow::noise::latent_noise;
 use fewstep_flow::{SigmaGrid, Solver, adjoint};
-use fewstep_models::sampling::{Guidance, guided_velocity, sample_latents};
+use fewstep_models::sampling::{Guidance, guided_velocity, sample_latents, sample_trajectory};
 use fewstep_models::{Condition, Model};
 
 use super::{GradientSum, scalar};
@@ -63,8 +62,7 @@ impl Direct {
         let states = {
             // Dropped before the optimiser runs, which updates weights in place only if it holds the one handle.
             let frozen = model.valid();
-            let velocity = |noisy, sigma| guided_velocity(&frozen, noisy, sigma, &problem.guidance);
-            adjoint::rollout(&problem.grid, problem.noise, velocity)
+            sample_trajectory(&frozen, Solver::Euler, &problem.grid, problem.noise, &problem.guidance)
         };
         let drawn = states.last().expect("a rollout has a last state").clone();
         let (loss, cotangent) = self.loss_gradient(drawn, problem.target, share);
@@ -97,13 +95,7 @@ impl Direct {
 
     fn problem(&self, model: &Model, batch: &Batch<'_>) -> Result<Problem, TrainError> {
         let group = batch.group();
-        let [channels, height, width] = group.latent_shape;
-        let device = batch.data.device();
-        let noise = batch
-            .noise_seeds()
-            .into_iter()
-            .map(|seed| latent_noise(seed, [1, channels, height, width], device));
-        let noise = Tensor::cat(noise.collect(), 0); // [B, C, H, W]
+        let noise = batch.initial_noise(model.dtype().into());
         let condition = batch.condition(model, &vec![false; batch.len()])?;
         let unconditional = || batch.condition(model, &vec![true; batch.len()]);
         let target = match &self.teacher {

@@ -4,7 +4,7 @@ use burn::tensor::{Tensor, TensorData};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path;
 use fewstep_flow::schedule::TrainingLevels;
-use fewstep_models::{Denoiser, Model};
+use fewstep_models::{Denoiser, Model, WeightType};
 use rayon::prelude::*;
 
 use super::{GradientSum, scalar};
@@ -44,7 +44,7 @@ impl FlowMatching {
     ) -> Result<f64, TrainError> {
         let clean = batch.latents(); // [B, C, H, W]
         let levels = self.levels(model, batch)?;
-        let drawn = self.draw(batch, clean.shape().num_elements() / batch.len(), &levels);
+        let drawn = self.draw(batch, model.dtype(), &levels);
         let device = clean.device();
         let per_sample =
             |values: Vec<f32>| Tensor::<1>::from_data(TensorData::new(values, [batch.len()]), &device);
@@ -80,8 +80,16 @@ impl FlowMatching {
     }
 
     /// Everything random of a batch; a sample's numbers do not depend on the batch it is in.
-    fn draw(&self, batch: &Batch<'_>, elements: usize, levels: &TrainingLevels) -> Drawn {
-        let draw = |mut generator| self.draw_sample(&mut generator, elements, levels.sigmas());
+    fn draw(&self, batch: &Batch<'_>, dtype: WeightType, levels: &TrainingLevels) -> Drawn {
+        let elements = batch.group().latent_shape.iter().product();
+        let draw = |mut generator: TorchGenerator| {
+            let (dropped, sigma) = self.draw_level(&mut generator, levels);
+            // The peer looks for the level of the timestep after rounding it.
+            let rounds = dtype == WeightType::BF16 && self.timestep_sampling == TimestepSampling::Schedule;
+            let nearest = || levels.sigmas()[levels.after_bf16(levels.nearest(sigma))];
+            let sigma = if rounds { nearest() } else { sigma };
+            (dropped, sigma, generator.randn_as(elements, dtype.into()))
+        };
         let samples: Vec<_> = batch.generators().into_par_iter().map(draw).collect();
         Drawn {
             dropped: samples.iter().map(|sample| sample.0).collect(),
@@ -90,20 +98,16 @@ impl FlowMatching {
         }
     }
 
-    /// Dropped or not, sigma, noise; `levels` are those of [`TimestepSampling::Schedule`].
-    pub(crate) fn draw_sample(
-        &self,
-        generator: &mut TorchGenerator,
-        elements: usize,
-        levels: &[f32],
-    ) -> (bool, f32, Vec<f32>) {
+    /// Dropped or not, and sigma.
+    pub(crate) fn draw_level(&self, generator: &mut TorchGenerator, levels: &TrainingLevels) -> (bool, f32) {
+        let levels = levels.sigmas();
         let dropped = self.guidance_dropout > 0.0 && generator.rand(1)[0] < self.guidance_dropout;
         let sigma = match self.timestep_sampling {
             TimestepSampling::Uniform => generator.rand(1)[0],
             TimestepSampling::LogitNormal => 1.0 / (1.0 + (-generator.randn(1)[0]).exp()),
             TimestepSampling::Schedule => levels[generator.randint(0, levels.len() as i64, 1)[0] as usize],
         };
-        (dropped, sigma, generator.randn(elements))
+        (dropped, sigma)
     }
 }
 

@@ -373,16 +373,14 @@ fn fresh_adapters_are_the_peers_to_the_bit() {
     }
 }
 
+/// The peer's activations are bf16 too, which is not repeated: measured 1.1e-4 in the loss (f32 is 6e-4 away) and 1 % in
+/// the norms of gradients.
 #[test]
 fn bf16_numbers_come_close_to_the_peers() {
     for peer in Peer::both() {
         let recipe = Recipe { dtype: Dtype::Bf16, ..peer.lora() };
         let (loss, gradients) = Bench::new(&recipe).gradients(0, None);
-        let expected = peer.number("distill_lora_bf16", "loss");
-        eprintln!("{} {loss} {expected} f32 {}", peer.tag, peer.number("distill_lora", "loss"));
-        for (name, norm16) in peer.value("distill_lora_bf16")["grad_norms"].as_object().unwrap() {
-            let f = norm(gradients[name].iter().copied());
-            eprintln!("{name} {:.3e} {f:.4e}", f / norm16.as_f64().unwrap() - 1.0);
-        }
+        assert_relative(loss, peer.number("distill_lora_bf16", "loss"), 2e-4, peer.tag);
+        assert_norms(&gradients, &peer.value("distill_lora_bf16")["grad_norms"], 0.03);
     }
 }

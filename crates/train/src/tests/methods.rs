@@ -6,7 +6,9 @@ use burn::module::Param;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
 use fewstep_data::image::Resize;
+use fewstep_flow::SigmaGrid;
 use fewstep_flow::noise::TorchGenerator;
+use fewstep_flow::schedule::TrainingLevels;
 use fewstep_models::{Denoiser, Model, NamedVisitor, visit_named};
 
 use super::fixtures::{Bench, SIDE_PX, all_values, prompt};
@@ -197,7 +199,8 @@ fn sigma_and_dropped_captions_have_the_asked_for_shares() {
     let bench = Bench::new().with_pictures();
     let base = Recipe { guidance_dropout: 0.25, ..bench.recipe() };
     // P(logit-normal < 1/4) = Φ(ln(1/3)); one in five of the levels below.
-    let levels = [0.9, 0.7, 0.5, 0.3, 0.1];
+    let grid = SigmaGrid::new(vec![0.9, 0.7, 0.5, 0.3, 0.1, 0.0]).unwrap();
+    let levels = TrainingLevels::of(&grid);
     let cases = [
         (TimestepSampling::Uniform, 0.25),
         (TimestepSampling::LogitNormal, 0.136),
@@ -207,7 +210,7 @@ fn sigma_and_dropped_captions_have_the_asked_for_shares() {
         let method = FlowMatching::new(&Recipe { timestep_sampling, ..base.clone() });
         let drawn: Vec<_> = (0..4000)
             .map(|row| Draw { seed: 1, epoch: 0, row }.generator(Purpose::Sample))
-            .map(|mut generator| method.draw_sample(&mut generator, 0, &levels))
+            .map(|mut generator| method.draw_level(&mut generator, &levels))
             .collect();
         let share = |count: usize| count as f64 / drawn.len() as f64;
         // Four standard errors of a share near a quarter.

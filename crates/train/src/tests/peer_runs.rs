@@ -117,24 +117,27 @@ fn a_run_of_full_weights_equals_the_peers() {
     assert_same_weights(&run, "full_float32");
 }
 
+/// The peer's activations are bf16 too, those of the autoencoder included, which is not repeated: measured 1.4e-3 in the
+/// losses, and 7 % of the way that the weights went.
 #[test]
 fn a_run_of_adapters_in_bf16_comes_close_to_the_peers() {
     let bf16 = |output: &Path| Recipe { dtype: Dtype::Bf16, ..lora(recipe(output)) };
-    let run = assert_equals(bf16, "lora_bfloat16", 1.0);
-    for (found, expected) in losses(&run.path().join("run")).into_iter().zip(losses(&golden("train_cli/lora_bfloat16"))) {
-        eprintln!("{} {} {:.2e}", found.1, expected.1, found.1 / expected.1 - 1.0);
-    }
+    let run = assert_equals(bf16, "lora_bfloat16", 2e-3);
+    let start = Golden::open(golden("train_cli/lora_init.safetensors"));
     for epoch in ["epoch-0.safetensors", "epoch-1.safetensors"] {
-        let [found, expected] = [run.path().join("run").join(epoch), golden(&format!("train_cli/lora_bfloat16/{epoch}"))].map(Golden::open);
-        let start = Golden::open(golden("train_cli/lora_init.safetensors"));
-        let (mut d, mut m, mut x) = (0.0, 0.0, 0.0);
+        let peer = golden("train_cli/lora_bfloat16").join(epoch);
+        let [found, expected] = [run.path().join("run").join(epoch), peer].map(Golden::open);
+        let (mut error, mut way) = (0.0, 0.0);
         for key in expected.keys() {
-            for ((a, b), s) in found.f64s(&key).iter().zip(expected.f64s(&key)).zip(start.f64s(&key)) {
-                d += (a - b) * (a - b);
-                m += (b - s) * (b - s);
-                x = f64::max(x, (a - b).abs());
+            let values = found.f64s(&key).into_iter().zip(expected.f64s(&key)).zip(start.f64s(&key));
+            for ((found, expected), start) in values {
+                error += (found - expected).powi(2);
+                way += (expected - start).powi(2);
             }
         }
-        eprintln!("{epoch} relative {:.3e} max {x:.3e}", (d / m).sqrt());
+        assert!(error.sqrt() < 0.12 * way.sqrt(), "{epoch}: off by {}", (error / way).sqrt());
     }
+    // The file has the numbers that were trained, two bytes each.
+    let size = |folder: &Path| fs::metadata(folder.join("epoch-1.safetensors")).unwrap().len();
+    assert!(size(&run.path().join("run")) < 2 * size(&golden("train_cli/lora_bfloat16")) * 2 / 3);
 }
