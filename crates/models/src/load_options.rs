@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Tensor};
+use fewstep_flow::noise::NoiseType;
 
 use crate::{Conventions, NamedMapper, WeightType, map_named};
 
@@ -25,6 +26,16 @@ impl Default for LoadOptions {
     /// The CPU, the published model's conventions, f32.
     fn default() -> Self {
         Self { device: Device::flex(), conventions: Conventions::default(), dtype: WeightType::F32 }
+    }
+}
+
+impl From<WeightType> for NoiseType {
+    fn from(dtype: WeightType) -> Self {
+        match dtype {
+            WeightType::F32 => Self::F32,
+            WeightType::F16 => Self::F16,
+            WeightType::BF16 => Self::Bf16,
+        }
     }
 }
 
@@ -59,7 +70,7 @@ mod tests {
     #[test]
     fn rounding_goes_to_the_nearest_number_of_the_type() {
         let device = Device::flex();
-        let mut linear = Linear::zeros(2, 1, false, &device);
+        let mut linear = Linear::unfilled(2, 1, false, &device);
         linear.weight = Param::from_tensor(Tensor::from_floats([[1.003, -1.0002]], &device));
         // bf16 has 8 bits of precision (steps of 2⁻⁷ above 1), f16 has 11 (2⁻¹⁰).
         let rounded = |dtype| values(round_weights(linear.clone(), dtype).weight.val());
