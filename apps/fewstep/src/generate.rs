@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 
 use crate::args::with_defaults;
 use crate::conventions::LoadArgs;
-use crate::parse::{lora_file, rand_device, solver};
+use crate::parse::{lora_file, solver};
 use crate::progress::Progress;
 use crate::prompts::{PromptRow, read_prompts};
 
@@ -50,8 +50,8 @@ pub struct GenerateArgs {
     /// Seed of the first picture; the next ones count up
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// The torch generator that draws the noise: cpu or cuda
-    #[arg(long, default_value = "cpu", value_parser = rand_device)]
+    /// The torch generator that draws the noise, cpu or cuda; both are computed here
+    #[arg(long, default_value = "cpu")]
     pub rand_device: RandDevice,
     /// Pictures per prompt, each with a seed of its own
     #[arg(long, default_value_t = 1)]
@@ -150,7 +150,7 @@ fn requests(args: &GenerateArgs) -> Result<Vec<Request>> {
     let request = |(index, (row, copy)): (usize, (&PromptRow, usize))| Request {
         prompt: row.prompt.clone(),
         negative_prompt: row.negative_prompt.clone().unwrap_or_else(|| args.negative_prompt.clone()),
-        seed: row.seed.map_or(args.seed + index as u64, |seed| seed + copy as u64),
+        seed: row.seed.map_or(args.seed.wrapping_add(index as u64), |seed| seed.wrapping_add(copy as u64)),
         ..settings.clone()
     };
     let rows = prompt_rows(args)?;

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use burn::tensor::Device;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use fewstep_data::metadata::RandDevice;
 use fewstep_flow::Solver;
 use fewstep_models::LoraFile;
 
@@ -47,15 +46,6 @@ pub fn solver(text: &str) -> Result<Solver, String> {
         "euler" => Ok(Solver::Euler),
         "heun" => Ok(Solver::Heun),
         _ => Err("expected euler or heun".into()),
-    }
-}
-
-/// `cpu` or `cuda`: the generator, which is emulated and needs no such device.
-pub fn rand_device(text: &str) -> Result<RandDevice, String> {
-    match text {
-        "cpu" => Ok(RandDevice::Cpu),
-        "cuda" => Ok(RandDevice::Cuda),
-        _ => Err("expected cpu or cuda".into()),
     }
 }
 

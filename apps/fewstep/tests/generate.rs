@@ -112,6 +112,17 @@ fn image_to_image_starts_from_the_given_picture() {
 }
 
 #[test]
+fn noise_of_the_cuda_generator_is_philoxs_and_recorded() {
+    let drawn = Drawn::new(&[&CAT[..], &["--rand_device", "cuda"]].concat());
+    let philox = Golden::open(golden("rng/rng_emulated_unverified.safetensors"));
+    let expected = philox.f32s("s42.cuda_philox_randn.f32.1024");
+    assert_close(&drawn.tensors().f32s("noise"), &expected, 0.0);
+    assert_eq!(drawn.provenance()["noise_generator"], "torch-cuda");
+    let metadata = fs::read_to_string(drawn.output().join("metadata.csv")).unwrap();
+    assert!(metadata.contains(",42,cuda,"), "{metadata}");
+}
+
+#[test]
 fn rows_of_a_prompt_file_bring_their_own_seeds() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("prompts.csv");

@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_data::image::{Picture, Size};
-use fewstep_data::metadata::RandDevice;
-use fewstep_flow::noise::latent_noise;
+use fewstep_flow::noise::{NoiseSource, RandDevice};
 use fewstep_flow::path::noisy;
 use fewstep_flow::schedule::{GridRequest, ShiftOverride};
 use fewstep_flow::{SigmaGrid, Solver};
@@ -201,8 +200,12 @@ impl Pipeline {
     fn noise(&self, requests: &[Request]) -> Result<Tensor<4>, ModelError> {
         let [channels, height, width] = self.model.latent_shape(requests[0].height, requests[0].width)?;
         let shape = [1, channels, height, width];
-        let draw = |request: &Request| latent_noise(request.seed, shape, &self.device);
-        Ok(self.model.kept(Tensor::cat(requests.iter().map(draw).collect(), 0)))
+        let dtype = self.model.dtype().into();
+        let draw = |request: &Request| {
+            let source = NoiseSource { rand_device: request.rand_device, dtype };
+            source.latent_noise(request.seed, shape, &self.device)
+        };
+        Ok(Tensor::cat(requests.iter().map(draw).collect(), 0))
     }
 
     /// Where sampling starts: the noise, or the input pictures' latents noised to the first sigma.
