@@ -263,5 +263,5 @@ fn every_recipe_is_read_and_names_things_that_exist() {
         assert!(root.join(&recipe.model).join("model_index.json").exists(), "{}", path.display());
         read += 1;
     }
-    assert_eq!(read, 3);
+    assert_eq!(read, 5);
 }

@@ -3,10 +3,12 @@
 use std::fs;
 
 use clap::{Args, Command, FromArgMatches};
+use fewstep_data::image::Resize;
 use fewstep_data::provenance::Provenance;
+use fewstep_testkit::golden;
 
 use super::fixtures::{Bench, SIDE_PX, fail, train};
-use crate::recipe::{Recipe, Task};
+use crate::recipe::{Compat, PeerFlags, Recipe, Schedule, Task};
 
 #[track_caller]
 fn assert_says(error: &str, parts: &[&str]) {
@@ -37,6 +39,135 @@ fn flags_win_over_the_file_and_the_file_over_defaults() {
     };
     assert_eq!(recipe, expected);
     assert_eq!(toml::from_str::<Recipe>(&recipe.to_toml()).unwrap(), recipe);
+}
+
+#[test]
+fn a_peers_choices_lie_under_the_file_and_the_flags() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run.toml");
+    fs::write(&path, "compat = \"diffsynth\"\nmax_grad_norm = 0.5\n").unwrap();
+    let command = Recipe::augment_args(Command::new("train"));
+    let matches = command.get_matches_from(["train", "--lr-schedule", "cosine"]);
+    let flags = Recipe::from_arg_matches(&matches).unwrap();
+    let recipe = flags.resolve(&matches, Some(&path)).unwrap();
+    let expected =
+        Recipe { max_grad_norm: 0.5, lr_schedule: Schedule::Cosine, ..Recipe::compatible(Compat::Diffsynth) };
+    assert_eq!(recipe, expected);
+    assert_ne!(recipe.training_grid, Recipe::default().training_grid);
+    // A run's own record gives the same run again.
+    fs::write(&path, recipe.to_toml()).unwrap();
+    assert_eq!(Recipe::read(&path).unwrap(), recipe);
+}
+
+#[test]
+fn the_peers_arguments_are_taken_with_their_meaning() {
+    let command = Recipe::augment_args(PeerFlags::augment_args(Command::new("train")));
+    let arguments = [
+        "train --task direct_distill:train --data-file-keys image --extra-inputs seed,cfg_scale",
+        "--dataset-num-workers 8 --find-unused-parameters --use-gradient-checkpointing --shuffle false",
+        "--lora-base-model dit --save-steps 7 --dtype bfloat16 --initialize-model-on-cpu",
+    ];
+    let matches = command.get_matches_from(arguments.join(" ").split(' '));
+    PeerFlags::from_arg_matches(&matches).unwrap().check().unwrap();
+    let recipe = Recipe::from_arg_matches(&matches).unwrap();
+    recipe.validate().unwrap();
+    assert_eq!((recipe.task, recipe.shuffle, recipe.save_steps), (Task::DirectDistillTrain, false, Some(7)));
+    assert_eq!(recipe.notes().len(), 2);
+}
+
+#[test]
+fn what_does_not_exist_here_is_refused_with_a_reason() {
+    let command = || PeerFlags::augment_args(Command::new("train"));
+    for (flag, reason) in
+        [("--zero-cond-t", "editing"), ("--quant-options=x:nf4", "f32"), ("--wandb-project=x", "sent")]
+    {
+        let matches = command().get_matches_from(["train", flag]);
+        let error = PeerFlags::from_arg_matches(&matches).unwrap().check().unwrap_err();
+        assert!(error.is_usage());
+        assert_says(&error.to_string(), &["is not supported", reason, "hint:"]);
+    }
+    let bench = Bench::new().with_pictures();
+    let names = |name: &str| vec![name.to_owned()];
+    assert_says(
+        &fail(&Recipe { extra_inputs: names("edit_image"), ..sft(&bench) }),
+        &["extra_inputs is edit_image"],
+    );
+    assert_says(
+        &fail(&Recipe { data_file_keys: names("video"), ..sft(&bench) }),
+        &["data_file_keys is video"],
+    );
+    let half = Recipe { preset_lora_path: Some("x.safetensors".into()), ..sft(&bench) };
+    assert_says(&fail(&half), &["preset_lora_path is given without preset_lora_model"]);
+}
+
+#[test]
+fn lora_targets_are_names_an_expression_or_found() {
+    let bench = Bench::new().with_pictures();
+    let keys = |name: &str, targets: &str| {
+        let recipe = Recipe {
+            lora_base_model: Some("dit".into()),
+            lora_target_modules: targets.split(',').map(str::to_owned).collect(),
+            output_path: bench.path(name),
+            ..sft(&bench)
+        };
+        let (_, path) = train(&recipe);
+        fewstep_models::WeightFiles::open(&path).unwrap().keys().count() / 2
+    };
+    assert_eq!(keys("names", "to_q,img_mod.1"), 4);
+    assert_eq!(keys("expression", r".*\.0\.attn\.to_(q|out\.0)"), 2);
+    // All fourteen projections of both blocks.
+    assert_eq!(keys("found", ""), 28);
+    let targets = |pattern: &str| Recipe {
+        lora_base_model: Some("dit".into()),
+        lora_target_modules: vec![pattern.to_owned()],
+        ..sft(&bench)
+    };
+    assert_says(&fail(&targets("to_(q")), &["lora_target_modules", "to_(q", "no regular expression"]);
+    assert_says(&fail(&targets("to_[xy]")), &["to_[xy]", "to_q"]);
+}
+
+#[test]
+fn a_lora_of_another_model_and_weights_of_another_model_are_refused() {
+    let bench = Bench::new().with_pictures();
+    let other = golden("train_cli/lora_init.safetensors");
+    let lora =
+        Recipe { lora_base_model: Some("dit".into()), lora_checkpoint: Some(other.clone()), ..sft(&bench) };
+    assert_says(&fail(&lora), &["lora_init.safetensors", "transformer_blocks.2."]);
+    let full = Recipe { resume_from_checkpoint: Some(other), ..sft(&bench) };
+    assert_says(&fail(&full), &["lora_init.safetensors", "belong to nothing", "hint:"]);
+    let preset = Recipe {
+        preset_lora_path: Some("x.safetensors".into()),
+        preset_lora_model: Some("vae".into()),
+        ..sft(&bench)
+    };
+    assert_says(&fail(&preset), &["preset_lora_model", "vae", "expected one of transformer"]);
+}
+
+#[test]
+fn a_size_that_does_not_fit_the_model_is_refused() {
+    let bench = Bench::new().with_pictures();
+    let error = fail(&Recipe { height: Some(SIDE_PX + 4), width: Some(SIDE_PX), ..sft(&bench) });
+    assert_says(&error, &["height", "20", "8"]);
+}
+
+#[test]
+fn metadata_as_spreadsheets_write_it_is_read() {
+    let bench = Bench::new().with_pictures();
+    fs::rename(bench.path("data/0.png"), bench.path("data/猫 1.png")).unwrap();
+    let text = "\u{feff}image,prompt\r\n猫 1.png,\"a, \"\"quoted\"\"\r\nprompt\"\r\n1.png,plain\r\n";
+    fs::write(bench.path("data/metadata.csv"), text).unwrap();
+    let rows = crate::source::rows(&sft(&bench), Resize::Exact { height: SIDE_PX, width: SIDE_PX }).unwrap();
+    let prompts: Vec<&str> = rows.iter().map(|row| row.prompt.as_str()).collect();
+    assert_eq!(prompts, ["a, \"quoted\"\r\nprompt", "plain"]);
+    train(&sft(&bench));
+}
+
+#[test]
+fn a_picture_outside_the_base_folder_is_refused() {
+    let bench = Bench::new().with_pictures();
+    fs::copy(bench.path("data/0.png"), bench.path("0.png")).unwrap();
+    fs::write(bench.path("data/metadata.csv"), "image,prompt\n../0.png,x\n").unwrap();
+    assert_says(&fail(&sft(&bench)), &["row 1", "../0.png", "does not leave", "hint:"]);
 }
 
 #[test]
