@@ -68,6 +68,7 @@ impl LoadArgs {
             device: self.device.clone(),
             conventions: self.conventions.conventions(),
             dtype: self.dtype,
+            ..LoadOptions::default()
         }
     }
 }

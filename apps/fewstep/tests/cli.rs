@@ -265,3 +265,41 @@ fn every_recipe_is_read_and_names_things_that_exist() {
     }
     assert_eq!(read, 5);
 }
+
+/// The arguments of the script behind goldens/train_cli, but for the model.
+#[test]
+fn the_peers_script_runs_by_its_own_arguments() {
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens");
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("run");
+    let arguments = format!(
+        "train --compat diffsynth --model {model} --tokenizer_path {model}/tokenizer \
+         --dataset_base_path {data} --dataset_metadata_path {data}/metadata.csv --data_file_keys image \
+         --extra_inputs seed,rand_device,num_inference_steps,cfg_scale --height 64 --width 64 --dataset_repeat 2 \
+         --learning_rate 1e-3 --num_epochs 2 --remove_prefix_in_ckpt pipe.dit. --output_path {output} \
+         --use_gradient_checkpointing --dataset_num_workers 0 --find_unused_parameters --task direct_distill \
+         --enable_csv_log --lora_base_model dit --lora_rank 4 \
+         --lora_checkpoint {cli}/lora_init.safetensors --lora_target_modules to_q,to_k,to_v,add_q_proj,add_k_proj,\
+         add_v_proj,to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1",
+        model = goldens.join("qwen_image/model").display(),
+        data = goldens.join("train_cli/data").display(),
+        cli = goldens.join("train_cli").display(),
+        output = output.display(),
+    )
+    .replace(",add_k_proj, ", ",add_k_proj,");
+    let said = run(&arguments.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(said.matches("has no effect").count(), 2, "{said}");
+    let losses = |path: &Path| -> Vec<f64> {
+        let csv = fs::read_to_string(path).unwrap();
+        csv.lines().skip(1).map(|line| line.rsplit(',').next().unwrap().parse().unwrap()).collect()
+    };
+    let expected = losses(&goldens.join("train_cli/lora_float32/loss.csv"));
+    let found = losses(&output.join("loss.csv"));
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!((found / expected - 1.0).abs() < 2e-6, "found {found}, expected {expected}");
+    }
+    assert!(output.join("epoch-0.safetensors").exists() && output.join("epoch-1.safetensors").exists());
+    let said = fails(&["train", "--zero_cond_t"], 2);
+    assert!(said.contains("zero_cond_t is not supported"), "{said}");
+}

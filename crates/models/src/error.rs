@@ -5,6 +5,12 @@ use std::path::{Path, PathBuf};
 /// Errors of loading, saving and running models.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
+    /// A part is needed that was left out when the model was loaded.
+    #[error("{component} was not loaded")]
+    NotLoaded {
+        /// The component.
+        component: &'static str,
+    },
     /// A file could not be read or written.
     #[error("{}: {reason}", path.display())]
     Io {

@@ -20,7 +20,7 @@ mod weights;
 pub use condition::Condition;
 pub use conventions::{Conventions, DecodeRange, GuidanceRule, Peer};
 pub use error::ModelError;
-pub use load_options::{DTYPES, LoadOptions};
+pub use load_options::{Components, DTYPES, LoadOptions};
 pub use model::{Denoiser, Model, expected_tensors};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};
 pub use parts::linear::{Linear, LowRankAdapter};

@@ -20,12 +20,29 @@ pub struct LoadOptions {
     /// Weights, and what the peers hand from one part to the next (noise, text states, timesteps, velocities,
     /// latents, pixels), are rounded to this type; the arithmetic inside a part stays f32.
     pub dtype: WeightType,
+    /// Which parts are loaded.
+    pub components: Components,
+}
+
+/// The parts of a model that are loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Components {
+    /// All.
+    All,
+    /// The denoiser alone, for data whose text states and latents are stored: the weights of text encoder and
+    /// autoencoder need not be there.
+    Denoiser,
 }
 
 impl Default for LoadOptions {
     /// The CPU, the published model's conventions, f32.
     fn default() -> Self {
-        Self { device: Device::flex(), conventions: Conventions::default(), dtype: WeightType::F32 }
+        Self {
+            device: Device::flex(),
+            conventions: Conventions::default(),
+            dtype: WeightType::F32,
+            components: Components::All,
+        }
     }
 }
 

@@ -84,8 +84,10 @@ impl Model {
         dtype: WeightType,
         info: &BTreeMap<String, String>,
     ) -> Result<(), ModelError> {
-        let unchanged =
-            |path: &Path| qwen_image::UNCHANGED.iter().any(|name| path.parent() == Some(&source.join(name)));
+        let unchanged = match self {
+            Model::QwenImage(model) => model.unchanged(),
+        };
+        let unchanged = |path: &Path| unchanged.iter().any(|name| path.parent() == Some(&source.join(name)));
         copy_tree(source, folder, &|path| !is_weights(path) || unchanged(path))?;
         match self {
             Model::QwenImage(model) => model.save_weights(source, folder, dtype, info),

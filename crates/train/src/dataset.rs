@@ -7,26 +7,34 @@ use fewstep_data::image::{Resize, Size};
 use fewstep_flow::noise::RandDevice;
 use fewstep_models::{Condition, Model};
 
-use crate::TrainError;
-use crate::host::HostTensor;
+use crate::host::{HostTensor, to_vec};
+use crate::recipe::Recipe;
 use crate::source::SourceRow;
-use crate::tables::{PictureTable, PromptTable, Stored};
+use crate::tables::{PictureTable, PromptTable, Stored, from_host};
+use crate::{TrainError, processed};
 
 /// Everything a run reads, ready for batches.
 pub struct Dataset {
     pub(crate) samples: Vec<Sample>,
-    latents: Vec<HostTensor>,
-    prompts: Vec<String>,
+    tables: Tables,
     /// One per prompt; empty when the text encoder learns and prompts are encoded in each step.
     conditions: Vec<Condition>,
     device: Device,
+}
+
+/// What the rows refer to.
+pub(crate) struct Tables {
+    /// Distinct pictures, `[C, H, W]` each.
+    pub(crate) latents: Vec<HostTensor>,
+    /// Distinct prompts, the empty one first.
+    pub(crate) prompts: Vec<String>,
 }
 
 /// One row: indices into the tables of its data set.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sample {
     /// Absent where the teacher's picture is made during training.
-    picture: Option<usize>,
+    pub(crate) picture: Option<usize>,
     /// Its prompt.
     pub(crate) prompt: usize,
     /// The row's seed of the initial noise, where it has one.
@@ -52,12 +60,13 @@ pub struct Group {
 
 impl Group {
     fn new(row: &SourceRow, size: Size, model: &Model) -> Result<Self, TrainError> {
-        Ok(Self {
-            latent_shape: model.latent_shape(size.height, size.width)?,
-            size,
-            num_inference_steps: row.num_inference_steps,
-            cfg_scale_bits: row.cfg_scale.to_bits(),
-        })
+        let latent_shape = model.latent_shape(size.height, size.width)?;
+        Ok(Self::of(latent_shape, size, (row.num_inference_steps, row.cfg_scale)))
+    }
+
+    /// A group of its sizes and the student's sampling steps and guidance.
+    pub(crate) fn of(latent_shape: [usize; 3], size: Size, (steps, cfg_scale): (usize, f32)) -> Self {
+        Self { latent_shape, size, num_inference_steps: steps, cfg_scale_bits: cfg_scale.to_bits() }
     }
 
     /// The student's guidance; 1 is off.
@@ -113,11 +122,42 @@ impl Dataset {
         let conditions = if with.keep_text { prompts.encode(with.model, with.device)? } else { Vec::new() };
         Ok(Self {
             samples,
-            latents: pictures.encode(),
-            prompts: prompts.texts,
+            tables: Tables { latents: pictures.encode(), prompts: prompts.texts },
             conditions,
             device: with.device.clone(),
         })
+    }
+
+    /// Reads what the first half of a split task wrote.
+    ///
+    /// # Errors
+    /// As [`processed::read`], or if the latents are not of the model's sizes.
+    pub(crate) fn read(recipe: &Recipe, model: &Model, device: &Device) -> Result<Self, TrainError> {
+        let (samples, tables, text) = processed::read(recipe)?;
+        for group in samples.iter().map(|sample| sample.group) {
+            let expected = model.latent_shape(group.size.height, group.size.width)?;
+            if group.latent_shape != expected {
+                let path = recipe.dataset_base_path.clone();
+                let (found, expected) = (group.latent_shape.to_vec(), expected.to_vec());
+                return Err(TrainError::Shape { path, what: "latents", found, expected });
+            }
+        }
+        let conditions = text.iter().map(|text| from_host(text, device)).collect();
+        Ok(Self { samples, tables, conditions, device: device.clone() })
+    }
+
+    /// Pictures and prompts by index.
+    pub(crate) fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// Text states of every prompt, `[S, J]` each.
+    pub(crate) fn text_states(&self) -> Vec<HostTensor> {
+        let state = |condition: &Condition| {
+            let text = condition.text.clone().squeeze_dim::<2>(0);
+            HostTensor { shape: text.dims().to_vec(), values: to_vec(text) }
+        };
+        self.conditions.iter().map(state).collect()
     }
 
     /// Number of rows.
@@ -148,7 +188,7 @@ impl Dataset {
             |row: &usize| self.samples[*row].picture.expect("only rows of an online teacher have none");
         let mut values = Vec::with_capacity(rows.len() * channels * height * width);
         for row in rows {
-            values.extend_from_slice(&self.latents[picture(row)].values);
+            values.extend_from_slice(&self.tables.latents[picture(row)].values);
         }
         Tensor::from_data(TensorData::new(values, [rows.len(), channels, height, width]), &self.device)
     }
@@ -156,7 +196,8 @@ impl Dataset {
     /// Text states of prompts by index; where they are not kept, computed by `model`, with a graph if it has one.
     pub(crate) fn condition(&self, model: &Model, prompts: &[usize]) -> Result<Condition, TrainError> {
         if self.conditions.is_empty() {
-            let texts: Vec<String> = prompts.iter().map(|prompt| self.prompts[*prompt].clone()).collect();
+            let texts: Vec<String> =
+                prompts.iter().map(|prompt| self.tables.prompts[*prompt].clone()).collect();
             return Ok(model.encode_prompts(&texts)?);
         }
         let parts: Vec<Condition> = prompts.iter().map(|prompt| self.conditions[*prompt].clone()).collect();

@@ -115,6 +115,20 @@ pub enum TrainError {
         /// The data set folder.
         path: PathBuf,
     },
+    /// The second half of a split task without its first.
+    #[error("{}: not found\nhint: dataset_base_path is the output_path of a run with the same task and :data_process", path.display())]
+    NotProcessed {
+        /// The file looked for.
+        path: PathBuf,
+    },
+    /// What the first half of a split task wrote does not fit the second.
+    #[error("{}: {reason}\nhint: run the same task with :data_process again", path.display())]
+    Processed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Stored latents do not fit the model.
     #[error("{}: {what} has shape {found:?}, expected {expected:?}\nhint: the data set was made for another model or picture size; generate it again", path.display())]
     Shape {

@@ -23,6 +23,7 @@ mod observer;
 mod optimizer;
 mod output;
 mod peer_output;
+mod processed;
 mod provenance;
 mod random;
 pub mod recipe;

@@ -193,7 +193,8 @@ impl Stored {
     }
 }
 
-fn from_host(text: &HostTensor, device: &Device) -> Condition {
+/// Text states as one unpadded sample.
+pub(crate) fn from_host(text: &HostTensor, device: &Device) -> Condition {
     let [tokens, width] = [text.shape[0], text.shape[1]];
     let data = TensorData::new(text.values.clone(), [1, tokens, width]);
     Condition { text: Tensor::from_data(data, device), lengths: vec![tokens] }

@@ -6,7 +6,7 @@ use fewstep_models::lora::{self, LoraConfig};
 use fewstep_models::{Model, NamedMapper, map_named};
 
 use crate::host::to_vec;
-use crate::recipe::{Dtype, Objective, Recipe};
+use crate::recipe::{Dtype, Recipe, Task};
 use crate::{TrainError, start_weights, targets};
 
 /// What a recipe trains.
@@ -33,7 +33,7 @@ impl Trainable {
             }));
         }
         let names = model.component_names().iter().map(|name| (*name).to_owned());
-        let possible: Vec<String> = names.filter(|name| learns(name, recipe.task.objective())).collect();
+        let possible: Vec<String> = names.filter(|name| learns(name, recipe.task)).collect();
         let asked = recipe.trainable_models.iter().map(|name| component(name.trim(), model).to_owned());
         let asked: Vec<String> = asked.collect();
         for name in &asked {
@@ -81,11 +81,11 @@ impl Trainable {
     }
 }
 
-/// Distillation reads stored text states, and no task has a gradient for the VAE.
-fn learns(component: &str, objective: Objective) -> bool {
-    match objective {
-        Objective::FlowMatching => component != "vae",
-        Objective::Distillation => component != "vae" && !is_text_encoder(component),
+/// Distillation and split tasks read stored text states, and no task has a gradient for the VAE.
+fn learns(component: &str, task: Task) -> bool {
+    match task {
+        Task::Sft => component != "vae",
+        _ => component != "vae" && !is_text_encoder(component),
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use fewstep_data::image::Resize;
-use fewstep_models::{LoadOptions, Model};
+use fewstep_models::{Components, LoadOptions, Model};
 
 use crate::batch::{Batch, Plan};
 use crate::checkpoint::{Checkpoints, Progress};
@@ -16,11 +16,11 @@ use crate::log::{Log, LogLine};
 use crate::method::{GradientSum, Method};
 use crate::observer::{Event, Observer, Started};
 use crate::peer_output::{self, PeerFile};
-use crate::recipe::{InitialWeights, Objective, OutputLayout, Recipe};
+use crate::recipe::{InitialWeights, Objective, OutputLayout, Recipe, Stage};
 use crate::samples::Samples;
 use crate::state::State;
 use crate::trainable::{Trainable, with_preset};
-use crate::{TrainError, output, provenance, run_folder, source};
+use crate::{TrainError, output, processed, provenance, run_folder, source};
 
 /// What a run needs beside its recipe.
 pub struct Context<'a> {
@@ -51,6 +51,9 @@ pub fn run(
     observer: &mut dyn Observer,
 ) -> Result<Outcome, TrainError> {
     recipe.validate()?;
+    if recipe.task.stage() == Stage::DataProcess {
+        return process(recipe, &context, observer);
+    }
     let (mut run, mut state) = Run::prepare(recipe, &context, observer)?;
     observer.on(Event::Started(run.started(&state)));
     while state.progress.step < run.total_steps {
@@ -73,6 +76,39 @@ pub fn run(
     };
     observer.on(Event::Finished(&result));
     Ok(Outcome::Finished(result))
+}
+
+/// The first half of a split task: encodes the data set and writes it.
+fn process(
+    recipe: &Recipe,
+    context: &Context<'_>,
+    observer: &mut dyn Observer,
+) -> Result<Outcome, TrainError> {
+    run_folder::check(recipe)?;
+    let model = load_model(recipe, context)?;
+    let data = load_data(recipe, &model, true, &context.device)?;
+    observer.on(Event::Message(format!("encoded {} rows", data.len())));
+    run_folder::write(recipe, context.version)?;
+    let folder = processed::write(recipe, &data, context.version)?;
+    observer.on(Event::Finished(&folder));
+    Ok(Outcome::Finished(folder))
+}
+
+/// The model of a recipe, with the parts its task needs.
+fn load_model(recipe: &Recipe, context: &Context<'_>) -> Result<Model, TrainError> {
+    if recipe.initial_weights == InitialWeights::Random {
+        return Ok(Model::random(&recipe.model, recipe.seed, &context.device)?);
+    }
+    let options = LoadOptions {
+        device: context.device.clone(),
+        conventions: recipe.conventions(),
+        dtype: recipe.dtype.into(),
+        components: match recipe.task.stage() {
+            Stage::Train => Components::Denoiser,
+            _ => Components::All,
+        },
+    };
+    Ok(Model::from_pretrained(&recipe.model, &options)?)
 }
 
 fn is_due(every: u64, step: u64) -> bool {
@@ -103,20 +139,15 @@ impl<'a> Run<'a> {
         observer: &mut dyn Observer,
     ) -> Result<(Self, State), TrainError> {
         run_folder::check(recipe)?;
-        let start = match recipe.initial_weights {
-            InitialWeights::Pretrained => {
-                let options = LoadOptions {
-                    device: context.device.clone(),
-                    conventions: recipe.conventions(),
-                    dtype: recipe.dtype.into(),
-                };
-                Model::from_pretrained(&recipe.model, &options)?
-            }
-            InitialWeights::Random => Model::random(&recipe.model, recipe.seed, &context.device)?,
-        };
-        let start = with_preset(start, recipe)?;
+        let start = with_preset(load_model(recipe, context)?, recipe)?;
         let trainable = Trainable::new(recipe, &start)?;
-        let data = load_data(recipe, &start, &trainable, &context.device)?;
+        let data = load_data(recipe, &start, !trainable.trains_text_encoder(), &context.device)?;
+        if let Trainable::Lora(config) = &trainable
+            && recipe.finds_lora_targets()
+        {
+            let layers = config.target_modules.join(", ");
+            observer.on(Event::Message(format!("adapters are attached to {layers}")));
+        }
         let method = Method::new(recipe, &start);
         let model = trainable.prepare(start, recipe)?;
         run_folder::write(recipe, context.version)?;
@@ -240,15 +271,17 @@ impl<'a> Run<'a> {
 fn load_data(
     recipe: &Recipe,
     model: &Model,
-    trainable: &Trainable,
+    keep_text: bool,
     device: &Device,
 ) -> Result<Dataset, TrainError> {
+    if recipe.task.stage() == Stage::Train {
+        return Dataset::read(recipe, model, device);
+    }
     if recipe.task.objective() == Objective::Distillation && !recipe.online_teacher {
         provenance::check(recipe, model)?;
     }
     let resize = resize(recipe, model.division_factor());
     let base = &recipe.dataset_base_path;
-    let keep_text = !trainable.trains_text_encoder();
     Dataset::prepare(&source::rows(recipe, resize)?, Preparation { model, device, resize, base, keep_text })
 }
 

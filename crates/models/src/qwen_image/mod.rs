@@ -33,7 +33,7 @@ pub use vae::{Autoencoder, AutoencoderConfig, PixelUnshuffle, PixelUnshuffleConf
 use self::config::{ConfigFile, Configs};
 use crate::load_options::rounded;
 use crate::weights::{KeyMap, TensorShapes, WeightType, carry_ignored, collect, expected, initialize, write};
-use crate::{Condition, Conventions, GuidanceRule, LoadOptions, ModelError};
+use crate::{Components, Condition, Conventions, GuidanceRule, LoadOptions, ModelError};
 
 /// The class `model_index.json` names.
 pub(crate) const PIPELINE_CLASS: &str = "QwenImagePipeline";
@@ -50,8 +50,8 @@ pub(crate) const DENOISER: &str = "transformer";
 /// All components of one Qwen-Image folder.
 #[derive(Module, Debug)]
 pub struct QwenImage {
-    /// The language model whose hidden states condition the transformer.
-    pub text_encoder: TextEncoder,
+    /// The language model whose hidden states condition the transformer; absent where the denoiser alone was loaded.
+    pub text_encoder: Option<TextEncoder>,
     /// The denoiser.
     pub transformer: Transformer,
     /// Pixels to latents and back.
@@ -68,7 +68,7 @@ pub struct QwenImage {
 
 /// The components with weights.
 struct Parts {
-    text_encoder: TextEncoder,
+    text_encoder: Option<TextEncoder>,
     transformer: Transformer,
     vae: Vae,
 }
@@ -79,11 +79,15 @@ impl QwenImage {
     /// # Errors
     /// If a file is missing or damaged, or weights and configs do not fit.
     pub(crate) fn from_pretrained(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
-        Configs::read(folder)?;
-        let parts = Parts {
-            text_encoder: TextEncoder::from_pretrained(folder, &options.device)?,
-            transformer: Transformer::from_pretrained(folder, &options.device)?,
-            vae: Vae::from_pretrained(folder, &options.device)?,
+        let configs = Configs::read(folder)?;
+        let transformer = Transformer::from_pretrained(folder, &options.device)?;
+        let parts = match options.components {
+            Components::All => Parts {
+                text_encoder: Some(TextEncoder::from_pretrained(folder, &options.device)?),
+                transformer,
+                vae: Vae::from_pretrained(folder, &options.device)?,
+            },
+            Components::Denoiser => Parts { text_encoder: None, transformer, vae: Vae::absent(&configs.vae) },
         };
         Self::with_parts(folder, parts, options)
     }
@@ -98,7 +102,7 @@ impl QwenImage {
         let text_encoder = TextEncoder::unfilled(&configs.text_encoder, device);
         let transformer = Transformer::unfilled(&configs.transformer, device);
         let parts = Parts {
-            text_encoder: initialize(text_encoder, &mut generator, &[]),
+            text_encoder: Some(initialize(text_encoder, &mut generator, &[])),
             transformer: initialize(transformer, &mut generator, transformer::ZERO_AT_START),
             vae: Vae::from_pretrained(folder, device)?,
         };
@@ -109,7 +113,9 @@ impl QwenImage {
         let conventions = options.conventions;
         let scheduler = ConfigFile::read(folder, "scheduler/scheduler_config.json")?;
         let tokenizer = PromptTokenizer::read(folder, conventions.max_prompt_tokens)?;
-        tokenizer.check_ids(parts.text_encoder.vocabulary())?;
+        if let Some(encoder) = &parts.text_encoder {
+            tokenizer.check_ids(encoder.vocabulary())?;
+        }
         Ok(Self {
             text_encoder: parts.text_encoder,
             transformer: parts.transformer.with_gelu(conventions.gelu),
@@ -131,9 +137,11 @@ impl QwenImage {
         info: &BTreeMap<String, String>,
     ) -> Result<(), ModelError> {
         let save = |file: &str, tensors| write(&folder.join(file), &tensors, info);
-        let mut text_encoder = collect(&self.text_encoder, &text_encoder::KEYS, dtype);
-        carry_ignored(&mut text_encoder, &source.join("text_encoder"), &text_encoder::KEYS, dtype)?;
-        save("text_encoder/model.safetensors", text_encoder)?;
+        if let Some(encoder) = &self.text_encoder {
+            let mut text_encoder = collect(encoder, &text_encoder::KEYS, dtype);
+            carry_ignored(&mut text_encoder, &source.join("text_encoder"), &text_encoder::KEYS, dtype)?;
+            save("text_encoder/model.safetensors", text_encoder)?;
+        }
         let transformer = collect(&self.transformer, &transformer::KEYS, dtype);
         save("transformer/diffusion_pytorch_model.safetensors", transformer)
     }
@@ -144,7 +152,9 @@ impl QwenImage {
     /// If a prompt cannot be tokenised.
     pub(crate) fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {
         let tokens = self.tokenizer.encode(prompts)?;
-        let Condition { text, lengths } = self.text_encoder.forward(&tokens);
+        let encoder =
+            self.text_encoder.as_ref().ok_or(ModelError::NotLoaded { component: "text_encoder" })?;
+        let Condition { text, lengths } = encoder.forward(&tokens);
         Ok(Condition { text: rounded(text, self.dtype), lengths })
     }
 
@@ -200,6 +210,12 @@ impl QwenImage {
     /// The number type the model was loaded with.
     pub(crate) fn dtype(&self) -> WeightType {
         self.dtype
+    }
+
+    /// Components whose files a saved model has from where it was loaded.
+    pub(crate) fn unchanged(&self) -> Vec<&'static str> {
+        let encoder = self.text_encoder.is_none().then_some("text_encoder");
+        UNCHANGED.iter().copied().chain(encoder).collect()
     }
 
     /// Pixels per transformer token along one side.

@@ -58,6 +58,11 @@ impl Recipe {
         }
     }
 
+    /// Whether the layers for adapters are left to be found.
+    pub(crate) fn finds_lora_targets(&self) -> bool {
+        self.lora_target_modules.iter().all(|name| name.trim().is_empty())
+    }
+
     /// Optimiser steps between checkpoints that a run continues from; 0 is only at the end.
     pub fn checkpoint_steps(&self) -> u64 {
         const DEFAULT: u64 = 500;

@@ -86,6 +86,9 @@ impl Recipe {
         if self.task.stage() != Stage::Whole && self.online_teacher {
             return wrong("online_teacher", true, "false where a task is split in two");
         }
+        if self.task.stage() == Stage::Train && self.sample_steps > 0 {
+            return wrong("sample_steps", self.sample_steps, "0 where only the denoiser is loaded");
+        }
         Ok(())
     }
 

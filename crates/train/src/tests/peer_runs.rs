@@ -141,3 +141,65 @@ fn a_run_of_adapters_in_bf16_comes_close_to_the_peers() {
     let size = |folder: &Path| fs::metadata(folder.join("epoch-1.safetensors")).unwrap().len();
     assert!(size(&run.path().join("run")) < 2 * size(&golden("train_cli/lora_bfloat16")) * 2 / 3);
 }
+
+/// The second half has a model folder without text encoder and autoencoder weights.
+#[test]
+fn a_split_run_equals_the_whole_one_to_the_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    copy_without_encoders(&golden("qwen_image/model"), &path("denoiser"));
+    let tasks = [
+        (Task::DirectDistill, Task::DirectDistillDataProcess, Task::DirectDistillTrain),
+        (Task::Sft, Task::SftDataProcess, Task::SftTrain),
+    ];
+    for (whole, first, second) in tasks {
+        // Which noise nothing uses is the peer's affair: the generators of positions do not change with the stage.
+        let base = Recipe {
+            random_numbers: Recipe::default().random_numbers,
+            guidance_dropout: 0.5,
+            ..lora(recipe(&path(whole.name())))
+        };
+        let whole = Recipe { task: whole, ..base.clone() };
+        let first =
+            Recipe { task: first, output_path: path(&format!("{}-data", whole.task.name())), ..base.clone() };
+        let second = Recipe {
+            task: second,
+            model: path("denoiser"),
+            dataset_base_path: first.output_path.clone(),
+            dataset_metadata_path: None,
+            output_path: path(&format!("{}-split", whole.task.name())),
+            ..base
+        };
+        let (losses, _) = train(&whole);
+        train(&first);
+        assert_eq!(train(&second).0, losses);
+        let tensors = |recipe: &Recipe| {
+            let file = Golden::open(recipe.output_path.join("epoch-1.safetensors"));
+            file.keys().into_iter().map(|key| (file.f32s(&key), key)).collect::<Vec<_>>()
+        };
+        assert!(tensors(&second) == tensors(&whole), "{}: weights differ", whole.task.name());
+    }
+    let wrong = Recipe {
+        task: Task::SftTrain,
+        dataset_base_path: path("direct_distill-data"),
+        ..lora(recipe(&path("wrong")))
+    };
+    assert!(super::fixtures::fail(&wrong).contains("made with task direct_distill, expected sft"));
+    let absent = Recipe { dataset_base_path: path("nowhere"), ..wrong };
+    assert!(super::fixtures::fail(&absent).contains(":data_process"));
+}
+
+fn copy_without_encoders(source: &Path, target: &Path) {
+    fs::create_dir_all(target).unwrap();
+    for entry in fs::read_dir(source).unwrap() {
+        let path = entry.unwrap().path();
+        let name = target.join(path.file_name().unwrap());
+        let weights = path.to_string_lossy().contains(".safetensors");
+        let denoiser = path.parent().unwrap().ends_with("transformer");
+        if path.is_dir() {
+            copy_without_encoders(&path, &name);
+        } else if denoiser || !weights {
+            fs::copy(path, name).unwrap();
+        }
+    }
+}

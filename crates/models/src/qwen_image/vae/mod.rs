@@ -25,6 +25,17 @@ pub enum Vae {
     Autoencoder(Autoencoder),
     /// No compression: see [`PixelUnshuffle`].
     PixelUnshuffle(PixelUnshuffle),
+    /// Left out when the model was loaded; only its sizes are known.
+    Absent(Absent),
+}
+
+/// The sizes of an autoencoder that was not loaded.
+#[derive(Module, Debug)]
+pub struct Absent {
+    #[module(skip)]
+    factor: usize,
+    #[module(skip)]
+    channels: usize,
 }
 
 impl Vae {
@@ -39,6 +50,15 @@ impl Vae {
             }
             VaeConfig::PixelUnshuffle(config) => Vae::PixelUnshuffle(PixelUnshuffle::new(config)),
         })
+    }
+
+    /// An autoencoder of a config that cannot encode or decode.
+    pub(super) fn absent(config: &VaeConfig) -> Self {
+        let (factor, channels) = match config {
+            VaeConfig::AutoencoderKLQwenImage(config) => (config.factor(), config.z_dim),
+            VaeConfig::PixelUnshuffle(config) => (config.factor, config.channels()),
+        };
+        Vae::Absent(Absent { factor, channels })
     }
 
     /// The tensors that the weight files of a config hold.
@@ -56,6 +76,7 @@ impl Vae {
         match self {
             Vae::Autoencoder(vae) => vae.factor(),
             Vae::PixelUnshuffle(vae) => vae.factor(),
+            Vae::Absent(vae) => vae.factor,
         }
     }
 
@@ -64,6 +85,7 @@ impl Vae {
         match self {
             Vae::Autoencoder(vae) => vae.channels(),
             Vae::PixelUnshuffle(vae) => vae.channels(),
+            Vae::Absent(vae) => vae.channels,
         }
     }
 
@@ -71,10 +93,14 @@ impl Vae {
     ///
     /// # Shapes
     /// - `pixels`: `[B, 3, height, width]` in [−1, 1]; output `[B, C, H, W]`
+    ///
+    /// # Panics
+    /// If it was not loaded.
     pub fn encode(&self, pixels: Tensor<4>) -> Tensor<4> {
         match self {
             Vae::Autoencoder(vae) => vae.encode(pixels),
             Vae::PixelUnshuffle(vae) => vae.encode(pixels),
+            Vae::Absent(_) => panic!("the autoencoder was not loaded"),
         }
     }
 
@@ -82,10 +108,14 @@ impl Vae {
     ///
     /// # Shapes
     /// - `latents`: `[B, C, H, W]`; output `[B, 3, height, width]`, mostly in [−1, 1] but not clamped
+    ///
+    /// # Panics
+    /// If it was not loaded.
     pub fn decode(&self, latents: Tensor<4>) -> Tensor<4> {
         match self {
             Vae::Autoencoder(vae) => vae.decode(latents),
             Vae::PixelUnshuffle(vae) => vae.decode(latents),
+            Vae::Absent(_) => panic!("the autoencoder was not loaded"),
         }
     }
 }
