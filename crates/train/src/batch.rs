@@ -74,8 +74,9 @@ impl Plan {
         let batches = &self.epoch.as_ref().expect("laid out above").1;
         let first = (step % self.steps_per_epoch) as usize * self.batches_per_step;
         let mut item: usize = batches[..first].iter().map(Vec::len).sum();
+        let due = batches[first..batches.len().min(first + self.batches_per_step)].to_vec();
         let mut planned = Vec::new();
-        for positions in batches[first..batches.len().min(first + self.batches_per_step)].to_vec() {
+        for positions in due {
             let items = item..item + positions.len();
             item = items.end;
             planned.push(Planned { generators: self.generators(items), positions });
