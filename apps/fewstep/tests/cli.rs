@@ -273,7 +273,7 @@ fn the_peers_script_runs_by_its_own_arguments() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("run");
     let arguments = format!(
-        "train --compat diffsynth --model {model} --tokenizer_path {model}/tokenizer \
+        "train --compat diffsynth --model {model} \
          --dataset_base_path {data} --dataset_metadata_path {data}/metadata.csv --data_file_keys image \
          --extra_inputs seed,rand_device,num_inference_steps,cfg_scale --height 64 --width 64 --dataset_repeat 2 \
          --learning_rate 1e-3 --num_epochs 2 --remove_prefix_in_ckpt pipe.dit. --output_path {output} \

@@ -96,6 +96,17 @@ fn process(
 
 /// The model of a recipe, with the parts its task needs.
 fn load_model(recipe: &Recipe, context: &Context<'_>) -> Result<Model, TrainError> {
+    let files = [
+        ("model_paths", recipe.model_paths.is_some()),
+        ("model_id_with_origin_paths", recipe.model_id_with_origin_paths.is_some()),
+        ("tokenizer_path", recipe.tokenizer_path.is_some()),
+    ];
+    if let Some((flag, _)) = files.into_iter().find(|(_, given)| *given) {
+        return Err(TrainError::Unsupported {
+            flag,
+            reason: "a run reads one model folder so far, given by model",
+        });
+    }
     if recipe.initial_weights == InitialWeights::Random {
         return Ok(Model::random(&recipe.model, recipe.seed, &context.device)?);
     }

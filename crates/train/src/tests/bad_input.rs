@@ -96,6 +96,11 @@ fn what_does_not_exist_here_is_refused_with_a_reason() {
         &fail(&Recipe { data_file_keys: names("video"), ..sft(&bench) }),
         &["data_file_keys is video"],
     );
+    let paths = |text: &str| Recipe { model_paths: Some(text.into()), ..sft(&bench) };
+    assert_says(&fail(&paths("a.safetensors")), &["model_paths is a.safetensors", "JSON list"]);
+    paths(r#"["a", ["b", "c"]]"#).validate().unwrap();
+    let ids = Recipe { model_id_with_origin_paths: Some("a/b:c*,d".into()), ..sft(&bench) };
+    assert_says(&fail(&ids), &["model_id_with_origin_paths is d", "OWNER/NAME:PATTERN"]);
     let half = Recipe { preset_lora_path: Some("x.safetensors".into()), ..sft(&bench) };
     assert_says(&fail(&half), &["preset_lora_path is given without preset_lora_model"]);
 }
