@@ -9,16 +9,17 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use burn::tensor::Device;
 use clap::Args;
 use fewstep_data::image::Picture;
 use fewstep_data::metadata::Metadata;
-use fewstep_models::{LoadOptions, Model, Pipeline, Request, lora};
+use fewstep_models::conventions::name_of;
+use fewstep_models::{DTYPES, Model, Pipeline, Request, lora};
 use fewstep_report::{
     Chart, Curve, Features, Grid, GridRow, Judge, Report, Row, Stage, kid, latent_mse, psnr_db, retrieval,
 };
 
 use crate::args::with_defaults;
+use crate::conventions::LoadArgs;
 use crate::parse::{Student, student};
 use crate::progress::Progress;
 
@@ -73,6 +74,9 @@ pub struct EvaluateArgs {
     /// Folder for report.json and report.html
     #[arg(long, alias = "output-path")]
     pub output: PathBuf,
+    /// How all models compute.
+    #[command(flatten)]
+    pub load: LoadArgs,
 }
 
 impl EvaluateArgs {
@@ -189,7 +193,7 @@ fn read_prompts(args: &EvaluateArgs) -> Result<Prompts> {
 
 /// The teacher first, then the undistilled model in few steps, then every student at every step count.
 fn contestants(args: &EvaluateArgs) -> Result<Vec<Contestant>> {
-    let teacher = Model::from_pretrained(&args.model, &LoadOptions::default())?;
+    let teacher = Model::from_pretrained(&args.model, &args.load.options())?;
     let contestant = |name: &str, model: &Model, num_inference_steps, cfg_scale| Contestant {
         name: name.to_owned(),
         model: model.clone(),
@@ -213,7 +217,7 @@ fn contestants(args: &EvaluateArgs) -> Result<Vec<Contestant>> {
 
 fn load_student(args: &EvaluateArgs, teacher: &Model, path: &Path) -> Result<Model> {
     if path.is_dir() {
-        return Ok(Model::from_pretrained(path, &LoadOptions::default())?);
+        return Ok(Model::from_pretrained(path, &args.load.options())?);
     }
     if !path.is_file() {
         bail!("{}: no such student\nhint: give a LoRA file (.safetensors) or a model folder", path.display());
@@ -229,7 +233,7 @@ fn draw(
     judge: &Judge,
     progress: &dyn Progress,
 ) -> Result<Drawn> {
-    let pipeline = Pipeline::new(contestant.model.clone(), Device::flex());
+    let pipeline = Pipeline::new(contestant.model.clone(), args.load.device.clone());
     let requests: Vec<Request> = prompts
         .iter()
         .zip(args.seed..)
@@ -356,7 +360,11 @@ fn summary(rows: &[Row]) -> String {
 
 fn notes(args: &EvaluateArgs) -> Vec<String> {
     vec![
-        format!("Seeds {} and up, one per prompt; noise of torch's CPU generator; f32 on the CPU.", args.seed),
+        format!(
+            "Seeds {} and up, one per prompt; noise of torch's CPU generator; {} on the CPU.",
+            args.seed,
+            name_of(&DTYPES, args.load.dtype)
+        ),
         "KID is the unbiased kernel distance of MobileNetV2 features at 128 px, a small negative value is noise \
          around zero. Retrieval looks for a picture's own real picture among those of all prompts."
             .into(),
