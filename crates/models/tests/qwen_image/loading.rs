@@ -5,13 +5,13 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
 use fewstep_models::qwen_image::TextEncoder;
-use fewstep_models::{Model, ModelError, WeightFiles, WeightType, save_tensors};
+use fewstep_models::{LoadOptions, Model, ModelError, WeightFiles, WeightType, save_tensors};
 use fewstep_testkit::{Golden, assert_tensors_close, golden, values};
 
 use crate::{edit_json, folder, model_copy};
 
 fn load(folder: &Path) -> Result<Model, ModelError> {
-    Model::from_pretrained(folder, &Device::flex())
+    Model::from_pretrained(folder, &LoadOptions::default())
 }
 
 fn refusal(folder: &Path) -> String {
