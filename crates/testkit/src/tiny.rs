@@ -24,6 +24,7 @@ pub fn write_tiny_configs(folder: &Path) {
     let text_encoder = json!({
         "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1,
         "num_hidden_layers": 1,
+        "rope_scaling": { "mrope_section": [2, 3, 3], "rope_type": "default" },
     });
     for (part, changes) in [("transformer", transformer), ("text_encoder", text_encoder)] {
         write_changed(&teacher.join(part).join("config.json"), &folder.join(part), &changes);
