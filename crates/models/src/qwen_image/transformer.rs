@@ -391,3 +391,6 @@ impl Mlp {
         gated_residual(x, self.down.forward(gelu(hidden, kind)), modulation, MLP_GATE)
     }
 }
+
+#[cfg(test)]
+mod tests;

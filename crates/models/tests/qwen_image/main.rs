@@ -7,12 +7,16 @@ mod vae;
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
+use fewstep_kernels::Gelu;
 use fewstep_models::qwen_image::{PromptTokenizer, TextEncoder, Transformer};
 use fewstep_models::{Condition, ModelError};
 use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden, values};
 
 /// Absolute, on unit-scale activations; the f32 rounding of the peers was measured at 1.2e-6.
 const TOLERANCE: f32 = 1e-5;
+
+/// More than any golden prompt has.
+const MAX_TOKENS: usize = 1024;
 
 fn folder() -> std::path::PathBuf {
     golden("qwen_image/model")
@@ -76,6 +80,13 @@ impl Input {
     }
 }
 
+/// Within [`TOLERANCE`] of the largest element, or of one if that is smaller.
+#[track_caller]
+fn assert_relatively_close<const D: usize>(found: Tensor<D>, expected: Tensor<D>) {
+    let largest = values(expected.clone()).into_iter().fold(1.0f32, |most, value| most.max(value.abs()));
+    assert_tensors_close(found, expected, TOLERANCE * largest);
+}
+
 /// Velocity of the golden case `name`, packed.
 fn velocity(name: &str, golden: &Golden) -> Tensor<3> {
     let input = Input::read(name, golden);
@@ -114,21 +125,36 @@ fn transformer_equals_the_peer_on_square_wide_and_odd_latents() {
 }
 
 #[test]
+fn transformer_with_the_sigmoid_gelu_equals_the_peer_that_ships_it() {
+    let golden = Golden::open(golden("qwen_image/transformer.safetensors"));
+    for case in ["sq64", "w96", "odd144x80"] {
+        let input = Input::read(case, &golden);
+        let transformer = input.transformer.with_gelu(Gelu::Sigmoid);
+        let found = transformer.forward(input.packed, input.sigma, &input.condition, input.tokens);
+        let expected = golden.tensor(&format!("{case}.diffsynth_out"), &Device::flex());
+        assert_tensors_close(found, pack(expected), TOLERANCE);
+    }
+}
+
+#[test]
 fn every_block_equals_the_peers() {
     let golden = Golden::open(golden("qwen_image/transformer.safetensors"));
-    for case in ["sq64", "odd144x80"] {
+    let recorded = [
+        ("sq64", "diffusers", Gelu::Tanh),
+        ("odd144x80", "diffusers", Gelu::Tanh),
+        ("sq64", "diffsynth", Gelu::Sigmoid),
+    ];
+    for (case, peer, gelu) in recorded {
         let input = Input::read(case, &golden);
-        let states =
-            input.transformer.block_states(input.packed, input.sigma, &input.condition, input.tokens);
+        let transformer = input.transformer.with_gelu(gelu);
+        let states = transformer.block_states(input.packed, input.sigma, &input.condition, input.tokens);
         assert_eq!(states.len(), 3);
         for (block, [image, text]) in states.into_iter().enumerate() {
             for (stream, found) in [("image", image), ("text", text)] {
-                let key = format!("{case}.diffusers.block{block}.{stream}");
-                // The residual streams grow to a few tens: the tolerance is relative to their largest element.
-                let expected: Tensor<3> = golden.tensor(&key, &Device::flex());
-                let largest =
-                    values(expected.clone()).into_iter().fold(1.0f32, |most, value| most.max(value.abs()));
-                assert_tensors_close(found, expected, TOLERANCE * largest);
+                let expected =
+                    golden.tensor(&format!("{case}.{peer}.block{block}.{stream}"), &Device::flex());
+                // The residual streams grow to a few tens.
+                assert_relatively_close(found, expected);
             }
         }
     }
@@ -145,7 +171,7 @@ fn transformer_equals_the_peer_on_a_batch_with_padded_prompts() {
 fn tokenizer_gives_the_peers_ids() {
     let text = std::fs::read_to_string(golden("qwen_image/tokens.json")).expect("golden is there");
     let json: serde_json::Value = serde_json::from_str(&text).expect("golden is JSON");
-    let tokenizer = PromptTokenizer::read(&folder(), 1024).expect("the golden tokenizer loads");
+    let tokenizer = PromptTokenizer::read(&folder(), MAX_TOKENS).expect("the golden tokenizer loads");
     for row in json["rows"].as_array().expect("rows") {
         let prompt = row["prompt"].as_str().expect("prompt").to_owned();
         let expected: Vec<u32> = row["input_ids"]
@@ -169,7 +195,7 @@ fn prompts() -> Vec<String> {
 }
 
 fn text_encoder() -> (PromptTokenizer, TextEncoder) {
-    let tokenizer = PromptTokenizer::read(&folder(), 1024).expect("the golden tokenizer loads");
+    let tokenizer = PromptTokenizer::read(&folder(), MAX_TOKENS).expect("the golden tokenizer loads");
     let encoder = TextEncoder::from_pretrained(&folder(), &Device::flex());
     (tokenizer, encoder.expect("the golden encoder loads"))
 }

@@ -4,7 +4,7 @@ use burn::tensor::{Device, Tensor};
 use fewstep_models::qwen_image::{Autoencoder, AutoencoderConfig, Vae};
 use fewstep_testkit::{Golden, assert_tensors_close, golden, values};
 
-use crate::{TOLERANCE, edit_json, folder, model_copy};
+use crate::{TOLERANCE, assert_relatively_close, edit_json, folder, model_copy};
 
 const SIZES: [&str; 3] = ["64x64", "96x64", "64x96"];
 
@@ -56,10 +56,8 @@ fn every_layer_equals_the_peers() {
         if name == "dec.mid.attn" {
             continue;
         }
-        let expected = golden.tensor::<5>(&key, &device).squeeze_dim::<4>(2);
-        let largest = values(expected.clone()).into_iter().fold(1.0f32, |most, value| most.max(value.abs()));
-        // Residual streams grow above unit scale: relative to their largest element.
-        assert_tensors_close(found, expected, TOLERANCE * largest);
+        // Residual streams grow above unit scale.
+        assert_relatively_close(found, golden.tensor::<5>(&key, &device).squeeze_dim::<4>(2));
         compared += 1;
     }
     let recorded = golden.keys().iter().filter(|key| key.starts_with("layers.")).count();
@@ -75,7 +73,8 @@ fn posterior_equals_the_peers() {
         let (name, moments) = states.last().expect("states");
         assert_eq!(name, "quant_conv");
         let parts = ["mean", "logvar"].map(|part| golden.tensor::<4>(&format!("{size}.{part}"), &device));
-        assert_tensors_close(moments.clone(), Tensor::cat(parts.to_vec(), 1), TOLERANCE);
+        // Not normalised: a few standard deviations of up to three.
+        assert_relatively_close(moments.clone(), Tensor::cat(parts.to_vec(), 1));
     }
 }
 
