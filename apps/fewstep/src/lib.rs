@@ -5,6 +5,8 @@ pub mod args;
 pub mod demo;
 pub mod evaluate;
 pub mod generate;
+pub mod inspect;
+pub mod lora;
 pub mod parse;
 pub mod progress;
 pub mod train;
