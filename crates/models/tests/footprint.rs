@@ -70,8 +70,21 @@ fn work_and_activations_grow_as_they_should() {
             && adapters.activations.training < two.activations.training
     );
     assert!(two.activations.checkpointed < two.activations.training / 2);
-    // Two operations per parameter and token where attention is small: within the share of embeddings and attention.
-    let tokens = (two.image_tokens + 32) as u64 * 2;
-    let per_parameter = two.flops.forward as f64 / (2 * two.parameters["transformer"] * tokens) as f64;
-    assert!((0.6..1.4).contains(&per_parameter), "{per_parameter}");
+}
+
+#[test]
+fn a_forward_multiplies_every_matrix_by_its_tokens() {
+    let footprint = Footprint::of(&teacher(), &WORKLOAD).unwrap();
+    let [image, text] = [footprint.image_tokens, WORKLOAD.text_tokens];
+    let rows = |key: &str| match key {
+        _ if ["_mod.", "time_text_embed", "norm_out"].iter().any(|part| key.contains(part)) => 1,
+        _ if key.contains("txt_") || key.contains("add_") => text,
+        _ => image,
+    };
+    let entries = WeightFiles::open(&teacher().join("transformer")).unwrap().entries().unwrap();
+    let matrices = entries.iter().filter(|entry| entry.shape.len() == 2);
+    let products: usize = matrices.map(|entry| rows(&entry.key) * entry.elements()).sum();
+    // Five blocks of width 256: every token's scores with every other, and as many products with the values.
+    let attention = 5 * 2 * (image + text).pow(2) * 256;
+    assert_eq!(footprint.flops.forward, (2 * WORKLOAD.batch_size * (products + attention)) as u64);
 }

@@ -80,10 +80,11 @@ impl Size {
         let [input, joint] = [config.in_channels, config.joint_attention_dim].map(|size| size as u64);
         // Per token four projections and the MLP's two of four times the width; per sample two modulations.
         let block = tokens * 12 * width * width + 12 * width * width;
-        let ends = 2 * self.image * input * width + self.text * joint * width + 3 * width * width;
+        let ends = 2 * self.image * input * width + self.text * joint * width;
+        let time = TIME_FEATURES as u64 * width + 3 * width * width;
         // Scores, and their product with the values.
         let attention = 2 * tokens * tokens * width * blocks;
-        let weights = blocks * block + ends;
+        let weights = blocks * block + ends + time;
         // Each product is undone by one for its input and, where the weight learns, one for the weight; an adapter's
         // are small. Attention computes its scores again and has four more products.
         let by_weights = if self.rank.is_some() { weights } else { 2 * weights };
