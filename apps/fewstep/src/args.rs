@@ -7,6 +7,8 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::demo::DemoArgs;
 use crate::evaluate::EvaluateArgs;
 use crate::generate::GenerateArgs;
+use crate::inspect::InspectArgs;
+use crate::lora::LoraArgs;
 use crate::train::TrainArgs;
 
 /// Makes diffusion models few-step
@@ -29,6 +31,10 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Make a small text-to-image model few-step on bundled data, from teacher pictures to a report
     Demo(DemoArgs),
+    /// Tell what a file or folder is; for a model, the memory and time it takes
+    Inspect(InspectArgs),
+    /// Convert LoRA files, or fuse them into full weights
+    Lora(LoraArgs),
 }
 
 impl Cli {

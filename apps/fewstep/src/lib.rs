@@ -6,6 +6,8 @@ pub mod conventions;
 pub mod demo;
 pub mod evaluate;
 pub mod generate;
+pub mod inspect;
+pub mod lora;
 pub mod parse;
 pub mod progress;
 pub mod prompts;

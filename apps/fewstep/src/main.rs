@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use fewstep::args::{Cli, Command};
 use fewstep::progress::Terminal;
-use fewstep::{INTERRUPTED, WRONG_USAGE, demo, evaluate, generate, train};
+use fewstep::{INTERRUPTED, WRONG_USAGE, demo, evaluate, generate, inspect, lora, train};
 
 fn main() -> ExitCode {
     fewstep_kernels::tune_allocator();
@@ -18,6 +18,8 @@ fn main() -> ExitCode {
             true => ExitCode::SUCCESS,
             false => ExitCode::from(INTERRUPTED),
         }),
+        Command::Inspect(flags) => inspect::run(flags).map(|()| ExitCode::SUCCESS),
+        Command::Lora(flags) => lora::run(flags, &terminal).map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| fail(&error))
 }

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use burn::tensor::Device;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use fewstep_flow::Solver;
-use fewstep_models::LoraFile;
+use fewstep_models::lora::LoraFormat;
+use fewstep_models::{LoraFile, WeightType};
 
 /// A student to evaluate.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,6 +38,22 @@ pub fn student(text: &str) -> Result<Student, String> {
             Ok(Student { name: name.into(), path: path.into() })
         }
         _ => Err(format!("{text:?}, expected NAME=PATH")),
+    }
+}
+
+/// `diffsynth` or `diffusers`.
+pub fn lora_format(text: &str) -> Result<LoraFormat, String> {
+    let named = LoraFormat::ALL.into_iter().find(|format| format.name() == text);
+    named.ok_or_else(|| "expected diffsynth or diffusers".into())
+}
+
+/// `f32`, `bf16` or `f16`.
+pub fn weight_type(text: &str) -> Result<WeightType, String> {
+    match text {
+        "f32" => Ok(WeightType::F32),
+        "bf16" => Ok(WeightType::BF16),
+        "f16" => Ok(WeightType::F16),
+        _ => Err("expected f32, bf16 or f16".into()),
     }
 }
 

@@ -7,6 +7,7 @@
 mod condition;
 pub mod conventions;
 mod error;
+mod footprint;
 mod load_options;
 pub mod lora;
 mod model;
@@ -20,6 +21,7 @@ mod weights;
 pub use condition::Condition;
 pub use conventions::{Conventions, DecodeRange, GuidanceRule, Peer};
 pub use error::ModelError;
+pub use footprint::{Activations, Flops, Footprint, Workload};
 pub use load_options::{Components, DTYPES, LoadOptions};
 pub use model::{Denoiser, Model, expected_tensors};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};

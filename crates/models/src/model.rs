@@ -160,12 +160,7 @@ impl Model {
     /// # Errors
     /// If a side is no multiple of [`Model::division_factor`].
     pub fn latent_shape(&self, height: usize, width: usize) -> Result<[usize; 3], ModelError> {
-        let factor = self.division_factor();
-        for (axis, found) in [("height", height), ("width", width)] {
-            if found == 0 || !found.is_multiple_of(factor) {
-                return Err(ModelError::Size { axis, found, factor });
-            }
-        }
+        token_grid([height, width], self.division_factor())?;
         match self {
             Model::QwenImage(model) => {
                 let scale = model.vae.factor();
@@ -282,6 +277,19 @@ impl Denoiser for Model {
 pub fn expected_tensors(folder: &Path) -> Result<BTreeMap<&'static str, TensorShapes>, ModelError> {
     check_family(folder)?;
     qwen_image::expected_tensors(folder)
+}
+
+/// Height and width of a picture in units of `factor` pixels.
+///
+/// # Errors
+/// If a side is no multiple of it.
+pub(crate) fn token_grid([height, width]: [usize; 2], factor: usize) -> Result<[usize; 2], ModelError> {
+    for (axis, found) in [("height", height), ("width", width)] {
+        if found == 0 || !found.is_multiple_of(factor) {
+            return Err(ModelError::Size { axis, found, factor });
+        }
+    }
+    Ok([height / factor, width / factor])
 }
 
 /// Checks that `model_index.json` names a family there is code for.

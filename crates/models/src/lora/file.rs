@@ -27,7 +27,7 @@ pub struct LoraLayer {
     pub output: usize,
     /// alpha / rank, or alpha / √rank where the file asks for that (rsLoRA, arXiv 2312.03732).
     pub scale: f32,
-    /// Number type in the file.
+    /// Number type in the file; f32, which holds all others, where the factors differ.
     pub(super) dtype: WeightType,
     down_key: String,
     up_key: String,
@@ -170,9 +170,10 @@ impl LoraLayer {
                 found: entry.dtype.clone(),
             })
         };
-        dtype(pair.1)?;
+        let (down, up) = (dtype(pair.0)?, dtype(pair.1)?);
+        let dtype = if down == up { down } else { WeightType::F32 };
         let (down_key, up_key) = (pair.0.key.clone(), pair.1.key.clone());
-        Ok(Self { rank, input, output, scale: 1.0, dtype: dtype(pair.0)?, down_key, up_key })
+        Ok(Self { rank, input, output, scale: 1.0, dtype, down_key, up_key })
     }
 }
 

@@ -6,6 +6,7 @@
 //! `vae/`, `scheduler/`).
 
 mod config;
+mod footprint;
 mod latents;
 mod rotary;
 mod text_encoder;
@@ -25,6 +26,7 @@ use fewstep_flow::path::velocity_of_clean;
 use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
 
 pub use config::{PredictionType, PromptTemplate, Rope, TextEncoderConfig, TransformerConfig};
+pub(crate) use footprint::footprint;
 pub use text_encoder::TextEncoder;
 pub use tokenizer::{PromptLength, PromptTokenizer};
 pub use transformer::Transformer;

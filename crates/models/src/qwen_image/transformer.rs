@@ -33,7 +33,7 @@ pub(super) const ZERO_AT_START: &[&str] = &["img_mod", "txt_mod", "norm_out", "p
 
 const EPSILON: f32 = 1e-6;
 /// Width of the sinusoidal time features.
-const TIME_FEATURES: usize = 256;
+pub(super) const TIME_FEATURES: usize = 256;
 /// σ in [0, 1] is the model's timestep / 1000; the features are taken of the timestep.
 const TIME_SCALE: f32 = 1000.0;
 

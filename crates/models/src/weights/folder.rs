@@ -1,6 +1,5 @@
 //! Whole component folders: copied file by file, or written as shards with their index.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::TensorEntry;
-use super::write::write_streamed;
+use super::write::{Source, write_streamed};
 use crate::ModelError;
 
 /// Copies the files that `keep` accepts, folders included, byte for byte. A target inside the source is no part of
@@ -56,7 +55,7 @@ pub(crate) struct Shards<'a> {
 pub(crate) fn write_shards<'a>(
     shards: &Shards<'_>,
     entries: &[TensorEntry],
-    data: &mut dyn FnMut(&TensorEntry) -> Result<Cow<'a, [u8]>, ModelError>,
+    data: Source<'_, 'a>,
 ) -> Result<(), ModelError> {
     let parts = split(entries, shards.max_bytes);
     let mut weight_map = BTreeMap::new();
@@ -94,6 +93,8 @@ fn split(entries: &[TensorEntry], max_bytes: usize) -> Vec<&[TensorEntry]> {
 
 #[cfg(test)]
 mod tests {
+    use std::borrow::Cow;
+
     use super::*;
 
     fn entry(key: &str, bytes: usize) -> TensorEntry {

@@ -110,6 +110,9 @@ pub(crate) fn write(
     write_streamed(path, &entries, info, &mut |entry| Ok(Cow::Borrowed(&tensors[&entry.key].bytes)))
 }
 
+/// Makes the bytes of a tensor, or lends them.
+pub(crate) type Source<'f, 'a> = &'f mut dyn FnMut(&TensorEntry) -> Result<Cow<'a, [u8]>, ModelError>;
+
 /// Writes tensors in the order given; `data` makes each one's bytes when its turn has come.
 ///
 /// The header is written here and not by the safetensors crate, whose metadata comes out in a random
@@ -118,7 +121,7 @@ pub(crate) fn write_streamed<'a>(
     path: &Path,
     entries: &[TensorEntry],
     info: &BTreeMap<String, String>,
-    data: &mut dyn FnMut(&TensorEntry) -> Result<Cow<'a, [u8]>, ModelError>,
+    data: Source<'_, 'a>,
 ) -> Result<(), ModelError> {
     let header = header(entries, info);
     let mut failed = None;

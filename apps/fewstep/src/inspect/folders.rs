@@ -1,0 +1,61 @@
+//! Data sets that `generate` made, and training runs.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use fewstep_data::metadata::Metadata;
+use fewstep_data::provenance::Provenance;
+use fewstep_train::Recipe;
+use serde_json::{Value, json};
+
+/// A data set: a generation that is not finished has no rows yet.
+pub(super) fn data_set(path: &Path) -> Result<Value> {
+    let metadata = path.join("metadata.csv");
+    let rows = metadata.exists().then(|| Metadata::read(&metadata)).transpose()?;
+    Ok(json!({
+        "kind": "data set",
+        "rows": rows.map(|metadata| metadata.rows.len()),
+        "images": names(&path.join("images"), ".png").len(),
+        "latents": names(&path.join("latents"), ".safetensors").len(),
+        "provenance": Provenance::read(path)?,
+    }))
+}
+
+/// A run: its recipe, how far it is, and what it wrote.
+pub(super) fn run(path: &Path) -> Result<Value> {
+    let recipe = Recipe::read(&path.join("run.toml"))?;
+    let log = path.join("loss.csv");
+    let lines = match log.exists() {
+        true => std::fs::read_to_string(&log).with_context(|| log.display().to_string())?,
+        false => String::new(),
+    };
+    let rows: Vec<(u64, f64)> = lines.lines().skip(1).filter_map(step_and_loss).collect();
+    let results = ["lora.safetensors", "model"].into_iter().filter(|name| path.join(name).exists());
+    Ok(json!({
+        "kind": "run",
+        "task": recipe.task.name(),
+        "model": recipe.model,
+        "step": rows.last().map(|(step, _)| step),
+        "first_loss": rows.first().map(|(_, loss)| loss),
+        "last_loss": rows.last().map(|(_, loss)| loss),
+        "checkpoints": names(&path.join("checkpoints"), ""),
+        "results": results.collect::<Vec<_>>(),
+        "recipe": recipe,
+    }))
+}
+
+/// The first and the third column of the loss log.
+fn step_and_loss(line: &str) -> Option<(u64, f64)> {
+    let mut columns = line.split(',');
+    Some((columns.next()?.parse().ok()?, columns.nth(1)?.parse().ok()?))
+}
+
+/// Names in a folder that end so and are not hidden, sorted; none where there is no folder.
+fn names(folder: &Path, end: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten();
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned())).collect();
+    names.retain(|name| name.ends_with(end) && !name.starts_with('.'));
+    names.sort();
+    names
+}

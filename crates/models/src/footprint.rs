@@ -1,0 +1,91 @@
+//! What drawing and training take: numbers held in memory, and floating point operations.
+//!
+//! Computed from a folder's configs alone, before any weight is read. A family states its formulas in its own folder.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::model::check_family;
+use crate::{ModelError, qwen_image};
+
+/// The work that is asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// Picture height in pixels.
+    pub height: usize,
+    /// Picture width in pixels.
+    pub width: usize,
+    /// Pictures at once.
+    pub batch_size: usize,
+    /// Tokens of each prompt's states.
+    pub text_tokens: usize,
+    /// Rank of the adapters that are trained on the peers' usual layers; `None` trains the whole denoiser.
+    pub lora_rank: Option<usize>,
+}
+
+/// What a workload takes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Footprint {
+    /// Tokens of one picture.
+    pub image_tokens: usize,
+    /// Parameters of each component that has any.
+    pub parameters: BTreeMap<&'static str, u64>,
+    /// Parameters that learn.
+    pub trained: u64,
+    /// Numbers that evaluating the denoiser on a batch holds.
+    pub activations: Activations,
+    /// Floating point operations of the denoiser on a batch.
+    pub flops: Flops,
+}
+
+/// Numbers held beside the weights at the worst moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Activations {
+    /// Without a graph, as in drawing.
+    pub drawing: u64,
+    /// Forward and backward, everything the backward needs kept.
+    pub training: u64,
+    /// Forward and backward, blocks computed a second time from their inputs.
+    pub checkpointed: u64,
+}
+
+/// Floating point operations, a multiplication with its addition being two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Flops {
+    /// One evaluation.
+    pub forward: u64,
+    /// The backward of one evaluation.
+    pub backward: u64,
+}
+
+impl Footprint {
+    /// What a workload takes with the model of a folder; weights need not be there.
+    ///
+    /// # Errors
+    /// If the folder names no known family, a config is missing or damaged, or the family cannot draw that size.
+    pub fn of(folder: &Path, workload: &Workload) -> Result<Self, ModelError> {
+        check_family(folder)?;
+        qwen_image::footprint(folder, workload)
+    }
+
+    /// Gradients held at the worst moment: the sum over sampling steps, and those that are being added to it.
+    pub fn gradients(&self) -> u64 {
+        2 * self.trained
+    }
+
+    /// AdamW's two moments, which are f32 whatever the weights are.
+    pub fn moments(&self) -> u64 {
+        2 * self.trained
+    }
+}
+
+impl Flops {
+    /// One optimiser step of direct distillation: every sampling step is run once to get there and once with a graph,
+    /// and, where blocks are checkpointed, their inside a third time.
+    pub fn distillation_step(&self, num_inference_steps: usize, checkpointed: bool) -> u64 {
+        let forwards = if checkpointed { 3 } else { 2 };
+        num_inference_steps as u64 * (forwards * self.forward + self.backward)
+    }
+}
