@@ -22,18 +22,28 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// # Errors
 /// Whatever `fill` or the file system reports. The temporary file is gone by then.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let folder = folder_of(path);
     fs::create_dir_all(folder)?;
     let temporary = Temporary::beside(folder, path)?;
     let mut file = File::create_new(&temporary.0)?;
     fill(&mut file)?;
-    file.sync_all()?;
     drop(file);
-    fs::rename(&temporary.0, path)?;
-    sync_folder(folder)
+    rename(&temporary.0, path)
+}
+
+/// Moves a complete file to `path`, in the same folder, replacing what is there; both the bytes and the name are on
+/// the disk afterwards.
+///
+/// # Errors
+/// Whatever the file system reports.
+pub fn rename(complete: &Path, path: &Path) -> io::Result<()> {
+    File::options().append(true).open(complete)?.sync_all()?; // Windows syncs only what may be written
+    fs::rename(complete, path)?;
+    sync_folder(folder_of(path))
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// A temporary path whose file is removed when the value goes; after the rename there is nothing left to remove.
