@@ -14,7 +14,7 @@ use clap::Args;
 use fewstep_data::image::Picture;
 use fewstep_data::metadata::Metadata;
 use fewstep_flow::Solver;
-use fewstep_models::{Model, Pipeline, Request, lora};
+use fewstep_models::{LoadOptions, Model, Pipeline, Request, lora};
 use fewstep_report::{
     Chart, Curve, Features, Grid, GridRow, Judge, Report, Row, Stage, kid, latent_mse, psnr_db, retrieval,
 };
@@ -190,7 +190,7 @@ fn read_prompts(args: &EvaluateArgs) -> Result<Prompts> {
 
 /// The teacher first, then the undistilled model in few steps, then every student at every step count.
 fn contestants(args: &EvaluateArgs) -> Result<Vec<Contestant>> {
-    let teacher = Model::from_pretrained(&args.model, &Device::flex())?;
+    let teacher = Model::from_pretrained(&args.model, &LoadOptions::default())?;
     let contestant = |name: &str, model: &Model, num_inference_steps, cfg_scale| Contestant {
         name: name.to_owned(),
         model: model.clone(),
@@ -214,7 +214,7 @@ fn contestants(args: &EvaluateArgs) -> Result<Vec<Contestant>> {
 
 fn load_student(args: &EvaluateArgs, teacher: &Model, path: &Path) -> Result<Model> {
     if path.is_dir() {
-        return Ok(Model::from_pretrained(path, &Device::flex())?);
+        return Ok(Model::from_pretrained(path, &LoadOptions::default())?);
     }
     if !path.is_file() {
         bail!("{}: no such student\nhint: give a LoRA file (.safetensors) or a model folder", path.display());

@@ -5,7 +5,9 @@
 //! [`Model`]'s methods, [`Denoiser`] and [`Condition`]; nobody else matches on its variants.
 
 mod condition;
+mod conventions;
 mod error;
+mod load_options;
 pub mod lora;
 mod model;
 mod named;
@@ -16,7 +18,9 @@ pub mod sampling;
 mod weights;
 
 pub use condition::Condition;
+pub use conventions::{Conventions, DecodeRange, GuidanceRule, Peer};
 pub use error::ModelError;
+pub use load_options::LoadOptions;
 pub use model::{Denoiser, Model};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};
 pub use parts::linear::{Linear, LowRankAdapter};

@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use fewstep_flow::SigmaGrid;
+use fewstep_flow::guidance::guided;
 
+use crate::load_options::round_weights;
 use crate::qwen_image::{self, QwenImage};
 use crate::weights::{KeyMap, WeightType};
-use crate::{Condition, Linear, ModelError};
+use crate::{Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError};
 
 /// Predicts velocities: all that methods and samplers know of a model.
 pub trait Denoiser {
@@ -20,6 +22,15 @@ pub trait Denoiser {
     /// - `sigma`: `[B]` in [0, 1], 1 is pure noise
     /// - output `[B, C, H, W]`
     fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4>;
+
+    /// Combines two velocities under guidance: unconditional + cfg_scale·(conditional − unconditional), and what
+    /// the family adds to that.
+    ///
+    /// # Shapes
+    /// All `[B, C, H, W]`.
+    fn guide(&self, conditional: Tensor<4>, unconditional: Tensor<4>, cfg_scale: f32) -> Tensor<4> {
+        guided(conditional, unconditional, cfg_scale)
+    }
 }
 
 /// A loaded model of any family.
@@ -33,13 +44,14 @@ pub enum Model {
 }
 
 impl Model {
-    /// Loads a model folder in the official layout on the plain side of `device`, as f32.
+    /// Loads a model folder in the official layout.
     ///
     /// # Errors
     /// If the folder names no known family, a file is missing or damaged, or weights do not fit.
-    pub fn from_pretrained(folder: &Path, device: &Device) -> Result<Self, ModelError> {
+    pub fn from_pretrained(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         check_family(folder)?;
-        QwenImage::from_pretrained(folder, device).map(Model::QwenImage)
+        let model = QwenImage::from_pretrained(folder, options).map(Model::QwenImage)?;
+        Ok(round_weights(model, options.dtype))
     }
 
     /// Builds a model folder's configs with fresh weights; the same seed gives the same weights.
@@ -88,13 +100,24 @@ impl Model {
         }
     }
 
-    /// Latents to pictures, not clamped.
+    /// Latents to pictures, in the range of [`Conventions::decode`].
     ///
     /// # Shapes
     /// - `latents`: `[B, C, H, W]`; output `[B, 3, height, width]`
     pub fn decode_latents(&self, latents: Tensor<4>) -> Tensor<4> {
-        match self {
+        let pixels = match self {
             Model::QwenImage(model) => model.vae.decode(latents),
+        };
+        match self.conventions().decode {
+            DecodeRange::Unbounded => pixels,
+            DecodeRange::Clamped => pixels.clamp(-1.0, 1.0),
+        }
+    }
+
+    /// What the model was loaded with.
+    pub fn conventions(&self) -> &Conventions {
+        match self {
+            Model::QwenImage(model) => model.conventions(),
         }
     }
 
@@ -172,6 +195,12 @@ impl Denoiser for Model {
     fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {
         match self {
             Model::QwenImage(model) => model.velocity(noisy, sigma, condition),
+        }
+    }
+
+    fn guide(&self, conditional: Tensor<4>, unconditional: Tensor<4>, cfg_scale: f32) -> Tensor<4> {
+        match self {
+            Model::QwenImage(model) => model.guide(conditional, unconditional, cfg_scale),
         }
     }
 }

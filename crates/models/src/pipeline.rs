@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
-use fewstep_data::image::{Picture, Rounding};
+use fewstep_data::image::Picture;
 use fewstep_flow::Solver;
 use fewstep_flow::noise::latent_noise;
 
 use crate::sampling::{Guidance, sample_latents};
-use crate::{Condition, Model, ModelError, lora};
+use crate::{Condition, LoadOptions, Model, ModelError, lora};
 
 /// A LoRA file and how strongly it is applied.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,19 +20,12 @@ pub struct LoraFile {
 }
 
 /// How a pipeline is loaded.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct PipelineOptions {
-    /// Where the model runs.
-    pub device: Device,
+    /// Device, conventions and number type.
+    pub load: LoadOptions,
     /// An adapter of the denoiser.
     pub lora: Option<LoraFile>,
-}
-
-impl Default for PipelineOptions {
-    /// On the CPU, without an adapter.
-    fn default() -> Self {
-        Self { device: Device::flex(), lora: None }
-    }
 }
 
 /// One picture to draw.
@@ -75,7 +68,7 @@ impl Request {
 /// A drawn picture and what it was decoded from.
 #[derive(Clone, Debug)]
 pub struct Generated {
-    /// The picture, pixels rounded to the nearest of 256 levels.
+    /// The picture, pixels rounded as [`crate::Conventions::rounding`] says.
     pub picture: Picture,
     /// Final latents `[1, C, H, W]`.
     pub latents: Tensor<4>,
@@ -107,12 +100,12 @@ impl Pipeline {
     /// # Errors
     /// As [`Model::from_pretrained`] and [`lora::load`].
     pub fn from_pretrained(folder: impl AsRef<Path>, options: PipelineOptions) -> Result<Self, ModelError> {
-        let mut model = Model::from_pretrained(folder.as_ref(), &options.device)?;
+        let mut model = Model::from_pretrained(folder.as_ref(), &options.load)?;
         if let Some(file) = &options.lora {
             lora::check_base(&file.path, folder.as_ref())?;
             model = lora::load(model, &file.path, file.alpha)?;
         }
-        Ok(Self { model, device: options.device })
+        Ok(Self { model, device: options.load.device })
     }
 
     /// A pipeline around a model that is already loaded on the plain side of `device`.
@@ -171,7 +164,8 @@ impl Pipeline {
         let [batch, _, height, width] = pixels.dims();
         let values = crate::weights::values(pixels);
         let per_picture = values.chunks_exact(3 * height * width);
-        let picture = |pixels: &[f32]| Picture::from_pixels(pixels, width, height, Rounding::Nearest);
+        let rounding = self.model.conventions().rounding;
+        let picture = |pixels: &[f32]| Picture::from_pixels(pixels, width, height, rounding);
         per_picture
             .zip(latents.chunk(batch, 0))
             .enumerate()

@@ -1,7 +1,6 @@
 //! Drawing latents: a solver, a sigma grid, guidance, and a model.
 
 use burn::tensor::{Tensor, TensorData};
-use fewstep_flow::guidance::guided;
 use fewstep_flow::{SigmaGrid, Solver, sample};
 
 use crate::{Condition, Denoiser};
@@ -44,7 +43,7 @@ pub fn guided_velocity(
         return conditional;
     }
     let unconditional = guidance.unconditional.as_ref().expect("guidance needs an unconditional state");
-    guided(conditional, denoiser.velocity(noisy, sigma, unconditional), guidance.cfg_scale)
+    denoiser.guide(conditional, denoiser.velocity(noisy, sigma, unconditional), guidance.cfg_scale)
 }
 
 /// Draws latents from noise.

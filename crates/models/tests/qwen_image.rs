@@ -110,7 +110,7 @@ fn transformer_equals_the_peer_on_a_batch_with_padded_prompts() {
 fn tokenizer_gives_the_peers_ids() {
     let text = std::fs::read_to_string(golden("qwen_image/tokens.json")).expect("golden is there");
     let json: serde_json::Value = serde_json::from_str(&text).expect("golden is JSON");
-    let tokenizer = PromptTokenizer::read(&folder()).expect("the golden tokenizer loads");
+    let tokenizer = PromptTokenizer::read(&folder(), 1024).expect("the golden tokenizer loads");
     for row in json["rows"].as_array().expect("rows") {
         let prompt = row["prompt"].as_str().expect("prompt").to_owned();
         let expected: Vec<u32> = row["input_ids"]
@@ -137,7 +137,7 @@ fn text_encoder_equals_the_peer_alone_and_in_a_padded_batch() {
         .map(|row| row["prompt"].as_str().expect("prompt").to_owned())
         .collect();
     let device = Device::flex();
-    let tokenizer = PromptTokenizer::read(&folder()).expect("the golden tokenizer loads");
+    let tokenizer = PromptTokenizer::read(&folder(), 1024).expect("the golden tokenizer loads");
     let encoder = TextEncoder::from_pretrained(&folder(), &device).expect("the golden encoder loads");
     let encode = |prompts: &[String]| encoder.forward(&tokenizer.encode(prompts).expect("tokenises"));
     for (index, prompt) in prompts.iter().enumerate() {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use fewstep_data::image::Resize;
-use fewstep_models::Model;
+use fewstep_models::{LoadOptions, Model};
 
 use crate::batch::{Batch, Plan};
 use crate::checkpoint::{Checkpoints, Progress};
@@ -97,7 +97,10 @@ impl<'a> Run<'a> {
     ) -> Result<(Self, State), TrainError> {
         run_folder::check(recipe)?;
         let start = match recipe.initial_weights {
-            InitialWeights::Pretrained => Model::from_pretrained(&recipe.model, &context.device)?,
+            InitialWeights::Pretrained => {
+                let options = LoadOptions { device: context.device.clone(), ..LoadOptions::default() };
+                Model::from_pretrained(&recipe.model, &options)?
+            }
             InitialWeights::Random => Model::random(&recipe.model, recipe.seed, &context.device)?,
         };
         let trainable = Trainable::new(recipe, &start)?;

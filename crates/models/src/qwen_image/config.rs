@@ -107,8 +107,8 @@ pub struct PromptTemplate {
     pub text: String,
     /// Leading tokens whose hidden states are dropped: the instruction.
     pub drop_tokens: usize,
-    /// Longest prompt in tokens; longer ones are cut.
-    pub max_tokens: usize,
+    /// Longest prompt in tokens, where not [`crate::Conventions::max_prompt_tokens`]; longer ones are cut.
+    pub max_tokens: Option<usize>,
 }
 
 impl Default for PromptTemplate {
@@ -120,7 +120,7 @@ impl Default for PromptTemplate {
                    <|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
                 .into(),
             drop_tokens: 34,
-            max_tokens: 1024,
+            max_tokens: None,
         }
     }
 }

@@ -19,6 +19,7 @@ use std::path::Path;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use fewstep_flow::SigmaGrid;
+use fewstep_flow::guidance::{guided, rescaled};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path::velocity_of_clean;
 use fewstep_flow::schedule::SchedulerConfig;
@@ -30,7 +31,7 @@ pub use transformer::Transformer;
 pub use vae::{PixelUnshuffle, Vae};
 
 use crate::weights::{KeyMap, WeightType, collect, initialize, write};
-use crate::{Condition, ModelError};
+use crate::{Condition, Conventions, GuidanceRule, LoadOptions, ModelError};
 
 /// The class `model_index.json` names.
 pub(crate) const PIPELINE_CLASS: &str = "QwenImagePipeline";
@@ -51,19 +52,19 @@ pub struct QwenImage {
     tokenizer: PromptTokenizer,
     #[module(skip)]
     scheduler: SchedulerConfig,
+    #[module(skip)]
+    conventions: Conventions,
 }
 
 impl QwenImage {
-    /// Loads a folder on the plain side of `device`.
+    /// Loads a folder.
     ///
     /// # Errors
     /// If a file is missing or damaged, or weights and configs do not fit.
-    pub(crate) fn from_pretrained(folder: &Path, device: &Device) -> Result<Self, ModelError> {
-        Self::with_parts(
-            folder,
-            TextEncoder::from_pretrained(folder, device)?,
-            Transformer::from_pretrained(folder, device)?,
-        )
+    pub(crate) fn from_pretrained(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+        let text_encoder = TextEncoder::from_pretrained(folder, &options.device)?;
+        let transformer = Transformer::from_pretrained(folder, &options.device)?;
+        Self::with_parts(folder, text_encoder, transformer, options.conventions)
     }
 
     /// Builds the folder's configs with fresh weights; the same seed gives the same weights.
@@ -78,6 +79,7 @@ impl QwenImage {
             folder,
             initialize(text_encoder, &mut generator, &[]),
             initialize(transformer, &mut generator, transformer::ZERO_AT_START),
+            Conventions::default(),
         )
     }
 
@@ -85,15 +87,17 @@ impl QwenImage {
         folder: &Path,
         text_encoder: TextEncoder,
         transformer: Transformer,
+        conventions: Conventions,
     ) -> Result<Self, ModelError> {
         let scheduler = folder.join("scheduler/scheduler_config.json");
         let scheduler = std::fs::read_to_string(&scheduler).map_err(ModelError::io(&scheduler))?;
         Ok(Self {
             text_encoder,
-            transformer,
+            transformer: transformer.with_gelu(conventions.gelu),
             vae: Vae::from_config(VaeConfig::read(folder)?),
-            tokenizer: PromptTokenizer::read(folder)?,
+            tokenizer: PromptTokenizer::read(folder, conventions.max_prompt_tokens)?,
             scheduler: SchedulerConfig::from_json(&scheduler)?,
+            conventions,
         })
     }
 
@@ -130,6 +134,27 @@ impl QwenImage {
             PredictionType::Velocity => output,
             PredictionType::Clean => velocity_of_clean(noisy, output, sigma),
         }
+    }
+
+    /// The guided velocity of [`crate::Denoiser`]; norms are taken over a token, as diffusers takes them.
+    pub(crate) fn guide(
+        &self,
+        conditional: Tensor<4>,
+        unconditional: Tensor<4>,
+        cfg_scale: f32,
+    ) -> Tensor<4> {
+        let combined = guided(conditional.clone(), unconditional, cfg_scale);
+        if self.conventions.guidance == GuidanceRule::Plain {
+            return combined;
+        }
+        let [_, channels, height, width] = conditional.dims();
+        let rescaled = rescaled(latents::pack(combined), latents::pack(conditional));
+        latents::unpack(rescaled, [channels, height, width])
+    }
+
+    /// What the model was loaded with.
+    pub(crate) fn conventions(&self) -> &Conventions {
+        &self.conventions
     }
 
     /// Pixels per transformer token along one side.

@@ -24,6 +24,8 @@ const PRETOKENIZE: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}
 pub struct PromptTokenizer {
     tokenizer: Arc<Tokenizer>,
     template: PromptTemplate,
+    /// Longest prompt in tokens, the template's tail included.
+    max_tokens: usize,
     folder: Arc<Path>,
 }
 
@@ -37,15 +39,17 @@ pub struct PromptTokens {
 }
 
 impl PromptTokenizer {
-    /// Reads `tokenizer/` and the template of a model folder.
+    /// Reads `tokenizer/` and the template of a model folder; `max_tokens` is the limit of a prompt where the
+    /// template does not set its own.
     ///
     /// # Errors
     /// If the files are missing, damaged, or do not define the template's special tokens.
-    pub fn read(folder: &Path) -> Result<Self, ModelError> {
+    pub fn read(folder: &Path, max_tokens: usize) -> Result<Self, ModelError> {
         let template = PromptTemplate::read(folder)?;
         let folder: Arc<Path> = folder.join("tokenizer").into();
         let tokenizer = build(&folder)?;
-        Ok(Self { tokenizer: Arc::new(tokenizer), template, folder })
+        let max_tokens = template.max_tokens.unwrap_or(max_tokens);
+        Ok(Self { tokenizer: Arc::new(tokenizer), template, max_tokens, folder })
     }
 
     /// Tokenises prompts; each has at least one token after the dropped ones.
@@ -53,7 +57,7 @@ impl PromptTokenizer {
     /// # Errors
     /// If the tokenizer refuses a prompt.
     pub fn encode(&self, prompts: &[String]) -> Result<PromptTokens, ModelError> {
-        let limit = self.template.drop_tokens + self.template.max_tokens;
+        let limit = self.template.drop_tokens + self.max_tokens;
         let mut ids = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let text = self.template.text.replacen("{}", prompt, 1);

@@ -58,6 +58,8 @@ pub struct Transformer {
     proj_out: Linear,
     #[module(skip)]
     config: TransformerConfig,
+    #[module(skip)]
+    gelu: Gelu,
 }
 
 #[derive(Module, Debug)]
@@ -126,6 +128,7 @@ struct Shared {
     time: Tensor<2>,
     rotary: RotaryTable,
     keys: Option<KeyMask>,
+    gelu: Gelu,
 }
 
 impl Transformer {
@@ -155,7 +158,13 @@ impl Transformer {
             norm_out: NormOut { linear: linear(width, 2 * width) },
             proj_out: linear(width, config.in_channels),
             config: config.clone(),
+            gelu: Gelu::Tanh,
         }
+    }
+
+    /// The same weights with another activation of the MLPs; they were trained with the tanh form.
+    pub fn with_gelu(self, gelu: Gelu) -> Self {
+        Self { gelu, ..self }
     }
 
     /// What [`Transformer::forward`] returns.
@@ -214,6 +223,7 @@ impl Transformer {
             time: silu(self.embed_time(sigma)),
             rotary: joint_table(condition.text.dims()[1], [rows, columns], self.config.axes_dims_rope),
             keys: key_mask(condition, rows * columns),
+            gelu: self.gelu,
         };
         let streams =
             Streams { image: self.img_in.forward(packed), text: self.embed_text(condition.text.clone()) };
@@ -313,8 +323,8 @@ impl Block {
         let image = gated_residual(streams.image, attended.image, image_modulation.clone(), ATTENTION_GATE);
         let text = gated_residual(streams.text, attended.text, text_modulation.clone(), ATTENTION_GATE);
         Streams {
-            image: self.img_mlp.forward(image, image_modulation),
-            text: self.txt_mlp.forward(text, text_modulation),
+            image: self.img_mlp.forward(image, image_modulation, shared.gelu),
+            text: self.txt_mlp.forward(text, text_modulation, shared.gelu),
         }
     }
 }
@@ -376,8 +386,8 @@ impl Mlp {
     }
 
     /// The modulated, gated MLP with its residual.
-    fn forward(&self, x: Tensor<3>, modulation: Tensor<2>) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, modulation: Tensor<2>, kind: Gelu) -> Tensor<3> {
         let hidden = self.up.forward(norm_modulate(x.clone(), modulation.clone(), MLP, EPSILON));
-        gated_residual(x, self.down.forward(gelu(hidden, Gelu::Tanh)), modulation, MLP_GATE)
+        gated_residual(x, self.down.forward(gelu(hidden, kind)), modulation, MLP_GATE)
     }
 }

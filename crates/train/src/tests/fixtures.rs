@@ -8,7 +8,7 @@ use burn::tensor::{Device, Tensor};
 use fewstep_data::image::Picture;
 use fewstep_data::metadata::{DistillRow, ImageRow, RandDevice, write_distill_csv, write_image_csv};
 use fewstep_models::{
-    Generated, Model, NamedVisitor, Pipeline, Request, WeightType, save_tensors, visit_named,
+    Generated, LoadOptions, Model, NamedVisitor, Pipeline, Request, WeightType, save_tensors, visit_named,
 };
 use fewstep_testkit::{random_values, write_tiny_configs};
 use tempfile::TempDir;
@@ -42,7 +42,7 @@ impl Bench {
     }
 
     pub(super) fn model(&self) -> Model {
-        Model::from_pretrained(&self.path("model"), &Device::flex()).unwrap()
+        Model::from_pretrained(&self.path("model"), &LoadOptions::default()).unwrap()
     }
 
     /// Pictures with captions.
