@@ -52,7 +52,9 @@ pub enum HubError {
         reason: String,
     },
     /// The server does not have it (404).
-    #[error("{url}: not found (404)\nhint: check the spelling; a repository may be on the other service (FEWSTEP_DOWNLOAD_SOURCE)")]
+    #[error(
+        "{url}: not found (404)\nhint: check the spelling; a repository may be on the other service (FEWSTEP_DOWNLOAD_SOURCE)"
+    )]
     NotFound {
         /// The address.
         url: String,
@@ -103,7 +105,9 @@ pub enum HubError {
         available: Vec<String>,
     },
     /// The connection ended before the file did.
-    #[error("{url}: the connection ended after {found} of {expected} bytes\nhint: run the command again, it continues there")]
+    #[error(
+        "{url}: the connection ended after {found} of {expected} bytes\nhint: run the command again, it continues there"
+    )]
     Truncated {
         /// The address.
         url: String,

@@ -24,7 +24,11 @@ pub(crate) struct RemoteFile {
 ///
 /// # Errors
 /// If the service cannot be reached, does not have the repository, or answers with nonsense.
-pub(crate) fn list(client: &Client, settings: &Settings, model_id: &str) -> Result<Vec<RemoteFile>, HubError> {
+pub(crate) fn list(
+    client: &Client,
+    settings: &Settings,
+    model_id: &str,
+) -> Result<Vec<RemoteFile>, HubError> {
     let endpoint = &settings.endpoint;
     let mut files = match settings.source {
         Source::HuggingFace => {
@@ -118,8 +122,7 @@ fn modelscope(client: &Client, url: &str) -> Result<Vec<RemoteFile>, HubError> {
 }
 
 fn parse<'a, T: Deserialize<'a>>(url: &str, bytes: &'a [u8]) -> Result<T, HubError> {
-    from_slice(bytes)
-        .map_err(|error| HubError::Listing { url: url.to_owned(), reason: error.to_string() })
+    from_slice(bytes).map_err(|error| HubError::Listing { url: url.to_owned(), reason: error.to_string() })
 }
 
 /// Servers are not trusted with paths outside the model folder.

@@ -7,8 +7,11 @@ use glob::{MatchOptions, Pattern};
 use crate::HubError;
 
 /// `*` and `?` stay inside one folder, as in the file system, `**` crosses folders.
-const MATCHING: MatchOptions =
-    MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: false };
+const MATCHING: MatchOptions = MatchOptions {
+    case_sensitive: true,
+    require_literal_separator: true,
+    require_literal_leading_dot: false,
+};
 
 /// Files of one repository.
 #[derive(Clone, Debug, PartialEq)]
