@@ -11,20 +11,22 @@ use fewstep_data::metadata::{DistillRow, Metadata, RandDevice, write_distill_csv
 use fewstep_data::provenance::{Provenance, TORCH_CPU};
 use fewstep_flow::Solver;
 use fewstep_models::{
-    Generated, LoraFile, Pipeline, PipelineOptions, Request, WeightType, save_tensors, weights_hash,
+    Generated, LoraFile, ModelSource, Pipeline, PipelineOptions, Request, WeightType, save_tensors,
+    weights_hash,
 };
 use sha2::{Digest, Sha256};
 
 use crate::args::with_defaults;
+use crate::model_args::ModelArgs;
 use crate::parse::{lora_file, solver};
 use crate::progress::Progress;
 
 /// Flags of `generate`.
 #[derive(Args, Clone, Debug)]
 pub struct GenerateArgs {
-    /// Model folder in the official layout
-    #[arg(long)]
-    pub model: PathBuf,
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// Folder to write to; a run that was interrupted there is continued
     #[arg(long, alias = "output-path")]
     pub output: PathBuf,
@@ -95,8 +97,9 @@ impl GenerateArgs {
 pub fn generate(args: &GenerateArgs, progress: &dyn Progress) -> Result<()> {
     let requests = requests(args)?;
     let options = PipelineOptions { lora: args.lora.clone(), ..PipelineOptions::default() };
-    let pipeline = Pipeline::from_pretrained(&args.model, options)?;
-    let provenance = provenance(args, &pipeline, &requests)?;
+    let source = args.model.resolve(progress)?;
+    let pipeline = Pipeline::from_pretrained(source.clone(), options)?;
+    let provenance = provenance(args, &source, &pipeline, &requests)?;
     claim(&args.output, &provenance)?;
     let indices: Vec<usize> = (0..requests.len()).collect();
     progress.start("generating", requests.len() as u64);
@@ -156,7 +159,12 @@ fn requests(args: &GenerateArgs) -> Result<Vec<Request>> {
     Ok(repeated.enumerate().map(request).collect())
 }
 
-fn provenance(args: &GenerateArgs, pipeline: &Pipeline, requests: &[Request]) -> Result<Provenance> {
+fn provenance(
+    args: &GenerateArgs,
+    source: &ModelSource,
+    pipeline: &Pipeline,
+    requests: &[Request],
+) -> Result<Provenance> {
     pipeline.model.latent_shape(args.height, args.width)?;
     let grid = |steps| pipeline.model.sigma_grid(steps, args.height, args.width);
     let mut hash = Sha256::new();
@@ -164,8 +172,8 @@ fn provenance(args: &GenerateArgs, pipeline: &Pipeline, requests: &[Request]) ->
         hash.update(format!("{}\0{}\0", request.seed, request.prompt));
     }
     Ok(Provenance {
-        teacher: args.model.display().to_string(),
-        teacher_hash: weights_hash(&args.model)?,
+        teacher: source.to_string(),
+        teacher_hash: weights_hash(source)?,
         lora: args.lora.as_ref().map(|lora| format!("{}:{}", lora.path.display(), lora.alpha)),
         num_inference_steps: args.num_inference_steps,
         cfg_scale: args.cfg_scale,

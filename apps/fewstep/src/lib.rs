@@ -3,8 +3,10 @@
 
 pub mod args;
 pub mod demo;
+pub mod download;
 pub mod evaluate;
 pub mod generate;
+pub mod model_args;
 pub mod parse;
 pub mod progress;
 pub mod train;

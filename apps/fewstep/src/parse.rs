@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use fewstep_flow::Solver;
+use fewstep_hub::Source;
 use fewstep_models::LoraFile;
 
 /// A student to evaluate.
@@ -45,6 +46,11 @@ pub fn solver(text: &str) -> Result<Solver, String> {
         "heun" => Ok(Solver::Heun),
         _ => Err("expected euler or heun".into()),
     }
+}
+
+/// `huggingface` or `modelscope`.
+pub fn hub_source(text: &str) -> Result<Source, String> {
+    Source::from_name(text).ok_or_else(|| "expected huggingface or modelscope".into())
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ mod parts;
 mod pipeline;
 pub mod qwen_image;
 pub mod sampling;
+mod source;
 mod weights;
 
 pub use condition::Condition;
@@ -25,4 +26,5 @@ pub use model::{Denoiser, Model};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};
 pub use parts::linear::{Linear, LowRankAdapter};
 pub use pipeline::{Generated, LoraFile, Pipeline, PipelineOptions, Request};
+pub use source::ModelSource;
 pub use weights::{WeightFiles, WeightType, read_info, save_tensors, weights_hash};

@@ -11,7 +11,7 @@ use fewstep_flow::guidance::guided;
 use crate::load_options::round_weights;
 use crate::qwen_image::{self, QwenImage};
 use crate::weights::{KeyMap, WeightType};
-use crate::{Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError};
+use crate::{Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource};
 
 /// Predicts velocities: all that methods and samplers know of a model.
 pub trait Denoiser {
@@ -44,37 +44,40 @@ pub enum Model {
 }
 
 impl Model {
-    /// Loads a model folder in the official layout.
+    /// Loads a model.
     ///
     /// # Errors
-    /// If the folder names no known family, a file is missing or damaged, or weights do not fit.
-    pub fn from_pretrained(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
-        check_family(folder)?;
-        let model = QwenImage::from_pretrained(folder, options).map(Model::QwenImage)?;
+    /// If a folder names no known family, a file is missing or damaged, or weights do not fit.
+    pub fn from_pretrained(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
+        check_family(source)?;
+        let model = QwenImage::from_pretrained(source, options).map(Model::QwenImage)?;
         Ok(round_weights(model, options.dtype))
     }
 
-    /// Builds a model folder's configs with fresh weights; the same seed gives the same weights.
+    /// Builds a model's configs with fresh weights; the same seed gives the same weights.
     ///
     /// # Errors
     /// As [`Model::from_pretrained`], weights aside.
-    pub fn random(folder: &Path, seed: u64, device: &Device) -> Result<Self, ModelError> {
-        check_family(folder)?;
-        QwenImage::random(folder, seed, device).map(Model::QwenImage)
+    pub fn random(source: &ModelSource, seed: u64, device: &Device) -> Result<Self, ModelError> {
+        check_family(source)?;
+        QwenImage::random(source, seed, device).map(Model::QwenImage)
     }
 
-    /// Writes a complete model folder: weights of this model, every other file copied from `source`.
+    /// Writes a complete model folder: weights of this model, every other file as `source` has it.
     ///
     /// # Errors
     /// If a file cannot be read or written.
     pub fn save_pretrained(
         &self,
-        source: &Path,
+        source: &ModelSource,
         folder: &Path,
         dtype: WeightType,
         info: &BTreeMap<String, String>,
     ) -> Result<(), ModelError> {
-        copy_configs(source, folder)?;
+        match (source.folder(), self) {
+            (Some(source), _) => copy_configs(source, folder)?,
+            (None, Model::QwenImage(_)) => qwen_image::write_configs(source, folder)?,
+        }
         match self {
             Model::QwenImage(model) => model.save_weights(folder, dtype, info),
         }
@@ -205,16 +208,9 @@ impl Denoiser for Model {
     }
 }
 
-/// Checks that `model_index.json` names a family there is code for.
-fn check_family(folder: &Path) -> Result<(), ModelError> {
-    let path = folder.join("model_index.json");
-    let text = std::fs::read_to_string(&path).map_err(|_| ModelError::NoModelFolder {
-        path: folder.to_owned(),
-        missing: "model_index.json".into(),
-    })?;
-    let index: serde_json::Value = serde_json::from_str(&text)
-        .map_err(|error| ModelError::Config { path: path.clone(), reason: error.to_string() })?;
-    let found = index["_class_name"].as_str().unwrap_or("(none)").to_owned();
+/// Checks that the model is of a family there is code for.
+fn check_family(source: &ModelSource) -> Result<(), ModelError> {
+    let (path, found) = source.pipeline_class()?;
     if found != qwen_image::PIPELINE_CLASS {
         let expected = vec![qwen_image::PIPELINE_CLASS];
         return Err(ModelError::UnknownClass { path, role: "pipeline", found, expected });
@@ -223,7 +219,7 @@ fn check_family(folder: &Path) -> Result<(), ModelError> {
 }
 
 /// Copies everything but weights and their indices, one level of folders deep.
-fn copy_configs(source: &Path, target: &Path) -> Result<(), ModelError> {
+pub(crate) fn copy_configs(source: &Path, target: &Path) -> Result<(), ModelError> {
     std::fs::create_dir_all(target).map_err(ModelError::io(target))?;
     for path in entries(source)? {
         let name = path.file_name().unwrap_or_default();

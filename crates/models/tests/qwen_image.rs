@@ -2,14 +2,14 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_models::qwen_image::{PromptTokenizer, TextEncoder, Transformer};
-use fewstep_models::{Condition, ModelError};
+use fewstep_models::{Condition, ModelError, ModelSource};
 use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden, values};
 
 /// Absolute, on unit-scale activations; the f32 rounding of the peers was measured at 1.2e-6.
 const TOLERANCE: f32 = 1e-5;
 
-fn folder() -> std::path::PathBuf {
-    golden("qwen_image/model")
+fn folder() -> ModelSource {
+    ModelSource::from(&golden("qwen_image/model"))
 }
 
 /// What the golden case `name` feeds the transformer.
@@ -157,7 +157,7 @@ fn weights_of_another_size_are_refused_with_the_tensor_named() {
     let temporary = tempfile::tempdir().expect("temporary folder");
     let target = temporary.path().join("transformer");
     std::fs::create_dir(&target).expect("folder");
-    for entry in std::fs::read_dir(folder().join("transformer")).expect("golden folder") {
+    for entry in std::fs::read_dir(golden("qwen_image/model/transformer")).expect("golden folder") {
         let path = entry.expect("entry").path();
         std::fs::copy(&path, target.join(path.file_name().expect("name"))).expect("copy");
     }
@@ -165,7 +165,7 @@ fn weights_of_another_size_are_refused_with_the_tensor_named() {
     let edit = |from: &str, to: &str| {
         assert!(config.contains(from), "{from} in the golden config");
         std::fs::write(target.join("config.json"), config.replace(from, to)).expect("write");
-        Transformer::from_pretrained(temporary.path(), &Device::flex()).expect_err("must not load")
+        Transformer::from_pretrained(&temporary.path().into(), &Device::flex()).expect_err("must not load")
     };
     let wider = edit("\"joint_attention_dim\": 64", "\"joint_attention_dim\": 80");
     assert!(matches!(&wider, ModelError::Shape { key, .. } if key == "txt_norm.weight"), "{wider}");

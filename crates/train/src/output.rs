@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use fewstep_data::provenance::TORCH_CPU;
-use fewstep_models::{Model, lora, weights_hash};
+use fewstep_models::{Model, ModelSource, lora, weights_hash};
 
 use crate::TrainError;
 use crate::dataset::Group;
@@ -33,7 +33,7 @@ pub(crate) fn write(origin: &Origin<'_>, model: Model, steps: u64) -> Result<Pat
         return Ok(path);
     }
     let path = recipe.output_path.join("model");
-    model.save_pretrained(&recipe.model, &path, recipe.output_dtype.into(), &info)?;
+    model.save_pretrained(&ModelSource::from(&recipe.model), &path, recipe.output_dtype.into(), &info)?;
     Ok(path)
 }
 
@@ -42,7 +42,7 @@ impl Origin<'_> {
     fn info(&self, model: &Model, steps: u64) -> Result<BTreeMap<String, String>, TrainError> {
         let mut info = BTreeMap::from([
             ("fewstep.version".to_owned(), self.version.to_owned()),
-            (lora::BASE_HASH.to_owned(), weights_hash(&self.recipe.model)?),
+            (lora::BASE_HASH.to_owned(), weights_hash(&ModelSource::from(&self.recipe.model))?),
             ("fewstep.task".to_owned(), self.recipe.task.name().to_owned()),
             ("fewstep.training_steps".to_owned(), steps.to_string()),
             ("fewstep.recipe".to_owned(), self.recipe.to_toml()),

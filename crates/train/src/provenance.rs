@@ -1,7 +1,7 @@
 //! Whether a data set was made for this run: the sigma grid and the teacher must be the run's own.
 
 use fewstep_data::provenance::{FILE_NAME, Provenance, TORCH_CPU};
-use fewstep_models::{Model, weights_hash};
+use fewstep_models::{Model, ModelSource, weights_hash};
 
 use crate::TrainError;
 use crate::recipe::Recipe;
@@ -30,7 +30,7 @@ pub(crate) fn check(recipe: &Recipe, model: &Model) -> Result<(), TrainError> {
         let hint = "the initial noise cannot be drawn here; generate the data again";
         return differs("the noise generator", found.noise_generator, TORCH_CPU.into(), hint);
     }
-    let hash = weights_hash(&recipe.model)?;
+    let hash = weights_hash(&ModelSource::from(&recipe.model))?;
     if hash != found.teacher_hash {
         let hint = "train the model that drew the pictures, or generate them again with this one";
         return differs("the teacher's hash", found.teacher_hash, hash, hint);

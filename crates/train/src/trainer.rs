@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use fewstep_data::image::Resize;
-use fewstep_models::{LoadOptions, Model};
+use fewstep_models::{LoadOptions, Model, ModelSource};
 
 use crate::batch::{Batch, Plan};
 use crate::checkpoint::{Checkpoints, Progress};
@@ -96,12 +96,13 @@ impl<'a> Run<'a> {
         observer: &mut dyn Observer,
     ) -> Result<(Self, State), TrainError> {
         run_folder::check(recipe)?;
+        let source = ModelSource::from(&recipe.model);
         let start = match recipe.initial_weights {
             InitialWeights::Pretrained => {
                 let options = LoadOptions { device: context.device.clone(), ..LoadOptions::default() };
-                Model::from_pretrained(&recipe.model, &options)?
+                Model::from_pretrained(&source, &options)?
             }
-            InitialWeights::Random => Model::random(&recipe.model, recipe.seed, &context.device)?,
+            InitialWeights::Random => Model::random(&source, recipe.seed, &context.device)?,
         };
         let trainable = Trainable::new(recipe, &start)?;
         let data = load_data(recipe, &start, &trainable, &context.device)?;

@@ -5,7 +5,8 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::ModelError;
+use super::published;
+use crate::{ModelError, ModelSource};
 
 /// `transformer/config.json` of class `QwenImageTransformer2DModel`.
 #[derive(Clone, Debug, Deserialize)]
@@ -126,8 +127,8 @@ impl Default for PromptTemplate {
 }
 
 impl TransformerConfig {
-    pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
-        let path = folder.join("transformer/config.json");
+    pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
+        let path = source.config("transformer")?;
         let config: Self = read_json(&path)?;
         config.check().map_err(|reason| ModelError::Config { path, reason })?;
         Ok(config)
@@ -162,8 +163,8 @@ impl TransformerConfig {
 }
 
 impl TextEncoderConfig {
-    pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
-        let path = folder.join("text_encoder/config.json");
+    pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
+        let path = source.config("text_encoder")?;
         let config: Self = read_json(&path)?;
         let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
         if groups == 0 || !heads.is_multiple_of(groups) || !config.hidden_size.is_multiple_of(2 * heads) {
@@ -179,19 +180,19 @@ impl TextEncoderConfig {
 }
 
 impl VaeConfig {
-    pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
-        read_json(&folder.join("vae/config.json"))
+    pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
+        read_json(&source.config("vae")?)
     }
 }
 
 impl PromptTemplate {
-    pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
+    pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
         #[derive(Deserialize)]
         struct Index {
             prompt_template: Option<PromptTemplate>,
         }
-        let path = folder.join("model_index.json");
-        let template = read_json::<Index>(&path)?.prompt_template.unwrap_or_default();
+        let (path, text) = source.text_or("model_index.json", published::MODEL_INDEX)?;
+        let template = parse_json::<Index>(&path, &text)?.prompt_template.unwrap_or_default();
         if template.text.matches("{}").count() != 1 {
             let reason = format!("prompt_template.text {:?}, expected exactly one {{}}", template.text);
             return Err(ModelError::Config { path, reason });
@@ -203,6 +204,10 @@ impl PromptTemplate {
 /// Reads a JSON file into a config.
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
     let text = std::fs::read_to_string(path).map_err(ModelError::io(path))?;
-    serde_json::from_str(&text)
+    parse_json(path, &text)
+}
+
+fn parse_json<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ModelError> {
+    serde_json::from_str(text)
         .map_err(|error| ModelError::Config { path: path.to_owned(), reason: error.to_string() })
 }

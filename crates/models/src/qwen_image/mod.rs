@@ -7,6 +7,7 @@
 
 mod config;
 mod latents;
+mod published;
 mod rotary;
 mod text_encoder;
 mod tokenizer;
@@ -30,8 +31,10 @@ pub use tokenizer::PromptTokenizer;
 pub use transformer::Transformer;
 pub use vae::{PixelUnshuffle, Vae};
 
+pub(crate) use published::{component_of, write_configs};
+
 use crate::weights::{KeyMap, WeightType, collect, initialize, write};
-use crate::{Condition, Conventions, GuidanceRule, LoadOptions, ModelError};
+use crate::{Condition, Conventions, GuidanceRule, LoadOptions, ModelError, ModelSource};
 
 /// The class `model_index.json` names.
 pub(crate) const PIPELINE_CLASS: &str = "QwenImagePipeline";
@@ -57,26 +60,26 @@ pub struct QwenImage {
 }
 
 impl QwenImage {
-    /// Loads a folder.
+    /// Loads all components.
     ///
     /// # Errors
     /// If a file is missing or damaged, or weights and configs do not fit.
-    pub(crate) fn from_pretrained(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
-        let text_encoder = TextEncoder::from_pretrained(folder, &options.device)?;
-        let transformer = Transformer::from_pretrained(folder, &options.device)?;
-        Self::with_parts(folder, text_encoder, transformer, options.conventions)
+    pub(crate) fn from_pretrained(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
+        let text_encoder = TextEncoder::from_pretrained(source, &options.device)?;
+        let transformer = Transformer::from_pretrained(source, &options.device)?;
+        Self::with_parts(source, text_encoder, transformer, options.conventions)
     }
 
-    /// Builds the folder's configs with fresh weights; the same seed gives the same weights.
+    /// Builds the model's configs with fresh weights; the same seed gives the same weights.
     ///
     /// # Errors
     /// If a config or the tokenizer is missing or damaged.
-    pub(crate) fn random(folder: &Path, seed: u64, device: &Device) -> Result<Self, ModelError> {
+    pub(crate) fn random(source: &ModelSource, seed: u64, device: &Device) -> Result<Self, ModelError> {
         let mut generator = TorchGenerator::new(seed);
-        let text_encoder = TextEncoder::zeros(&TextEncoderConfig::read(folder)?, device);
-        let transformer = Transformer::zeros(&TransformerConfig::read(folder)?, device);
+        let text_encoder = TextEncoder::zeros(&TextEncoderConfig::read(source)?, device);
+        let transformer = Transformer::zeros(&TransformerConfig::read(source)?, device);
         Self::with_parts(
-            folder,
+            source,
             initialize(text_encoder, &mut generator, &[]),
             initialize(transformer, &mut generator, transformer::ZERO_AT_START),
             Conventions::default(),
@@ -84,18 +87,17 @@ impl QwenImage {
     }
 
     fn with_parts(
-        folder: &Path,
+        source: &ModelSource,
         text_encoder: TextEncoder,
         transformer: Transformer,
         conventions: Conventions,
     ) -> Result<Self, ModelError> {
-        let scheduler = folder.join("scheduler/scheduler_config.json");
-        let scheduler = std::fs::read_to_string(&scheduler).map_err(ModelError::io(&scheduler))?;
+        let (_, scheduler) = source.text_or(published::SCHEDULER_FILE, published::SCHEDULER)?;
         Ok(Self {
             text_encoder,
             transformer: transformer.with_gelu(conventions.gelu),
-            vae: Vae::from_config(VaeConfig::read(folder)?),
-            tokenizer: PromptTokenizer::read(folder, conventions.max_prompt_tokens)?,
+            vae: Vae::from_config(VaeConfig::read(source)?),
+            tokenizer: PromptTokenizer::read(source, conventions.max_prompt_tokens)?,
             scheduler: SchedulerConfig::from_json(&scheduler)?,
             conventions,
         })

@@ -14,7 +14,7 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::config::PromptTemplate;
-use crate::ModelError;
+use crate::{ModelError, ModelSource};
 
 /// The pre-tokenisation of Qwen2 (digits one by one), from transformers' `Qwen2Tokenizer`.
 const PRETOKENIZE: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -39,14 +39,14 @@ pub struct PromptTokens {
 }
 
 impl PromptTokenizer {
-    /// Reads `tokenizer/` and the template of a model folder; `max_tokens` is the limit of a prompt where the
+    /// Reads the tokenizer and the template of a model; `max_tokens` is the limit of a prompt where the
     /// template does not set its own.
     ///
     /// # Errors
     /// If the files are missing, damaged, or do not define the template's special tokens.
-    pub fn read(folder: &Path, max_tokens: usize) -> Result<Self, ModelError> {
-        let template = PromptTemplate::read(folder)?;
-        let folder: Arc<Path> = folder.join("tokenizer").into();
+    pub fn read(source: &ModelSource, max_tokens: usize) -> Result<Self, ModelError> {
+        let template = PromptTemplate::read(source)?;
+        let folder: Arc<Path> = source.tokenizer()?.into();
         let tokenizer = build(&folder)?;
         let max_tokens = template.max_tokens.unwrap_or(max_tokens);
         Ok(Self { tokenizer: Arc::new(tokenizer), template, max_tokens, folder })

@@ -4,6 +4,7 @@ mod files;
 mod fill;
 mod write;
 
+pub(crate) use files::component_files;
 pub use files::{WeightFiles, read_info, weights_hash};
 pub(crate) use fill::{initialize, load};
 pub use write::{WeightType, save_tensors};

@@ -140,7 +140,7 @@ fn provenance(bench: &Bench) -> Provenance {
     let grid = |steps| bench.model().sigma_grid(steps, SIDE_PX, SIDE_PX).unwrap().as_slice().to_vec();
     Provenance {
         teacher: "model".into(),
-        teacher_hash: fewstep_models::weights_hash(&bench.path("model")).unwrap(),
+        teacher_hash: fewstep_models::weights_hash(&(&bench.path("model")).into()).unwrap(),
         lora: None,
         num_inference_steps: 8,
         cfg_scale: 2.0,

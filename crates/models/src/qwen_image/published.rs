@@ -1,0 +1,79 @@
+//! What the published model's folder says, for weights that come without one, and how its weights are recognised.
+
+use std::path::Path;
+
+use crate::weights::WeightFiles;
+use crate::{ModelError, ModelSource};
+
+/// Place of the scheduler's config in a model folder.
+pub(super) const SCHEDULER_FILE: &str = "scheduler/scheduler_config.json";
+
+/// The published scheduler: μ from 0.5 at 256 to 0.9 at 8192 image tokens, the last sigma stretched to 0.02.
+pub(super) const SCHEDULER: &str = r#"{
+  "_class_name": "FlowMatchEulerDiscreteScheduler",
+  "base_image_seq_len": 256,
+  "base_shift": 0.5,
+  "invert_sigmas": false,
+  "max_image_seq_len": 8192,
+  "max_shift": 0.9,
+  "num_train_timesteps": 1000,
+  "shift": 1.0,
+  "shift_terminal": 0.02,
+  "stochastic_sampling": false,
+  "time_shift_type": "exponential",
+  "use_beta_sigmas": false,
+  "use_dynamic_shifting": true,
+  "use_exponential_sigmas": false,
+  "use_karras_sigmas": false
+}
+"#;
+
+/// The published list of components.
+pub(super) const MODEL_INDEX: &str = r#"{
+  "_class_name": "QwenImagePipeline",
+  "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+  "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+  "tokenizer": ["transformers", "Qwen2Tokenizer"],
+  "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+  "vae": ["diffusers", "AutoencoderKLQwenImage"]
+}
+"#;
+
+/// The component that weight files hold, by the keys only it has; `None` for other weights.
+///
+/// DiffSynth-Studio compares a hash of all keys and shapes instead, which knows published sizes alone.
+pub(crate) fn component_of(files: &WeightFiles) -> Option<&'static str> {
+    let any = |end: &str| files.keys().any(|key| key.ends_with(end));
+    let all = |keys: &[&str]| keys.iter().all(|key| files.contains(key));
+    if all(&["img_in.weight", "txt_norm.weight", "transformer_blocks.0.attn.add_q_proj.weight"]) {
+        return Some("transformer");
+    }
+    // Biases of the queries tell Qwen2 from Qwen3; some files put another prefix before these names.
+    if any("embed_tokens.weight") && any("layers.0.self_attn.q_proj.bias") {
+        return Some("text_encoder");
+    }
+    if all(&["quant_conv.weight", "decoder.conv_in.weight", "decoder.norm_out.gamma"]) {
+        return Some("vae");
+    }
+    None
+}
+
+/// Writes all but the weights of a model folder, for a model that was loaded from given files.
+///
+/// # Errors
+/// If a config or the tokenizer is missing or a file cannot be written.
+pub(crate) fn write_configs(source: &ModelSource, folder: &Path) -> Result<(), ModelError> {
+    for component in super::COMPONENTS {
+        let config = source.config(component)?;
+        let text = std::fs::read_to_string(&config).map_err(ModelError::io(&config))?;
+        write(&folder.join(component).join("config.json"), &text)?;
+    }
+    for (relative, published) in [("model_index.json", MODEL_INDEX), (SCHEDULER_FILE, SCHEDULER)] {
+        write(&folder.join(relative), &source.text_or(relative, published)?.1)?;
+    }
+    crate::model::copy_configs(&source.tokenizer()?, &folder.join("tokenizer"))
+}
+
+fn write(path: &Path, text: &str) -> Result<(), ModelError> {
+    fewstep_data::atomic::write(path, text.as_bytes()).map_err(ModelError::io(path))
+}
