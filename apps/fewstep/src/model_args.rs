@@ -56,9 +56,10 @@ impl ModelArgs {
         };
         if let Some(list) = &self.model_id_with_origin_paths {
             let origins = parse_origins(list)?;
-            let weights = origins.iter().filter(|origin| origin.need == Need::Required).count();
-            groups.extend(fetch(&origins, None, progress)?.into_iter().take(weights));
+            let given = origins.iter().filter(|origin| origin.need == Need::Required).count();
+            groups.extend(fetch(&origins, None, progress)?.into_iter().take(given).map(weights));
         }
+        groups.retain(|group| !group.is_empty());
         if groups.is_empty() {
             bail!("no model\nhint: give --model, --model-paths or --model-id-with-origin-paths");
         }
@@ -81,7 +82,12 @@ fn parse_model_paths(json: &str) -> Result<Vec<Vec<PathBuf>>> {
         Entry::File(path) => vec![path],
         Entry::Shards(paths) => paths,
     };
-    Ok(entries.into_iter().map(group).filter(|group| !group.is_empty()).collect())
+    Ok(entries.into_iter().map(group).collect())
+}
+
+/// The weight files among downloaded ones: a pattern may bring others along.
+fn weights(files: Vec<PathBuf>) -> Vec<PathBuf> {
+    files.into_iter().filter(|path| path.extension().is_some_and(|end| end == "safetensors")).collect()
 }
 
 /// The origins of a comma-separated list, then those of the small files that loading them needs.

@@ -1,12 +1,11 @@
 //! Downloads against a server on loopback.
 
-mod server;
-
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use fewstep_hub::{Event, Hub, HubError, Need, Origin, Settings, Source};
-use server::{Fault, MODEL, Server};
+use fewstep_testkit::{Fault, ModelServer, SERVED_MODEL};
 
 const BOTH: [Source; 2] = [Source::HuggingFace, Source::ModelScope];
 
@@ -25,13 +24,25 @@ fn files(weights: &[u8]) -> [(&'static str, &[u8]); 5] {
     ]
 }
 
+/// Downloads from the server into `folder` without waiting between attempts.
+fn settings(server: &ModelServer, source: Source, folder: &Path) -> Settings {
+    Settings {
+        source,
+        endpoint: server.endpoint().to_owned(),
+        token: None,
+        base_folder: folder.to_owned(),
+        offline: None,
+        retry_wait: Duration::ZERO,
+    }
+}
+
 /// Downloads the files of one origin; returns their paths relative to the repository's folder.
 fn fetch(settings: Settings, origin: &str) -> Result<Vec<PathBuf>, HubError> {
     let hub = Hub::new(settings);
     let plan = hub.plan(&[Origin::parse(origin)?])?;
     hub.download(&plan, &mut |_| ())?;
     assert_eq!(plan.missing_bytes(), 0);
-    let folder = hub.folder(MODEL);
+    let folder = hub.folder(SERVED_MODEL);
     Ok(plan.paths(0).map(|path| path.strip_prefix(&folder).unwrap().to_owned()).collect())
 }
 
@@ -49,8 +60,8 @@ fn begin(folder: &Path, bytes: &[u8]) {
 fn both_services_deliver_the_files_of_a_pattern_and_no_others() {
     for source in BOTH {
         let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
-        let server = Server::start(&files(&weights));
-        let settings = server.settings(source, folder.path());
+        let server = ModelServer::start(&files(&weights));
+        let settings = settings(&server, source, folder.path());
         let found = fetch(settings.clone(), WEIGHTS).unwrap();
         assert_eq!(found, [Path::new("transformer/model-1.safetensors")]);
         assert_eq!(fs::read(folder.path().join(TARGET)).unwrap(), weights);
@@ -66,8 +77,8 @@ fn both_services_deliver_the_files_of_a_pattern_and_no_others() {
 #[test]
 fn files_of_the_listed_size_are_not_fetched_again_and_others_are() {
     let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
-    let server = Server::start(&files(&weights));
-    let settings = server.settings(Source::HuggingFace, folder.path());
+    let server = ModelServer::start(&files(&weights));
+    let settings = settings(&server, Source::HuggingFace, folder.path());
     fetch(settings.clone(), WEIGHTS).unwrap();
     fs::write(folder.path().join(TARGET), b"cut off").unwrap();
     fetch(settings.clone(), WEIGHTS).unwrap();
@@ -84,10 +95,10 @@ fn a_partial_file_is_continued_where_it_ended() {
         (Source::ModelScope, Fault::RangeWithStatus200),
     ] {
         let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
-        let server = Server::start(&files(&weights));
+        let server = ModelServer::start(&files(&weights));
         begin(folder.path(), &weights[..300]);
         server.fail(&[fault]);
-        let hub = Hub::new(server.settings(source, folder.path()));
+        let hub = Hub::new(settings(&server, source, folder.path()));
         let plan = hub.plan(&[Origin::parse(WEIGHTS).unwrap()]).unwrap();
         assert_eq!(plan.missing_bytes(), 700);
         let mut received = 0;
@@ -107,9 +118,9 @@ fn a_partial_file_is_continued_where_it_ended() {
 #[test]
 fn a_broken_connection_is_continued_at_the_byte_it_broke() {
     let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
-    let server = Server::start(&files(&weights));
+    let server = ModelServer::start(&files(&weights));
     server.fail(&[Fault::CutAfter(123), Fault::Status(503), Fault::CutAfter(77)]);
-    let hub = Hub::new(server.settings(Source::HuggingFace, folder.path()));
+    let hub = Hub::new(settings(&server, Source::HuggingFace, folder.path()));
     let plan = hub.plan(&[Origin::parse(WEIGHTS).unwrap()]).unwrap();
     let mut retries = Vec::new();
     let mut note = |event: Event| {
@@ -129,9 +140,9 @@ fn a_broken_connection_is_continued_at_the_byte_it_broke() {
 #[test]
 fn a_download_that_never_moves_is_given_up_and_keeps_what_it_has() {
     let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
-    let server = Server::start(&files(&weights));
+    let server = ModelServer::start(&files(&weights));
     server.fail(&[[Fault::CutAfter(50)].as_slice(), &[Fault::Status(500); 9]].concat());
-    let error = fetch(server.settings(Source::ModelScope, folder.path()), WEIGHTS).unwrap_err();
+    let error = fetch(settings(&server, Source::ModelScope, folder.path()), WEIGHTS).unwrap_err();
     assert!(matches!(error, HubError::Status { status: 500, .. }), "{error}");
     assert_eq!(server.file_requests().len(), 5);
     assert_eq!(fs::read(folder.path().join(PART)).unwrap(), weights[..50]);
@@ -141,19 +152,19 @@ fn a_download_that_never_moves_is_given_up_and_keeps_what_it_has() {
 #[test]
 fn a_server_without_ranges_sends_the_file_from_its_start() {
     let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
-    let server = Server::start(&files(&weights));
+    let server = ModelServer::start(&files(&weights));
     begin(folder.path(), b"other bytes");
     server.fail(&[Fault::IgnoreRange]);
-    fetch(server.settings(Source::HuggingFace, folder.path()), WEIGHTS).unwrap();
+    fetch(settings(&server, Source::HuggingFace, folder.path()), WEIGHTS).unwrap();
     assert_eq!(fs::read(folder.path().join(TARGET)).unwrap(), weights);
 }
 
 #[test]
 fn a_partial_file_longer_than_the_file_starts_over() {
     let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
-    let server = Server::start(&files(&weights));
+    let server = ModelServer::start(&files(&weights));
     begin(folder.path(), &[7; 2000]);
-    fetch(server.settings(Source::HuggingFace, folder.path()), WEIGHTS).unwrap();
+    fetch(settings(&server, Source::HuggingFace, folder.path()), WEIGHTS).unwrap();
     assert_eq!(fs::read(folder.path().join(TARGET)).unwrap(), weights);
     assert_eq!(server.file_requests()[0].range, None);
 }
@@ -164,8 +175,8 @@ fn a_wrong_checksum_is_an_error_and_removes_the_bytes() {
         let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
         let listed = "0".repeat(64);
         let checksums = [("transformer/model-1.safetensors", listed.as_str())];
-        let server = Server::with_checksums(&files(&weights), &checksums);
-        let error = fetch(server.settings(source, folder.path()), WEIGHTS).unwrap_err();
+        let server = ModelServer::with_checksums(&files(&weights), &checksums);
+        let error = fetch(settings(&server, source, folder.path()), WEIGHTS).unwrap_err();
         assert!(matches!(&error, HubError::Checksum { expected, .. } if *expected == listed), "{error}");
         assert!(error.to_string().contains("model-1.safetensors"), "{error}");
         assert!(!folder.path().join(TARGET).exists() && !folder.path().join(PART).exists());
@@ -175,9 +186,9 @@ fn a_wrong_checksum_is_an_error_and_removes_the_bytes() {
 #[test]
 fn a_damaged_partial_file_is_found_by_the_checksum() {
     let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
-    let server = Server::start(&files(&weights));
+    let server = ModelServer::start(&files(&weights));
     begin(folder.path(), &[9; 300]);
-    let settings = server.settings(Source::HuggingFace, folder.path());
+    let settings = settings(&server, Source::HuggingFace, folder.path());
     let error = fetch(settings.clone(), WEIGHTS).unwrap_err();
     assert!(matches!(error, HubError::Checksum { .. }), "{error}");
     fetch(settings, WEIGHTS).unwrap();
@@ -187,8 +198,8 @@ fn a_damaged_partial_file_is_found_by_the_checksum() {
 #[test]
 fn offline_serves_what_is_there_and_names_variable_and_folder_for_the_rest() {
     let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
-    let server = Server::start(&files(&weights));
-    let online = server.settings(Source::HuggingFace, folder.path());
+    let server = ModelServer::start(&files(&weights));
+    let online = settings(&server, Source::HuggingFace, folder.path());
     fetch(online.clone(), WEIGHTS).unwrap();
     let offline =
         Settings { offline: Some("HF_HUB_OFFLINE"), endpoint: "http://127.0.0.1:1".into(), ..online };
@@ -205,8 +216,8 @@ fn offline_serves_what_is_there_and_names_variable_and_folder_for_the_rest() {
 fn a_partial_file_is_no_file_offline() {
     let folder = tempfile::tempdir().unwrap();
     begin(folder.path(), b"half");
-    let server = Server::start(&[]);
-    let online = server.settings(Source::HuggingFace, folder.path());
+    let server = ModelServer::start(&[]);
+    let online = settings(&server, Source::HuggingFace, folder.path());
     let error = fetch(Settings { offline: Some("X"), ..online }, "owner/name:transformer/").unwrap_err();
     assert!(matches!(error, HubError::Offline { .. }), "{error}");
 }
@@ -215,8 +226,8 @@ fn a_partial_file_is_no_file_offline() {
 fn what_a_server_does_not_have_is_named() {
     for source in BOTH {
         let folder = tempfile::tempdir().unwrap();
-        let server = Server::start(&files(b"x"));
-        let settings = server.settings(source, folder.path());
+        let server = ModelServer::start(&files(b"x"));
+        let settings = settings(&server, source, folder.path());
         let error = fetch(settings.clone(), "owner/other:x").unwrap_err();
         assert!(matches!(&error, HubError::NotFound { url } if url.contains("owner/other")), "{error}");
         server.fail(&[Fault::Status(404)]);
@@ -233,9 +244,9 @@ fn what_a_server_does_not_have_is_named() {
 #[test]
 fn optional_files_may_be_absent() {
     let folder = tempfile::tempdir().unwrap();
-    let server = Server::start(&files(b"x"));
-    let hub = Hub::new(server.settings(Source::ModelScope, folder.path()));
-    let optional = |pattern| Origin::new(MODEL, pattern, Need::IfThere).unwrap();
+    let server = ModelServer::start(&files(b"x"));
+    let hub = Hub::new(settings(&server, Source::ModelScope, folder.path()));
+    let optional = |pattern| Origin::new(SERVED_MODEL, pattern, Need::IfThere).unwrap();
     let plan = hub.plan(&[optional("scheduler/"), optional("tokenizer/")]).unwrap();
     hub.download(&plan, &mut |_| ()).unwrap();
     assert_eq!(plan.paths(0).count(), 0);
@@ -246,8 +257,8 @@ fn optional_files_may_be_absent() {
 fn paths_that_leave_the_model_folder_are_refused() {
     for source in BOTH {
         let folder = tempfile::tempdir().unwrap();
-        let server = Server::start(&[("../../evil.json", b"x")]);
-        let error = fetch(server.settings(source, folder.path()), "owner/name").unwrap_err();
+        let server = ModelServer::start(&[("../../evil.json", b"x")]);
+        let error = fetch(settings(&server, source, folder.path()), "owner/name").unwrap_err();
         assert!(matches!(error, HubError::UnsafePath { .. }), "{error}");
     }
 }
@@ -255,8 +266,8 @@ fn paths_that_leave_the_model_folder_are_refused() {
 #[test]
 fn the_token_is_sent_and_a_refusal_says_so() {
     let folder = tempfile::tempdir().unwrap();
-    let server = Server::start(&files(b"x"));
-    let settings = server.settings(Source::HuggingFace, folder.path());
+    let server = ModelServer::start(&files(b"x"));
+    let settings = settings(&server, Source::HuggingFace, folder.path());
     server.fail(&[Fault::Status(401)]);
     let error = fetch(Settings { token: Some("secret".into()), ..settings }, WEIGHTS).unwrap_err();
     assert!(matches!(error, HubError::Denied { status: 401, .. }), "{error}");
@@ -266,7 +277,7 @@ fn the_token_is_sent_and_a_refusal_says_so() {
 #[test]
 fn a_server_that_is_not_there_is_an_error_with_the_way_out() {
     let folder = tempfile::tempdir().unwrap();
-    let settings = Server::start(&[]).settings(Source::ModelScope, folder.path());
+    let settings = settings(&ModelServer::start(&[]), Source::ModelScope, folder.path());
     let error = fetch(Settings { endpoint: "http://127.0.0.1:1".into(), ..settings }, WEIGHTS).unwrap_err();
     assert!(matches!(error, HubError::Network { .. }), "{error}");
     assert!(error.to_string().contains("FEWSTEP_SKIP_DOWNLOAD"), "{error}");
@@ -275,11 +286,11 @@ fn a_server_that_is_not_there_is_an_error_with_the_way_out() {
 #[test]
 fn two_downloads_of_one_file_do_not_mix() {
     let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
-    let server = Server::start(&files(&weights));
+    let server = ModelServer::start(&files(&weights));
     begin(folder.path(), b"");
     let other = fs::File::options().append(true).open(folder.path().join(PART)).unwrap();
     other.lock().unwrap();
-    let error = fetch(server.settings(Source::HuggingFace, folder.path()), WEIGHTS).unwrap_err();
+    let error = fetch(settings(&server, Source::HuggingFace, folder.path()), WEIGHTS).unwrap_err();
     assert!(matches!(error, HubError::Busy { .. }), "{error}");
 }
 
@@ -288,9 +299,9 @@ fn two_downloads_of_one_file_do_not_mix() {
 #[test]
 fn a_full_disk_is_an_error_with_the_bytes_that_are_missing() {
     let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
-    let server = Server::start(&files(&weights));
+    let server = ModelServer::start(&files(&weights));
     fs::create_dir_all(folder.path().join("owner/name/transformer")).unwrap();
     std::os::unix::fs::symlink("/dev/full", folder.path().join(PART)).unwrap();
-    let error = fetch(server.settings(Source::HuggingFace, folder.path()), WEIGHTS).unwrap_err();
+    let error = fetch(settings(&server, Source::HuggingFace, folder.path()), WEIGHTS).unwrap_err();
     assert!(matches!(error, HubError::DiskFull { missing_bytes: 1000, .. }), "{error}");
 }

@@ -188,22 +188,24 @@ fn open(names: &[&str], index: Option<(&str, &[&str])>) -> Result<Vec<String>, M
 #[test]
 fn the_weights_of_a_folder_are_its_index_its_official_file_or_its_only_variant() {
     let (one, two) = ("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors");
+    let both = [one, two];
     let (official, half) =
         ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors");
-    let index = Some(("model.safetensors.index.json", [one, two].as_slice()));
+    let index = Some(("model.safetensors.index.json", both.as_slice()));
     assert_eq!(open(&[one, two, "stray.safetensors"], index).unwrap(), [one, two]);
     assert_eq!(open(&[one, two], None).unwrap(), [one, two]);
     assert_eq!(open(&[half, official], None).unwrap(), [official]);
     assert_eq!(open(&["model.safetensors"], None).unwrap(), ["model.safetensors"]);
     assert_eq!(open(&[half], None).unwrap(), [half]);
-    let variant = Some(("model.safetensors.index.fp16.json", [one, two].as_slice()));
+    let variant = Some(("model.safetensors.index.fp16.json", both.as_slice()));
     assert_eq!(open(&[one, two], variant).unwrap(), [one, two]);
 }
 
 #[test]
 fn missing_shards_are_named_and_variants_are_not_mixed() {
     let (one, two) = ("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors");
-    let index = Some(("model.safetensors.index.json", [one, two].as_slice()));
+    let both = [one, two];
+    let index = Some(("model.safetensors.index.json", both.as_slice()));
     for found in [open(&[one], index), open(&[one], None)] {
         let error = found.unwrap_err();
         assert!(matches!(&error, ModelError::MissingShard { shard, .. } if shard.ends_with(two)), "{error}");

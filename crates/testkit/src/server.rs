@@ -1,20 +1,23 @@
 //! A tiny server on loopback that answers like Hugging Face and like ModelScope.
 
+#![allow(clippy::unwrap_used)] // A helper of the tests fails where the tests do.
+
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
-use fewstep_hub::{Settings, Source};
 use sha2::{Digest, Sha256};
 
-/// The only repository there is.
-pub(crate) const MODEL: &str = "owner/name";
+/// The only repository of a [`ModelServer`].
+pub const SERVED_MODEL: &str = "owner/name";
+
+/// Files per page of Hugging Face's listing.
+const PAGE: usize = 2;
 
 /// What the server does wrong, or in another way than usual, with the next file.
-#[derive(Clone, Copy)]
-pub(crate) enum Fault {
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
     /// Closes the connection after so many bytes of the body.
     CutAfter(usize),
     /// Sends the whole file, whatever range was asked for.
@@ -27,42 +30,44 @@ pub(crate) enum Fault {
 
 /// A request as it arrived.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Request {
-    pub(crate) path: String,
-    pub(crate) range: Option<String>,
-    pub(crate) authorization: Option<String>,
+pub struct ServedRequest {
+    /// Path and query.
+    pub path: String,
+    /// The header `Range`.
+    pub range: Option<String>,
+    /// The header `Authorization`.
+    pub authorization: Option<String>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct State {
     files: BTreeMap<String, Vec<u8>>,
     /// Checksums that the listing states instead of the true ones.
     false_checksums: BTreeMap<String, String>,
     faults: Mutex<VecDeque<Fault>>,
-    requests: Mutex<Vec<Request>>,
-    /// Files per page of Hugging Face's listing.
-    page: usize,
+    requests: Mutex<Vec<ServedRequest>>,
 }
 
 /// The server; it ends with the process.
-pub(crate) struct Server {
+#[derive(Debug)]
+pub struct ModelServer {
     endpoint: String,
     state: Arc<State>,
 }
 
-impl Server {
-    pub(crate) fn start(files: &[(&str, &[u8])]) -> Self {
+impl ModelServer {
+    /// Serves files, each with its path in [`SERVED_MODEL`].
+    pub fn start(files: &[(&str, &[u8])]) -> Self {
         Self::with_checksums(files, &[])
     }
 
     /// A server whose listing states other checksums for some files.
-    pub(crate) fn with_checksums(files: &[(&str, &[u8])], checksums: &[(&str, &str)]) -> Self {
+    pub fn with_checksums(files: &[(&str, &[u8])], checksums: &[(&str, &str)]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let state = Arc::new(State {
             files: files.iter().map(|(path, bytes)| ((*path).into(), bytes.to_vec())).collect(),
             false_checksums: checksums.iter().map(|(path, hash)| ((*path).into(), (*hash).into())).collect(),
-            page: 2,
             ..State::default()
         });
         let (shared, own) = (state.clone(), endpoint.clone());
@@ -74,24 +79,18 @@ impl Server {
         Self { endpoint, state }
     }
 
-    /// Settings that download from here into `folder` without waiting between attempts.
-    pub(crate) fn settings(&self, source: Source, folder: &std::path::Path) -> Settings {
-        Settings {
-            source,
-            endpoint: self.endpoint.clone(),
-            token: None,
-            base_folder: folder.to_owned(),
-            offline: None,
-            retry_wait: Duration::ZERO,
-        }
+    /// The address, without a slash at the end.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
     }
 
-    pub(crate) fn fail(&self, faults: &[Fault]) {
+    /// What goes wrong with the next files asked for, one after the other.
+    pub fn fail(&self, faults: &[Fault]) {
         self.state.faults.lock().unwrap().extend(faults);
     }
 
     /// The requests for files so far, listings left out.
-    pub(crate) fn file_requests(&self) -> Vec<Request> {
+    pub fn file_requests(&self) -> Vec<ServedRequest> {
         let requests = self.state.requests.lock().unwrap();
         requests.iter().filter(|request| request.path.contains("/resolve/")).cloned().collect()
     }
@@ -101,12 +100,13 @@ fn answer(mut stream: &TcpStream, state: &State, endpoint: &str) {
     let request = read_request(stream);
     state.requests.lock().unwrap().push(request.clone());
     let (path, query) = request.path.split_once('?').unwrap_or((&request.path, ""));
-    let reply = if path == format!("/api/models/{MODEL}/tree/main") {
+    let reply = if path == format!("/api/models/{SERVED_MODEL}/tree/main") {
         hugging_face_listing(state, query, endpoint)
-    } else if path == format!("/api/v1/models/{MODEL}/repo/files") {
+    } else if path == format!("/api/v1/models/{SERVED_MODEL}/repo/files") {
         json("", &modelscope_listing(state))
     } else {
-        let prefixes = [format!("/{MODEL}/resolve/main/"), format!("/models/{MODEL}/resolve/master/")];
+        let prefixes =
+            [format!("/{SERVED_MODEL}/resolve/main/"), format!("/models/{SERVED_MODEL}/resolve/master/")];
         let file = prefixes.iter().find_map(|prefix| state.files.get(path.strip_prefix(prefix)?));
         file.map_or_else(|| head("404 Not Found", 0, ""), |bytes| file_reply(state, bytes, &request))
     };
@@ -114,7 +114,7 @@ fn answer(mut stream: &TcpStream, state: &State, endpoint: &str) {
     let _ = stream.write_all(&reply);
 }
 
-fn read_request(stream: &TcpStream) -> Request {
+fn read_request(stream: &TcpStream) -> ServedRequest {
     let mut lines = BufReader::new(stream).lines().map(Result::unwrap);
     let path = lines.next().unwrap().split(' ').nth(1).unwrap().to_owned();
     let mut headers = BTreeMap::new();
@@ -122,7 +122,7 @@ fn read_request(stream: &TcpStream) -> Request {
         let (name, value) = line.split_once(':').unwrap();
         headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
     }
-    Request { path, range: headers.remove("range"), authorization: headers.remove("authorization") }
+    ServedRequest { path, range: headers.remove("range"), authorization: headers.remove("authorization") }
 }
 
 fn head(status: &str, length: usize, headers: &str) -> Vec<u8> {
@@ -153,11 +153,11 @@ fn hugging_face_listing(state: &State, query: &str, endpoint: &str) -> Vec<u8> {
         }
     };
     let mut entries = vec![r#"{"type":"directory","oid":"ab","size":0,"path":"vae"}"#.to_owned()];
-    entries.extend(state.files.iter().skip(start).take(state.page).map(entry));
-    let next = start + state.page;
+    entries.extend(state.files.iter().skip(start).take(PAGE).map(entry));
+    let next = start + PAGE;
     let link = match next < state.files.len() {
         true => format!(
-            "Link: <{endpoint}/api/models/{MODEL}/tree/main?recursive=true&cursor={next}>; rel=\"next\"\r\n"
+            "Link: <{endpoint}/api/models/{SERVED_MODEL}/tree/main?recursive=true&cursor={next}>; rel=\"next\"\r\n"
         ),
         false => String::new(),
     };
@@ -174,7 +174,7 @@ fn modelscope_listing(state: &State) -> String {
     format!(r#"{{"Code":200,"Data":{{"Files":[{}]}},"Message":"","Success":true}}"#, entries.join(","))
 }
 
-fn file_reply(state: &State, bytes: &[u8], request: &Request) -> Vec<u8> {
+fn file_reply(state: &State, bytes: &[u8], request: &ServedRequest) -> Vec<u8> {
     let fault = state.faults.lock().unwrap().pop_front();
     if let Some(Fault::Status(status)) = fault {
         return head(&format!("{status} Refused"), 0, "");
