@@ -22,6 +22,7 @@ pub struct DownloadArgs {
     /// Weight files as `train` takes them, OWNER/NAME:PATTERN, separated by commas; configs and tokenizer come along
     #[arg(long, value_name = "LIST", conflicts_with = "model_id")]
     pub model_id_with_origin_paths: Option<String>,
+    /// Where from and where to.
     #[command(flatten)]
     pub place: Place,
 }

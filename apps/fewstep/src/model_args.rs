@@ -115,7 +115,7 @@ mod tests {
     fn model_paths_are_files_and_nested_shards() {
         let groups =
             parse_model_paths(r#"["t.safetensors", ["e-1.safetensors", "e-2.safetensors"]]"#).unwrap();
-        let expected =
+        let expected: [Vec<PathBuf>; 2] =
             [vec!["t.safetensors".into()], vec!["e-1.safetensors".into(), "e-2.safetensors".into()]];
         assert_eq!(groups, expected);
         for wrong in ["t.safetensors", "{}", "[1]", r#"[[["deep"]]]"#] {

@@ -151,7 +151,7 @@ pub(crate) fn component_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError>
     let files: Vec<&String> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
     match (indices.as_slice(), files.as_slice()) {
         ([index], _) => indexed_files(folder, &folder.join(index)),
-        ([], [file]) => Ok(vec![folder.join(file)]),
+        ([], [file]) if shard_set(file).is_none() => Ok(vec![folder.join(file)]),
         ([], []) => {
             let missing =
                 format!("{}/*.safetensors", folder.file_name().unwrap_or_default().to_string_lossy());
