@@ -71,10 +71,10 @@ pub fn fetch(
     let plan = hub.plan(origins)?;
     if plan.missing_bytes() > 0 {
         progress.start_bytes("downloading", plan.missing_bytes());
-        let done = hub.download(&plan, &mut |event| show(&event, progress));
-        progress.finish();
-        done?;
     }
+    let done = hub.download(&plan, &mut |event| show(&event, progress));
+    progress.finish();
+    done?;
     Ok((0..origins.len()).map(|index| plan.paths(index).map(PathBuf::from).collect()).collect())
 }
 

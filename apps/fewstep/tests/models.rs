@@ -18,7 +18,7 @@ struct Fixture {
 }
 
 /// Variables that would change where models come from.
-const VARIABLES: [&str; 9] = [
+const VARIABLES: [&str; 7] = [
     "FEWSTEP_MODEL_BASE_PATH",
     "FEWSTEP_DOWNLOAD_SOURCE",
     "FEWSTEP_SKIP_DOWNLOAD",
@@ -26,8 +26,6 @@ const VARIABLES: [&str; 9] = [
     "DIFFSYNTH_SKIP_DOWNLOAD",
     "HF_HUB_OFFLINE",
     "HF_TOKEN",
-    "http_proxy",
-    "HTTP_PROXY",
 ];
 
 const ORIGINS: &str =

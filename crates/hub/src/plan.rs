@@ -32,7 +32,7 @@ struct PlannedFile {
 impl Hub {
     /// Nothing is contacted yet.
     pub fn new(settings: Settings) -> Self {
-        let client = Client::new(settings.token.clone());
+        let client = Client::new(&settings.endpoint, settings.token.clone());
         Self { settings, client }
     }
 

@@ -1,5 +1,7 @@
 //! Downloads against a server on loopback.
 
+#![allow(clippy::unwrap_used)] // Helpers of the tests fail where the tests do.
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -272,6 +274,21 @@ fn the_token_is_sent_and_a_refusal_says_so() {
     let error = fetch(Settings { token: Some("secret".into()), ..settings }, WEIGHTS).unwrap_err();
     assert!(matches!(error, HubError::Denied { status: 401, .. }), "{error}");
     assert_eq!(server.file_requests()[0].authorization.as_deref(), Some("Bearer secret"));
+}
+
+#[test]
+fn a_redirect_to_another_host_keeps_the_range_and_not_the_token() {
+    let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
+    let server = ModelServer::start(&files(&weights));
+    begin(folder.path(), &weights[..300]);
+    server.fail(&[Fault::RedirectToLocalhost]);
+    let settings = settings(&server, Source::HuggingFace, folder.path());
+    fetch(Settings { token: Some("secret".into()), ..settings }, WEIGHTS).unwrap();
+    assert_eq!(fs::read(folder.path().join(TARGET)).unwrap(), weights);
+    let requests = server.file_requests();
+    let seen: Vec<_> = requests.iter().map(|request| request.authorization.as_deref()).collect();
+    assert_eq!(seen, [Some("Bearer secret"), None]);
+    assert_eq!(requests[1].range.as_deref(), Some("bytes=300-999"));
 }
 
 #[test]

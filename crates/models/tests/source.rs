@@ -1,5 +1,7 @@
 //! Where a model's files are found: the golden Qwen-Image model, given as a folder and file by file.
 
+#![allow(clippy::unwrap_used)] // Helpers of the tests fail where the tests do.
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

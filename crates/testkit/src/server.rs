@@ -26,6 +26,8 @@ pub enum Fault {
     RangeWithStatus200,
     /// Answers with a status and no body.
     Status(u16),
+    /// Redirects to the same path of the host `localhost`, another name than the endpoint's.
+    RedirectToLocalhost,
 }
 
 /// A request as it arrived.
@@ -108,7 +110,10 @@ fn answer(mut stream: &TcpStream, state: &State, endpoint: &str) {
         let prefixes =
             [format!("/{SERVED_MODEL}/resolve/main/"), format!("/models/{SERVED_MODEL}/resolve/master/")];
         let file = prefixes.iter().find_map(|prefix| state.files.get(path.strip_prefix(prefix)?));
-        file.map_or_else(|| head("404 Not Found", 0, ""), |bytes| file_reply(state, bytes, &request))
+        file.map_or_else(
+            || head("404 Not Found", 0, ""),
+            |bytes| file_reply(state, endpoint, bytes, &request),
+        )
     };
     // The client may close first; that is its right.
     let _ = stream.write_all(&reply);
@@ -174,10 +179,14 @@ fn modelscope_listing(state: &State) -> String {
     format!(r#"{{"Code":200,"Data":{{"Files":[{}]}},"Message":"","Success":true}}"#, entries.join(","))
 }
 
-fn file_reply(state: &State, bytes: &[u8], request: &ServedRequest) -> Vec<u8> {
+fn file_reply(state: &State, endpoint: &str, bytes: &[u8], request: &ServedRequest) -> Vec<u8> {
     let fault = state.faults.lock().unwrap().pop_front();
     if let Some(Fault::Status(status)) = fault {
         return head(&format!("{status} Refused"), 0, "");
+    }
+    if let Some(Fault::RedirectToLocalhost) = fault {
+        let address = endpoint.replace("127.0.0.1", "localhost");
+        return head("302 Found", 0, &format!("Location: {address}{}\r\n", request.path));
     }
     let range = request.range.as_deref().filter(|_| !matches!(fault, Some(Fault::IgnoreRange)));
     let (status, headers, body) = match range {

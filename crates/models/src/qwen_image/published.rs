@@ -52,6 +52,7 @@ pub(crate) fn component_of(files: &WeightFiles) -> Option<&'static str> {
     if any("embed_tokens.weight") && any("layers.0.self_attn.q_proj.bias") {
         return Some("text_encoder");
     }
+    // Wan's VAE has the same keys in diffusers' format.
     if all(&["quant_conv.weight", "decoder.conv_in.weight", "decoder.norm_out.gamma"]) {
         return Some("vae");
     }
@@ -76,4 +77,25 @@ pub(crate) fn write_configs(source: &ModelSource, folder: &Path) -> Result<(), M
 
 fn write(path: &Path, text: &str) -> Result<(), ModelError> {
     fewstep_data::atomic::write(path, text.as_bytes()).map_err(ModelError::io(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fewstep_flow::schedule::SchedulerConfig;
+    use fewstep_testkit::golden;
+
+    #[test]
+    fn the_schedule_for_lone_weights_is_the_published_one() {
+        let text = std::fs::read_to_string(golden("qwen_image/model").join(SCHEDULER_FILE)).unwrap();
+        let grid = |json: &str| SchedulerConfig::from_json(json).unwrap().grid(10, 1024).unwrap();
+        assert_eq!(grid(SCHEDULER).as_slice(), grid(&text).as_slice());
+    }
+
+    #[test]
+    fn the_list_of_components_is_of_this_family() {
+        let index: serde_json::Value = serde_json::from_str(MODEL_INDEX).unwrap();
+        assert_eq!(index["_class_name"], super::super::PIPELINE_CLASS);
+        assert!(super::super::COMPONENTS.iter().all(|name| index[*name].is_array()));
+    }
 }
