@@ -39,7 +39,8 @@ fn main() -> anyhow::Result<()> {
         max_steps: Some(20),
         ..Recipe::default()
     };
-    let context = Context { device: Device::flex(), stop: &AtomicBool::new(false), version: &version() };
+    let context =
+        Context { model: None, device: Device::flex(), stop: &AtomicBool::new(false), version: &version() };
     fewstep_train::run(&recipe, context, &mut TrainProgress::new(false))?;
 
     let lora = LoraFile { path: output.join("student/lora.safetensors"), alpha: 1.0 };

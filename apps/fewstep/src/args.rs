@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::demo::DemoArgs;
+use crate::download::DownloadArgs;
 use crate::evaluate::EvaluateArgs;
 use crate::generate::GenerateArgs;
 use crate::inspect::InspectArgs;
@@ -29,6 +30,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Compare teacher and students on prompts, in numbers and pictures
     Evaluate(EvaluateArgs),
+    /// Fetch model files from Hugging Face or ModelScope
+    Download(DownloadArgs),
     /// Make a small text-to-image model few-step on bundled data, from teacher pictures to a report
     Demo(DemoArgs),
     /// Tell what a file or folder is; for a model, the memory and time it takes

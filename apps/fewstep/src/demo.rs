@@ -193,7 +193,7 @@ fn distil(
     let Some(steps) = recipe.max_steps else { bail!("{}: max_steps is missing", student.recipe) };
     recipe.max_steps = Some((steps as f64 * size.training).ceil() as u64);
     let mut progress = TrainProgress::new(false);
-    let context = Context { device: Device::flex(), stop, version: &version() };
+    let context = Context { model: None, device: Device::flex(), stop, version: &version() };
     let outcome = fewstep_train::run(&recipe, context, &mut progress);
     progress.finish();
     Ok(outcome?)

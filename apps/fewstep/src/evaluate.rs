@@ -13,22 +13,23 @@ use clap::Args;
 use fewstep_data::image::Picture;
 use fewstep_data::metadata::Metadata;
 use fewstep_models::conventions::name_of;
-use fewstep_models::{DTYPES, Model, Pipeline, Request, lora};
+use fewstep_models::{DTYPES, Model, ModelSource, Pipeline, Request, lora};
 use fewstep_report::{
     Chart, Curve, Features, Grid, GridRow, Judge, Report, Row, Stage, kid, latent_mse, psnr_db, retrieval,
 };
 
 use crate::args::with_defaults;
 use crate::conventions::LoadArgs;
+use crate::model_args::ModelArgs;
 use crate::parse::{Student, student};
 use crate::progress::Progress;
 
 /// Flags of `evaluate`.
 #[derive(Args, Clone, Debug)]
 pub struct EvaluateArgs {
-    /// The teacher: a model folder in the official layout
-    #[arg(long)]
-    pub model: PathBuf,
+    /// The teacher.
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// A student, NAME=PATH: a LoRA of the teacher (a file) or a full model (a folder); may be given several times
     #[arg(long, value_parser = student)]
     pub student: Vec<Student>,
@@ -137,7 +138,7 @@ pub fn evaluate(args: &EvaluateArgs, stages: Vec<Stage>, progress: &dyn Progress
     let start = Instant::now();
     let judge = Judge::load(&args.judge)?;
     let prompts = read_prompts(args)?;
-    let contestants = contestants(args)?;
+    let contestants = contestants(args, &args.model.resolve(progress)?)?;
     progress.start("evaluating", (contestants.len() * prompts.texts.len()) as u64);
     let mut drawn = Vec::new();
     for contestant in &contestants {
@@ -192,8 +193,8 @@ fn read_prompts(args: &EvaluateArgs) -> Result<Prompts> {
 }
 
 /// The teacher first, then the undistilled model in few steps, then every student at every step count.
-fn contestants(args: &EvaluateArgs) -> Result<Vec<Contestant>> {
-    let teacher = Model::from_pretrained(&args.model, &args.load.options())?;
+fn contestants(args: &EvaluateArgs, source: &ModelSource) -> Result<Vec<Contestant>> {
+    let teacher = Model::from_pretrained(source, &args.load.options())?;
     let contestant = |name: &str, model: &Model, num_inference_steps, cfg_scale| Contestant {
         name: name.to_owned(),
         model: model.clone(),
@@ -207,7 +208,7 @@ fn contestants(args: &EvaluateArgs) -> Result<Vec<Contestant>> {
         contestant("undistilled", &teacher, base, args.teacher_cfg_scale),
     ];
     for Student { name, path } in &args.student {
-        let model = load_student(args, &teacher, path)?;
+        let model = load_student(args, source, &teacher, path)?;
         for steps in &args.student_num_inference_steps {
             contestants.push(contestant(name, &model, *steps, 1.0));
         }
@@ -215,14 +216,14 @@ fn contestants(args: &EvaluateArgs) -> Result<Vec<Contestant>> {
     Ok(contestants)
 }
 
-fn load_student(args: &EvaluateArgs, teacher: &Model, path: &Path) -> Result<Model> {
+fn load_student(args: &EvaluateArgs, source: &ModelSource, teacher: &Model, path: &Path) -> Result<Model> {
     if path.is_dir() {
-        return Ok(Model::from_pretrained(path, &args.load.options())?);
+        return Ok(Model::from_pretrained(&path.into(), &args.load.options())?);
     }
     if !path.is_file() {
         bail!("{}: no such student\nhint: give a LoRA file (.safetensors) or a model folder", path.display());
     }
-    lora::check_base(path, &args.model)?;
+    lora::check_base(path, source)?;
     Ok(lora::load(teacher.clone(), path, 1.0)?)
 }
 

@@ -15,12 +15,14 @@ use fewstep_data::provenance::{InputImage, Provenance, TORCH_CPU, TORCH_CUDA};
 use fewstep_flow::Solver;
 use fewstep_models::conventions::name_of;
 use fewstep_models::{
-    DTYPES, Generated, LoraFile, Pipeline, PipelineOptions, Request, WeightType, save_tensors, weights_hash,
+    DTYPES, Generated, LoraFile, ModelSource, Pipeline, PipelineOptions, Request, WeightType, save_tensors,
+    weights_hash,
 };
 use sha2::{Digest, Sha256};
 
 use crate::args::with_defaults;
 use crate::conventions::LoadArgs;
+use crate::model_args::ModelArgs;
 use crate::parse::{lora_file, solver};
 use crate::progress::Progress;
 use crate::prompts::{PromptRow, read_prompts};
@@ -28,9 +30,9 @@ use crate::prompts::{PromptRow, read_prompts};
 /// Flags of `generate`.
 #[derive(Args, Clone, Debug)]
 pub struct GenerateArgs {
-    /// Model folder in the official layout
-    #[arg(long)]
-    pub model: PathBuf,
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// Folder to write to; a run that was interrupted there is continued
     #[arg(long, alias = "output-path")]
     pub output: PathBuf,
@@ -120,8 +122,9 @@ impl GenerateArgs {
 pub fn generate(args: &GenerateArgs, progress: &dyn Progress) -> Result<()> {
     let requests = requests(args)?;
     let options = PipelineOptions { load: args.load.options(), lora: args.lora.clone() };
-    let pipeline = Pipeline::from_pretrained(&args.model, options)?;
-    let provenance = provenance(args, &pipeline, &requests)?;
+    let source = args.model.resolve(progress)?;
+    let pipeline = Pipeline::from_pretrained(source.clone(), options)?;
+    let provenance = provenance(args, &source, &pipeline, &requests)?;
     claim(&args.output, &provenance)?;
     warn_of_long_prompts(&pipeline, &requests, progress)?;
     let indices: Vec<usize> = (0..requests.len()).collect();
@@ -218,12 +221,17 @@ fn warn_of_long_prompts(pipeline: &Pipeline, requests: &[Request], progress: &dy
 /// Characters of a prompt that name it in a message.
 const SHOWN_OF_PROMPT: usize = 40;
 
-fn provenance(args: &GenerateArgs, pipeline: &Pipeline, requests: &[Request]) -> Result<Provenance> {
+fn provenance(
+    args: &GenerateArgs,
+    source: &ModelSource,
+    pipeline: &Pipeline,
+    requests: &[Request],
+) -> Result<Provenance> {
     let first = &requests[0];
     let student = pipeline.model.sigma_grid(args.student_num_inference_steps, args.height, args.width);
     Ok(Provenance {
-        teacher: args.model.display().to_string(),
-        teacher_hash: weights_hash(&args.model)?,
+        teacher: source.to_string(),
+        teacher_hash: weights_hash(source)?,
         lora: args.lora.as_ref().map(|lora| format!("{}:{}", lora.path.display(), lora.alpha)),
         num_inference_steps: args.num_inference_steps,
         cfg_scale: args.cfg_scale,

@@ -4,10 +4,12 @@
 pub mod args;
 pub mod conventions;
 pub mod demo;
+pub mod download;
 pub mod evaluate;
 pub mod generate;
 pub mod inspect;
 pub mod lora;
+pub mod model_args;
 pub mod parse;
 pub mod progress;
 pub mod prompts;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use fewstep::args::{Cli, Command};
 use fewstep::progress::Terminal;
-use fewstep::{INTERRUPTED, WRONG_USAGE, demo, evaluate, generate, inspect, lora, train};
+use fewstep::{INTERRUPTED, WRONG_USAGE, demo, download, evaluate, generate, inspect, lora, train};
 
 fn main() -> ExitCode {
     fewstep_kernels::tune_allocator();
@@ -14,6 +14,7 @@ fn main() -> ExitCode {
         Command::Train(flags) => train::train(flags, &matches),
         Command::Generate(flags) => generate::generate(flags, &terminal).map(|()| ExitCode::SUCCESS),
         Command::Evaluate(flags) => evaluate::run(flags, &terminal).map(|()| ExitCode::SUCCESS),
+        Command::Download(flags) => download::run(flags, &terminal).map(|()| ExitCode::SUCCESS),
         Command::Demo(flags) => demo::run(flags, &terminal).map(|finished| match finished {
             true => ExitCode::SUCCESS,
             false => ExitCode::from(INTERRUPTED),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use burn::tensor::Device;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use fewstep_flow::Solver;
+use fewstep_hub::Source;
 use fewstep_models::lora::LoraFormat;
 use fewstep_models::{LoraFile, WeightType};
 
@@ -73,6 +74,11 @@ pub fn device(text: &str) -> Result<Device, String> {
         "cuda" => Err("this build computes on the cpu alone".into()),
         _ => Err("expected cpu".into()),
     }
+}
+
+/// `huggingface` or `modelscope`.
+pub fn hub_source(text: &str) -> Result<Source, String> {
+    Source::from_name(text).ok_or_else(|| "expected huggingface or modelscope".into())
 }
 
 /// One of a table's names.

@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use fewstep_train::{Event, Observer, Started};
-use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 
 /// Time between plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -14,6 +14,8 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 pub trait Progress {
     /// Work begins; `total` is the number of parts.
     fn start(&self, what: &str, total: u64);
+    /// Work on so many bytes begins.
+    fn start_bytes(&self, what: &str, total_bytes: u64);
     /// That many more parts are done.
     fn advance(&self, parts: u64);
     /// A sentence about the parts to come, such as the present loss.
@@ -30,10 +32,18 @@ pub struct Terminal {
     work: RefCell<Option<Work>>,
 }
 
+/// What work is counted in.
+#[derive(Clone, Copy)]
+enum Unit {
+    Parts,
+    Bytes,
+}
+
 /// The work under way.
 struct Work {
     what: String,
     note: String,
+    unit: Unit,
     /// Hidden where there is no terminal; it counts and estimates there too.
     bar: ProgressBar,
     last_line: Instant,
@@ -48,15 +58,11 @@ impl Terminal {
 
 impl Progress for Terminal {
     fn start(&self, what: &str, total: u64) {
-        let bar = if self.quiet || !std::io::stderr().is_terminal() {
-            ProgressBar::hidden()
-        } else {
-            ProgressBar::new(total).with_style(bar_style())
-        };
-        bar.set_length(total);
-        bar.set_prefix(what.to_owned());
-        let (what, note) = (what.to_owned(), String::new());
-        *self.work.borrow_mut() = Some(Work { what, note, bar, last_line: Instant::now() });
+        self.begin(what, total, Unit::Parts);
+    }
+
+    fn start_bytes(&self, what: &str, total_bytes: u64) {
+        self.begin(what, total_bytes, Unit::Bytes);
     }
 
     fn advance(&self, parts: u64) {
@@ -96,14 +102,23 @@ impl Progress for Terminal {
 impl Work {
     fn line(&self) -> String {
         let (done, total) = (self.bar.position(), self.bar.length().unwrap_or_default());
-        let left = HumanDuration(self.bar.eta());
-        format!("{} {done}/{total}, {:.3}/s, {left} left {}", self.what, self.bar.per_sec(), self.note)
+        let (rate, left) = (self.bar.per_sec(), HumanDuration(self.bar.eta()));
+        let counts = match self.unit {
+            Unit::Parts => format!("{done}/{total}, {rate:.3}/s"),
+            Unit::Bytes => {
+                format!("{}/{}, {}/s", HumanBytes(done), HumanBytes(total), HumanBytes(rate as u64))
+            }
+        };
+        format!("{} {counts}, {left} left {}", self.what, self.note)
     }
 }
 
-fn bar_style() -> ProgressStyle {
-    ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {per_sec} {eta} left {msg}")
-        .expect("the template is fixed and well-formed")
+fn bar_style(unit: Unit) -> ProgressStyle {
+    let template = match unit {
+        Unit::Parts => "{prefix} {wide_bar} {pos}/{len} {per_sec} {eta} left {msg}",
+        Unit::Bytes => "{prefix} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta} left {msg}",
+    };
+    ProgressStyle::with_template(template).expect("the templates are fixed and well-formed")
 }
 
 /// Shows a training run.
@@ -154,6 +169,18 @@ impl Observer for TrainProgress {
 }
 
 impl Terminal {
+    fn begin(&self, what: &str, total: u64, unit: Unit) {
+        let bar = if self.quiet || !std::io::stderr().is_terminal() {
+            ProgressBar::hidden()
+        } else {
+            ProgressBar::new(total).with_style(bar_style(unit))
+        };
+        bar.set_length(total);
+        bar.set_prefix(what.to_owned());
+        let (what, note) = (what.to_owned(), String::new());
+        *self.work.borrow_mut() = Some(Work { what, note, unit, bar, last_line: Instant::now() });
+    }
+
     /// Parts that earlier work did; the rate does not count them.
     fn skip(&self, parts: u64) {
         if let Some(work) = self.work.borrow().as_ref() {

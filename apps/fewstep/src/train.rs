@@ -8,11 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context as _, Result};
 use burn::tensor::Device;
 use clap::{ArgMatches, Args};
+use fewstep_models::ModelSource;
 use fewstep_train::recipe::{Compute, PeerFlags};
 use fewstep_train::{Context, Outcome, Recipe, TrainError};
 
 use crate::INTERRUPTED;
-use crate::progress::TrainProgress;
+use crate::model_args::ModelArgs;
+use crate::progress::{Terminal, TrainProgress};
 
 /// Flags of `train`.
 #[derive(Args, Debug)]
@@ -38,8 +40,9 @@ pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
     let recipe = flags.recipe.resolve(matches, flags.config.as_deref())?;
     let device = device(&recipe)?;
     let stop = stop_on_signal()?;
-    let context = Context { device, stop: &stop, version: &version() };
     let mut progress = TrainProgress::new(flags.quiet);
+    let model = Some(source(&recipe)?);
+    let context = Context { model, device, stop: &stop, version: &version() };
     for note in recipe.notes() {
         progress.say(note);
     }
@@ -55,6 +58,18 @@ pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
             Ok(ExitCode::from(INTERRUPTED))
         }
     }
+}
+
+/// The model a recipe names, downloaded where it says so.
+fn source(recipe: &Recipe) -> Result<ModelSource> {
+    let files = recipe.model_paths.is_some() || recipe.model_id_with_origin_paths.is_some();
+    let args = ModelArgs {
+        model: (!files).then(|| recipe.model.clone()),
+        model_paths: recipe.model_paths.clone(),
+        model_id_with_origin_paths: recipe.model_id_with_origin_paths.clone(),
+        tokenizer_path: recipe.tokenizer_path.clone(),
+    };
+    args.resolve(&Terminal::new(false))
 }
 
 /// The device a recipe names.

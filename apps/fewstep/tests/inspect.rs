@@ -110,22 +110,9 @@ fn a_data_set_is_told_with_its_rows_and_origin() {
     let folder = tempfile::tempdir().unwrap();
     let provenance = Provenance {
         teacher: "assets/teacher".into(),
-        teacher_hash: "0".into(),
-        lora: None,
         num_inference_steps: 50,
-        cfg_scale: 4.0,
-        negative_prompt: String::new(),
-        solver: "euler".into(),
-        sigmas: vec![1.0, 0.0],
-        student_num_inference_steps: 4,
-        student_cfg_scale: 1.0,
-        student_sigmas: vec![1.0, 0.0],
         noise_generator: TORCH_CPU.into(),
-        dtype: "f32".into(),
-        height: 64,
-        width: 64,
-        batch_size: 8,
-        requests_hash: "0".into(),
+        ..Provenance::default()
     };
     provenance.write(folder.path()).unwrap();
     assert_eq!(inspect(folder.path(), &[])["rows"], Value::Null, "nothing has been drawn yet");

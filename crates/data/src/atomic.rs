@@ -23,15 +23,28 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// # Errors
 /// Whatever `fill` or the file system reports. The temporary file is gone by then.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
-    let folder = parent(path);
+    let folder = folder_of(path);
     fs::create_dir_all(folder)?;
     let temporary = Temporary::beside(folder, path)?;
     let mut file = File::create_new(&temporary.0)?;
     fill(&mut file)?;
-    file.sync_all()?;
     drop(file);
-    fs::rename(&temporary.0, path)?;
-    sync_folder(folder)
+    rename(&temporary.0, path)
+}
+
+/// Moves a complete file to `path`, in the same folder, replacing what is there; both the bytes and the name are on
+/// the disk afterwards.
+///
+/// # Errors
+/// Whatever the file system reports.
+pub fn rename(complete: &Path, path: &Path) -> io::Result<()> {
+    File::options().append(true).open(complete)?.sync_all()?; // Windows syncs only what may be written
+    fs::rename(complete, path)?;
+    sync_folder(folder_of(path))
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Replaces the file at `target` by the bytes of `source`; see [`write_with`].
@@ -62,7 +75,7 @@ impl NewFolder {
         let mut hidden = OsString::from(".");
         hidden.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
         hidden.push(".part");
-        let part = parent(path).join(hidden);
+        let part = folder_of(path).join(hidden);
         if part.exists() {
             fs::remove_dir_all(&part)?;
         }
@@ -82,7 +95,7 @@ impl NewFolder {
     pub fn publish(self) -> io::Result<()> {
         sync_folder(&self.part)?;
         fs::rename(&self.part, &self.path)?;
-        sync_folder(parent(&self.path))
+        sync_folder(folder_of(&self.path))
     }
 }
 
@@ -90,13 +103,6 @@ impl Drop for NewFolder {
     fn drop(&mut self) {
         // Nothing can be done about a folder that cannot be removed, and after a success there is none.
         let _ = fs::remove_dir_all(&self.part);
-    }
-}
-
-fn parent(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
     }
 }
 

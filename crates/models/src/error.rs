@@ -27,6 +27,63 @@ pub enum ModelError {
         /// What was looked for.
         missing: String,
     },
+    /// A small file that goes with given weight files is nowhere around them.
+    #[error(
+        "no {what} for the given weight files; looked for {}\nhint: {}",
+        paths(looked),
+        beside_hint(what)
+    )]
+    NotBeside {
+        /// Its place in the official layout.
+        what: String,
+        /// Where it was looked for.
+        looked: Vec<PathBuf>,
+    },
+    /// A component that is needed was not given.
+    #[error(
+        "no weights of the component {component} among {}\nhint: add its file, or a nested list of its shards",
+        paths(given)
+    )]
+    MissingComponent {
+        /// The component.
+        component: &'static str,
+        /// The files that were given.
+        given: Vec<PathBuf>,
+    },
+    /// A weight file of no component there is code for.
+    #[error("{}: weights of no known component; the file begins with the keys {}\nhint: shards of one component are given together, in a nested list", path.display(), keys.join(", "))]
+    UnknownWeights {
+        /// The file.
+        path: PathBuf,
+        /// Some of its keys.
+        keys: Vec<String>,
+    },
+    /// Two weight files that are the same component.
+    #[error("{} and {} both hold the component {component}\nhint: shards of one component are given together, in a nested list", first.display(), second.display())]
+    SameComponent {
+        /// The component.
+        component: &'static str,
+        /// A file given first.
+        first: PathBuf,
+        /// A file given later.
+        second: PathBuf,
+    },
+    /// A shard of a component is not there.
+    #[error("{}: is missing, named by {}\nhint: download it again", shard.display(), by.display())]
+    MissingShard {
+        /// The shard.
+        shard: PathBuf,
+        /// The index or the other shard that names it.
+        by: PathBuf,
+    },
+    /// A folder holds weights in several variants.
+    #[error("{}: found {}, expected one weight file or the shards of one\nhint: remove the others, or name the files by --model-paths", path.display(), files.join(", "))]
+    Ambiguous {
+        /// The folder.
+        path: PathBuf,
+        /// The weight files in it.
+        files: Vec<String>,
+    },
     /// A JSON file does not say what it should.
     #[error("{}: {reason}", path.display())]
     Config {
@@ -115,17 +172,16 @@ pub enum ModelError {
     },
     /// A LoRA that was trained on other weights.
     #[error(
-        "{}: trained on a base with hash {expected}, {} has hash {found}\nhint: give the model folder the adapter was \
+        "{}: trained on a base with hash {expected}, {base} has hash {found}\nhint: give the model the adapter was \
          trained on",
-        path.display(),
-        folder.display()
+        path.display()
     )]
     OtherBase {
         /// The LoRA file.
         path: PathBuf,
-        /// The model folder.
-        folder: PathBuf,
-        /// The folder's hash.
+        /// The model.
+        base: String,
+        /// The model's hash.
         found: String,
         /// The hash in the file.
         expected: String,
@@ -185,6 +241,18 @@ impl ModelError {
     /// For `map_err` on file operations.
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError + '_ {
         move |reason| ModelError::Io { path: path.to_owned(), reason }
+    }
+}
+
+fn paths(paths: &[PathBuf]) -> String {
+    let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
+    names.join(", ")
+}
+
+fn beside_hint(what: &str) -> String {
+    match what {
+        "tokenizer" => "give its folder by --tokenizer-path".into(),
+        _ => format!("copy it there from the model's repository; in the official layout it is {what}"),
     }
 }
 

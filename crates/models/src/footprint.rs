@@ -3,12 +3,11 @@
 //! Computed from a folder's configs alone, before any weight is read. A family states its formulas in its own folder.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::Serialize;
 
 use crate::model::check_family;
-use crate::{ModelError, qwen_image};
+use crate::{ModelError, ModelSource, qwen_image};
 
 /// The work that is asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,13 +60,13 @@ pub struct Flops {
 }
 
 impl Footprint {
-    /// What a workload takes with the model of a folder; weights need not be there.
+    /// What a workload takes with a model; weights need not be there.
     ///
     /// # Errors
-    /// If the folder names no known family, a config is missing or damaged, or the family cannot draw that size.
-    pub fn of(folder: &Path, workload: &Workload) -> Result<Self, ModelError> {
-        check_family(folder)?;
-        qwen_image::footprint(folder, workload)
+    /// If the model is of no known family, a config is missing or damaged, or the family cannot draw that size.
+    pub fn of(source: &ModelSource, workload: &Workload) -> Result<Self, ModelError> {
+        check_family(source)?;
+        qwen_image::footprint(source, workload)
     }
 
     /// Gradients held at the worst moment: the sum over sampling steps, and those that are being added to it.

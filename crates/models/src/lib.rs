@@ -16,6 +16,7 @@ mod parts;
 mod pipeline;
 pub mod qwen_image;
 pub mod sampling;
+mod source;
 mod weights;
 
 pub use condition::Condition;
@@ -23,11 +24,12 @@ pub use conventions::{Conventions, DecodeRange, GuidanceRule, Peer};
 pub use error::ModelError;
 pub use footprint::{Activations, Flops, Footprint, Workload};
 pub use load_options::{Components, DTYPES, LoadOptions};
-pub use model::{Denoiser, Model, expected_tensors};
+pub use model::{Denoiser, Model, check_weights, expected_tensors};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};
 pub use parts::linear::{Linear, LowRankAdapter};
 pub use pipeline::{Generated, LoraFile, Pipeline, PipelineOptions, Request};
 pub use qwen_image::PromptLength;
+pub use source::ModelSource;
 pub use weights::{
     TensorEntry, TensorShapes, WeightFiles, WeightType, read_info, save_tensors, weights_hash,
 };

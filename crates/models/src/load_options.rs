@@ -32,6 +32,9 @@ pub enum Components {
     /// The denoiser alone, for data whose text states and latents are stored: the weights of text encoder and
     /// autoencoder need not be there.
     Denoiser,
+    /// Text encoder and autoencoder, which turn prompts and pictures into data: the denoiser's weights need not be
+    /// there.
+    Encoders,
 }
 
 impl Default for LoadOptions {

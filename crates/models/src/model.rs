@@ -11,8 +11,8 @@ use fewstep_flow::schedule::GridRequest;
 
 use crate::load_options::{round_weights, rounded};
 use crate::qwen_image::{self, PromptLength, QwenImage};
-use crate::weights::{KeyMap, TensorShapes, WeightType, copy_tree, is_weights};
-use crate::{Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError};
+use crate::weights::{KeyMap, TensorShapes, WeightType, compare, copy_tree, is_weights};
+use crate::{Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource};
 
 /// Predicts velocities: all that methods and samplers know of a model.
 pub trait Denoiser {
@@ -53,33 +53,33 @@ pub enum Model {
 }
 
 impl Model {
-    /// Loads a model folder in the official layout.
+    /// Loads a model.
     ///
     /// # Errors
-    /// If the folder names no known family, a file is missing or damaged, or weights do not fit.
-    pub fn from_pretrained(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
-        check_family(folder)?;
-        let model = QwenImage::from_pretrained(folder, options).map(Model::QwenImage)?;
+    /// If a folder names no known family, a file is missing or damaged, or weights do not fit.
+    pub fn from_pretrained(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
+        check_family(source)?;
+        let model = QwenImage::from_pretrained(source, options).map(Model::QwenImage)?;
         Ok(round_weights(model, options.dtype))
     }
 
-    /// Builds a model folder's configs with fresh weights; the same seed gives the same weights.
+    /// Builds a model's configs with fresh weights; the same seed gives the same weights.
     ///
     /// # Errors
     /// As [`Model::from_pretrained`], weights aside.
-    pub fn random(folder: &Path, seed: u64, device: &Device) -> Result<Self, ModelError> {
-        check_family(folder)?;
-        QwenImage::random(folder, seed, device).map(Model::QwenImage)
+    pub fn random(source: &ModelSource, seed: u64, device: &Device) -> Result<Self, ModelError> {
+        check_family(source)?;
+        QwenImage::random(source, seed, device).map(Model::QwenImage)
     }
 
     /// Writes a complete model folder: the weights of this model's components that can learn, every other file
-    /// copied from `source`.
+    /// as `source` has it.
     ///
     /// # Errors
     /// If a file cannot be read or written.
     pub fn save_pretrained(
         &self,
-        source: &Path,
+        source: &ModelSource,
         folder: &Path,
         dtype: WeightType,
         info: &BTreeMap<String, String>,
@@ -87,8 +87,14 @@ impl Model {
         let unchanged = match self {
             Model::QwenImage(model) => model.unchanged(),
         };
-        let unchanged = |path: &Path| unchanged.iter().any(|name| path.parent() == Some(&source.join(name)));
-        copy_tree(source, folder, &|path| !is_weights(path) || unchanged(path))?;
+        match (source.folder(), self) {
+            (Some(source), _) => {
+                let kept =
+                    |path: &Path| unchanged.iter().any(|name| path.parent() == Some(&source.join(name)));
+                copy_tree(source, folder, &|path| !is_weights(path) || kept(path))?;
+            }
+            (None, Model::QwenImage(_)) => qwen_image::write_configs(source, folder, &unchanged)?,
+        }
         match self {
             Model::QwenImage(model) => model.save_weights(source, folder, dtype, info),
         }
@@ -237,7 +243,7 @@ impl Model {
     /// The denoiser's projections with their module names, for adapters.
     pub(crate) fn denoiser_linears(&mut self) -> Vec<(String, &mut Linear)> {
         match self {
-            Model::QwenImage(model) => model.transformer.linears(),
+            Model::QwenImage(model) => model.linears(),
         }
     }
 
@@ -267,16 +273,28 @@ impl Denoiser for Model {
     }
 }
 
-/// Shapes of all tensors that the weight files of a model folder must hold, by component and key.
+/// Shapes of all tensors that the weight files of a model must hold, by component and key.
 ///
 /// Only the configs are read: the weights need not be there, and none are allocated. Tensors that the files may
 /// hold and the model does not use, such as a vision tower, are left out.
 ///
 /// # Errors
 /// If the folder names no known family, or a config is missing, damaged or unsupported.
-pub fn expected_tensors(folder: &Path) -> Result<BTreeMap<&'static str, TensorShapes>, ModelError> {
-    check_family(folder)?;
-    qwen_image::expected_tensors(folder)
+pub fn expected_tensors(source: &ModelSource) -> Result<BTreeMap<&'static str, TensorShapes>, ModelError> {
+    check_family(source)?;
+    qwen_image::expected_tensors(source)
+}
+
+/// Compares the weight files of one component with the configs, without reading values.
+///
+/// # Errors
+/// As [`expected_tensors`]; if the files are missing or damaged; or as loading would refuse them.
+pub fn check_weights(source: &ModelSource, component: &'static str) -> Result<(), ModelError> {
+    let expected = expected_tensors(source)?.remove(component).unwrap_or_default();
+    match qwen_image::keys(component) {
+        Some(keys) if !expected.is_empty() => compare(&source.weights(component)?, &expected, keys),
+        _ => Ok(()), // no component with weights
+    }
 }
 
 /// Height and width of a picture in units of `factor` pixels.
@@ -292,16 +310,9 @@ pub(crate) fn token_grid([height, width]: [usize; 2], factor: usize) -> Result<[
     Ok([height / factor, width / factor])
 }
 
-/// Checks that `model_index.json` names a family there is code for.
-pub(crate) fn check_family(folder: &Path) -> Result<(), ModelError> {
-    let path = folder.join("model_index.json");
-    let text = std::fs::read_to_string(&path).map_err(|_| ModelError::NoModelFolder {
-        path: folder.to_owned(),
-        missing: "model_index.json".into(),
-    })?;
-    let index: serde_json::Value = serde_json::from_str(&text)
-        .map_err(|error| ModelError::Config { path: path.clone(), reason: error.to_string() })?;
-    let found = index["_class_name"].as_str().unwrap_or("(none)").to_owned();
+/// Checks that the model is of a family there is code for.
+pub(crate) fn check_family(source: &ModelSource) -> Result<(), ModelError> {
+    let (path, found) = source.pipeline_class()?;
     if found != qwen_image::PIPELINE_CLASS {
         let expected = vec![qwen_image::PIPELINE_CLASS];
         return Err(ModelError::UnknownClass { path, role: "pipeline", found, expected });

@@ -10,7 +10,7 @@ use fewstep_flow::schedule::{GridRequest, ShiftOverride};
 use fewstep_flow::{SigmaGrid, Solver};
 
 use crate::sampling::{Guidance, sample_latents, sample_trajectory};
-use crate::{Condition, Denoiser, LoadOptions, Model, ModelError, lora};
+use crate::{Condition, Denoiser, LoadOptions, Model, ModelError, ModelSource, lora};
 
 /// A LoRA file and how strongly it is applied.
 #[derive(Clone, Debug, PartialEq)]
@@ -119,14 +119,18 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// Loads a model folder and the adapter of `options`.
+    /// Loads a model, such as the one in a folder, and the adapter of `options`.
     ///
     /// # Errors
     /// As [`Model::from_pretrained`] and [`lora::load`].
-    pub fn from_pretrained(folder: impl AsRef<Path>, options: PipelineOptions) -> Result<Self, ModelError> {
-        let mut model = Model::from_pretrained(folder.as_ref(), &options.load)?;
+    pub fn from_pretrained(
+        source: impl Into<ModelSource>,
+        options: PipelineOptions,
+    ) -> Result<Self, ModelError> {
+        let source = source.into();
+        let mut model = Model::from_pretrained(&source, &options.load)?;
         if let Some(file) = &options.lora {
-            lora::check_base(&file.path, folder.as_ref())?;
+            lora::check_base(&file.path, &source)?;
             model = lora::load(model, &file.path, file.alpha)?;
         }
         Ok(Self { model, device: options.load.device })

@@ -23,7 +23,7 @@ struct Run {
 
 fn pipeline(conventions: Conventions, dtype: WeightType) -> Pipeline {
     let load = LoadOptions { conventions, dtype, ..LoadOptions::default() };
-    Pipeline::from_pretrained(golden("qwen_image/model"), PipelineOptions { load, lora: None })
+    Pipeline::from_pretrained(&golden("qwen_image/model"), PipelineOptions { load, lora: None })
         .expect("the golden model loads")
 }
 

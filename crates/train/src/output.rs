@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use fewstep_data::provenance::TORCH_CPU;
-use fewstep_models::{Model, lora, weights_hash};
+use fewstep_models::{Model, ModelSource, lora, weights_hash};
 
 use crate::TrainError;
 use crate::dataset::Group;
@@ -14,6 +14,8 @@ use crate::recipe::{Objective, Recipe};
 pub(crate) struct Origin<'a> {
     /// The run's recipe.
     pub(crate) recipe: &'a Recipe,
+    /// The model that was trained.
+    pub(crate) source: &'a ModelSource,
     /// The kinds of batches trained on.
     pub(crate) groups: Vec<Group>,
     /// Program, version and commit.
@@ -33,7 +35,7 @@ pub(crate) fn write(origin: &Origin<'_>, model: Model, steps: u64) -> Result<Pat
         return Ok(path);
     }
     let path = recipe.output_path.join("model");
-    model.save_pretrained(&recipe.model, &path, recipe.output_dtype.into(), &info)?;
+    model.save_pretrained(origin.source, &path, recipe.output_dtype.into(), &info)?;
     Ok(path)
 }
 
@@ -42,7 +44,7 @@ impl Origin<'_> {
     pub(crate) fn info(&self, model: &Model, steps: u64) -> Result<BTreeMap<String, String>, TrainError> {
         let mut info = BTreeMap::from([
             ("fewstep.version".to_owned(), self.version.to_owned()),
-            (lora::BASE_HASH.to_owned(), weights_hash(&self.recipe.model)?),
+            (lora::BASE_HASH.to_owned(), weights_hash(self.source)?),
             ("fewstep.task".to_owned(), self.recipe.task.name().to_owned()),
             ("fewstep.training_steps".to_owned(), steps.to_string()),
             ("fewstep.recipe".to_owned(), self.recipe.to_toml()),

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use fewstep_data::atomic;
 use fewstep_data::image::Size;
 use fewstep_flow::noise::RandDevice;
-use fewstep_models::{WeightFiles, WeightType, save_tensors, weights_hash};
+use fewstep_models::{ModelSource, WeightFiles, WeightType, save_tensors, weights_hash};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
@@ -30,7 +30,7 @@ struct Processed {
     /// What the rows are for: the name of a whole task.
     task: String,
     /// The model that encoded.
-    model: PathBuf,
+    model: String,
     /// SHA-256 of its weights.
     model_hash: String,
     /// The recipe, as TOML.
@@ -58,7 +58,12 @@ struct ProcessedRow {
 ///
 /// # Errors
 /// If a file cannot be read or written.
-pub(crate) fn write(recipe: &Recipe, data: &Dataset, version: &str) -> Result<PathBuf, TrainError> {
+pub(crate) fn write(
+    recipe: &Recipe,
+    source: &ModelSource,
+    data: &Dataset,
+    version: &str,
+) -> Result<PathBuf, TrainError> {
     let folder = &recipe.output_path;
     let (tables, text) = (data.tables(), data.text_states());
     save(&folder.join(LATENTS), &tables.latents)?;
@@ -66,8 +71,8 @@ pub(crate) fn write(recipe: &Recipe, data: &Dataset, version: &str) -> Result<Pa
     let processed = Processed {
         version: version.to_owned(),
         task: objective_name(recipe).to_owned(),
-        model: recipe.model.clone(),
-        model_hash: weights_hash(&recipe.model)?,
+        model: source.to_string(),
+        model_hash: weights_hash(source)?,
         recipe: recipe.to_toml(),
         prompts: tables.prompts.clone(),
         rows: data.samples.iter().map(row).collect(),

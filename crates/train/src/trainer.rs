@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use fewstep_data::image::Resize;
-use fewstep_models::{Components, LoadOptions, Model};
+use fewstep_models::{Components, LoadOptions, Model, ModelSource};
 
 use crate::batch::{Batch, Plan};
 use crate::checkpoint::{Checkpoints, Progress};
@@ -24,12 +24,21 @@ use crate::{TrainError, output, processed, provenance, run_folder, source};
 
 /// What a run needs beside its recipe.
 pub struct Context<'a> {
+    /// The model to train, where it is not the folder [`Recipe::model`]: what the recipe's other keys of a model name,
+    /// with files downloaded.
+    pub model: Option<ModelSource>,
     /// Where to train; its plain side.
     pub device: Device,
     /// Set from outside to finish the step, save and return.
     pub stop: &'a AtomicBool,
     /// Program, version and commit, for the files that name their origin.
     pub version: &'a str,
+}
+
+impl Context<'_> {
+    fn source(&self, recipe: &Recipe) -> ModelSource {
+        self.model.clone().unwrap_or_else(|| ModelSource::from(&recipe.model))
+    }
 }
 
 /// How a run ended.
@@ -86,29 +95,18 @@ fn process(
 ) -> Result<Outcome, TrainError> {
     run_folder::check(recipe)?;
     let model = load_model(recipe, context)?;
-    let data = load_data(recipe, &model, true, &context.device)?;
+    let data = load_data(recipe, context, &model, true)?;
     observer.on(Event::Message(format!("encoded {} rows", data.len())));
     run_folder::write(recipe, context.version)?;
-    let folder = processed::write(recipe, &data, context.version)?;
+    let folder = processed::write(recipe, &context.source(recipe), &data, context.version)?;
     observer.on(Event::Finished(&folder));
     Ok(Outcome::Finished(folder))
 }
 
 /// The model of a recipe, with the parts its task needs.
 fn load_model(recipe: &Recipe, context: &Context<'_>) -> Result<Model, TrainError> {
-    let files = [
-        ("model_paths", recipe.model_paths.is_some()),
-        ("model_id_with_origin_paths", recipe.model_id_with_origin_paths.is_some()),
-        ("tokenizer_path", recipe.tokenizer_path.is_some()),
-    ];
-    if let Some((flag, _)) = files.into_iter().find(|(_, given)| *given) {
-        return Err(TrainError::Unsupported {
-            flag,
-            reason: "a run reads one model folder so far, given by model",
-        });
-    }
     if recipe.initial_weights == InitialWeights::Random {
-        return Ok(Model::random(&recipe.model, recipe.seed, &context.device)?);
+        return Ok(Model::random(&context.source(recipe), recipe.seed, &context.device)?);
     }
     let options = LoadOptions {
         device: context.device.clone(),
@@ -116,10 +114,11 @@ fn load_model(recipe: &Recipe, context: &Context<'_>) -> Result<Model, TrainErro
         dtype: recipe.dtype.into(),
         components: match recipe.task.stage() {
             Stage::Train => Components::Denoiser,
-            _ => Components::All,
+            Stage::DataProcess => Components::Encoders,
+            Stage::Whole => Components::All,
         },
     };
-    Ok(Model::from_pretrained(&recipe.model, &options)?)
+    Ok(Model::from_pretrained(&context.source(recipe), &options)?)
 }
 
 fn is_due(every: u64, step: u64) -> bool {
@@ -129,6 +128,7 @@ fn is_due(every: u64, step: u64) -> bool {
 /// What stays the same from step to step.
 struct Run<'a> {
     recipe: &'a Recipe,
+    source: ModelSource,
     device: Device,
     data: Dataset,
     plan: Plan,
@@ -152,7 +152,7 @@ impl<'a> Run<'a> {
         run_folder::check(recipe)?;
         let start = with_preset(load_model(recipe, context)?, recipe)?;
         let trainable = Trainable::new(recipe, &start)?;
-        let data = load_data(recipe, &start, !trainable.trains_text_encoder(), &context.device)?;
+        let data = load_data(recipe, context, &start, !trainable.trains_text_encoder())?;
         if let Trainable::Lora(config) = &trainable
             && recipe.finds_lora_targets()
         {
@@ -168,6 +168,7 @@ impl<'a> Run<'a> {
         let total_steps = recipe.max_steps.unwrap_or(recipe.num_epochs as u64 * plan.steps_per_epoch);
         let run = Self {
             recipe,
+            source: context.source(recipe),
             device: context.device.clone(),
             learning_rate: LearningRate::new(recipe, total_steps),
             samples: Samples::new(recipe, data.groups()[0].size)?,
@@ -274,22 +275,23 @@ impl<'a> Run<'a> {
     }
 
     fn origin<'b>(&'b self, version: &'b str) -> output::Origin<'b> {
-        output::Origin { recipe: self.recipe, groups: self.data.groups(), version }
+        output::Origin { recipe: self.recipe, source: &self.source, groups: self.data.groups(), version }
     }
 }
 
 /// Checks that the data belongs to the run, then loads it.
 fn load_data(
     recipe: &Recipe,
+    context: &Context<'_>,
     model: &Model,
     keep_text: bool,
-    device: &Device,
 ) -> Result<Dataset, TrainError> {
+    let device = &context.device;
     if recipe.task.stage() == Stage::Train {
         return Dataset::read(recipe, model, device);
     }
     if recipe.task.objective() == Objective::Distillation && !recipe.online_teacher {
-        provenance::check(recipe, model)?;
+        provenance::check(recipe, &context.source(recipe), model)?;
     }
     let resize = resize(recipe, model.division_factor());
     let base = &recipe.dataset_base_path;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use burn::tensor::{Device, Tensor};
 use fewstep_kernels::{Projection, linear};
-use fewstep_models::{Footprint, WeightFiles, WeightType, Workload};
+use fewstep_models::{Footprint, ModelSource, WeightFiles, WeightType, Workload, check_weights};
 use serde_json::{Value, json};
 
 use super::InspectArgs;
@@ -16,8 +16,9 @@ use super::weights::{merge, summary};
 pub(super) fn model(path: &Path, args: &InspectArgs) -> Result<Value> {
     ensure!(args.batch_size > 0, "--batch-size 0, expected 1 or more");
     ensure!(args.num_inference_steps > 0, "--num-inference-steps 0, expected 1 or more");
+    let source = ModelSource::from(path);
     let footprint = Footprint::of(
-        path,
+        &source,
         &Workload {
             height: args.height,
             width: args.width,
@@ -30,7 +31,7 @@ pub(super) fn model(path: &Path, args: &InspectArgs) -> Result<Value> {
     let parts = index.as_object().into_iter().flatten().filter(|(_, value)| value.is_array());
     let mut components = serde_json::Map::new();
     for (name, classes) in parts {
-        components.insert(name.clone(), component(&path.join(name), &classes[1], &footprint)?);
+        components.insert(name.clone(), component(&source, &path.join(name), &classes[1], &footprint)?);
     }
     Ok(json!({
         "kind": "model folder",
@@ -54,19 +55,19 @@ pub(super) fn model(path: &Path, args: &InspectArgs) -> Result<Value> {
     }))
 }
 
-/// One component: its class, and its weights where they are there.
-fn component(path: &Path, class: &Value, footprint: &Footprint) -> Result<Value> {
+/// One component: its class, and where it has weights, what its files hold and whether they fit the config.
+fn component(source: &ModelSource, path: &Path, class: &Value, footprint: &Footprint) -> Result<Value> {
     let mut told = json!({"class": class});
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let expected = footprint.parameters.get(&*name);
-    match WeightFiles::open(path) {
-        Ok(files) => merge(&mut told, summary(&files.entries()?)),
-        Err(error) if expected.is_some() => merge(&mut told, json!({"weights": error.to_string()})),
-        Err(_) => return Ok(told),
+    let Some((component, expected)) = footprint.parameters.get_key_value(&*name) else { return Ok(told) };
+    if let Ok(files) = WeightFiles::open(path) {
+        merge(&mut told, summary(&files.entries()?));
     }
-    if let Some(expected) = expected {
-        merge(&mut told, json!({"parameters_by_config": expected}));
-    }
+    let weights = match check_weights(source, component) {
+        Ok(()) => "as the config says".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    merge(&mut told, json!({"parameters_by_config": expected, "weights": weights}));
     Ok(told)
 }
 

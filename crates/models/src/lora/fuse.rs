@@ -16,7 +16,7 @@ use crate::weights::{
     Shards, TensorEntry, WeightFiles, component_files, copy_tree, file_hash, is_weights, read_info, values,
     weights_hash, write_shards,
 };
-use crate::{LoraFile, ModelError, WeightType};
+use crate::{LoraFile, ModelError, ModelSource, WeightType};
 
 /// What to fuse, and where to.
 #[derive(Clone, Debug)]
@@ -31,6 +31,12 @@ pub struct Fusion {
     pub dtype: Option<WeightType>,
     /// Largest size of a weight file; see [`MAX_SHARD_BYTES`].
     pub max_shard_bytes: usize,
+}
+
+impl Fusion {
+    fn base(&self) -> ModelSource {
+        ModelSource::from(&self.model)
+    }
 }
 
 /// diffusers' default size of a weight file ("10GB" in `save_pretrained`).
@@ -48,7 +54,7 @@ const FUSED: &str = "fewstep.fused";
 /// If an adapter does not fit the base or was trained on another one, the output holds something else, or a file
 /// cannot be read or written. Nothing is left at the output then.
 pub fn fuse(fusion: &Fusion) -> Result<(), ModelError> {
-    check_family(&fusion.model)?;
+    check_family(&fusion.base())?;
     let source = Source::open(fusion)?;
     let record = source.record(fusion)?;
     if taken(&fusion.output) {
@@ -89,7 +95,7 @@ impl Source {
         let available: Vec<String> = shapes.keys().cloned().collect();
         let mut loras = Vec::new();
         for file in &fusion.loras {
-            check_base(&file.path, &fusion.model)?;
+            check_base(&file.path, &fusion.base())?;
             let lora = LoraWeights::open(&file.path)?;
             lora.check_layers(&available)?;
             for name in lora.layers().keys() {
@@ -107,7 +113,7 @@ impl Source {
         };
         let loras = self.loras.iter().map(lora).collect::<Result<Vec<_>, ModelError>>()?;
         let dtype = fusion.dtype.map(WeightType::name);
-        let base = weights_hash(&fusion.model)?;
+        let base = weights_hash(&fusion.base())?;
         Ok(serde_json::json!({"base": base, "loras": loras, "dtype": dtype}).to_string())
     }
 

@@ -23,7 +23,7 @@ pub use fuse::{Fusion, MAX_SHARD_BYTES, fuse};
 pub use keys::LoraFormat;
 
 use crate::weights::{WeightType, read_info, save_tensors, values, weights_hash};
-use crate::{Linear, LowRankAdapter, Model, ModelError};
+use crate::{Linear, LowRankAdapter, Model, ModelError, ModelSource};
 use keys::Half;
 
 /// Which projections get an adapter, and of which size.
@@ -119,17 +119,17 @@ pub fn save(
 /// The entry of a LoRA file's metadata that holds the hash of the base it was trained on.
 pub const BASE_HASH: &str = "fewstep.base_hash";
 
-/// Checks that a LoRA file was trained on the weights of a model folder. A file that does not say passes.
+/// Checks that a LoRA file was trained on the weights of a model. A file that does not say passes.
 ///
 /// # Errors
 /// If the file names other weights, or a file cannot be read.
-pub fn check_base(path: &Path, folder: &Path) -> Result<(), ModelError> {
+pub fn check_base(path: &Path, base: &ModelSource) -> Result<(), ModelError> {
     let Some(expected) = read_info(path)?.remove(BASE_HASH) else { return Ok(()) };
-    let found = weights_hash(folder)?;
+    let found = weights_hash(base)?;
     if found == expected {
         return Ok(());
     }
-    Err(ModelError::OtherBase { path: path.to_owned(), folder: folder.to_owned(), found, expected })
+    Err(ModelError::OtherBase { path: path.to_owned(), base: base.to_string(), found, expected })
 }
 
 /// Attaches the adapters of a file, scaled by `alpha` (1 applies them as trained).

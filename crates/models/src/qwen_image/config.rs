@@ -1,14 +1,14 @@
 //! The config files of a Qwen-Image folder.
 
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use super::published;
 use super::vae::VaeConfig;
-use crate::ModelError;
+use crate::{ModelError, ModelSource};
 
 /// The configs of all components with weights, checked against each other.
 pub(super) struct Configs {
@@ -18,9 +18,9 @@ pub(super) struct Configs {
 }
 
 impl Configs {
-    pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
-        let (text_encoder, vae) = (TextEncoderConfig::read(folder)?, VaeConfig::read(folder)?);
-        let file = ConfigFile::read(folder, TRANSFORMER_FILE)?;
+    pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
+        let (text_encoder, vae) = (TextEncoderConfig::read(source)?, VaeConfig::read(source)?);
+        let file = ConfigFile::of_component(source, "transformer")?;
         let transformer = TransformerConfig::of(&file)?;
         let pairs = [
             (
@@ -39,8 +39,6 @@ impl Configs {
         Ok(Self { text_encoder, transformer, vae })
     }
 }
-
-const TRANSFORMER_FILE: &str = "transformer/config.json";
 
 /// `transformer/config.json` of class `QwenImageTransformer2DModel`.
 #[derive(Clone, Debug, Deserialize)]
@@ -160,8 +158,8 @@ impl Default for PromptTemplate {
 }
 
 impl TransformerConfig {
-    pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
-        Self::of(&ConfigFile::read(folder, TRANSFORMER_FILE)?)
+    pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
+        Self::of(&ConfigFile::of_component(source, "transformer")?)
     }
 
     fn of(file: &ConfigFile) -> Result<Self, ModelError> {
@@ -200,8 +198,8 @@ impl TransformerConfig {
 }
 
 impl TextEncoderConfig {
-    pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
-        let mut file = ConfigFile::read(folder, "text_encoder/config.json")?;
+    pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
+        let mut file = ConfigFile::of_component(source, "text_encoder")?;
         let architecture = file.json["architectures"][0].as_str().or(file.json["model_type"].as_str());
         let expected = ["Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text"];
         file.check_class("text_encoder", architecture, &expected)?;
@@ -281,12 +279,12 @@ fn merge(config: &mut Value, name: &str) {
 }
 
 impl PromptTemplate {
-    pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
+    pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
         #[derive(Deserialize)]
         struct Index {
             prompt_template: Option<PromptTemplate>,
         }
-        let file = ConfigFile::read(folder, "model_index.json")?;
+        let file = ConfigFile::shared(source, "model_index.json", published::MODEL_INDEX)?;
         let template = file.parse::<Index>()?.prompt_template.unwrap_or_default();
         if template.text.matches("{}").count() != 1 {
             let reason = format!("prompt_template.text {:?}, expected exactly one {{}}", template.text);
@@ -311,16 +309,21 @@ pub(super) struct ConfigFile {
 }
 
 impl ConfigFile {
-    /// Reads `file`, given relative to the model folder.
-    pub(super) fn read(folder: &Path, file: &str) -> Result<Self, ModelError> {
-        let path = folder.join(file);
-        let text = std::fs::read_to_string(&path).map_err(|reason| match reason.kind() {
-            ErrorKind::NotFound => {
-                ModelError::NoModelFolder { path: folder.to_owned(), missing: file.to_owned() }
-            }
-            _ => ModelError::Io { path: path.clone(), reason },
-        })?;
-        let json = serde_json::from_str(&text)
+    /// A component's `config.json`.
+    pub(super) fn of_component(source: &ModelSource, component: &'static str) -> Result<Self, ModelError> {
+        let path = source.config(component)?;
+        let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
+        Self::parsed(path, &text)
+    }
+
+    /// A small file that every model of the family shares; see [`ModelSource::text_or`].
+    pub(super) fn shared(source: &ModelSource, relative: &str, published: &str) -> Result<Self, ModelError> {
+        let (path, text) = source.text_or(relative, published)?;
+        Self::parsed(path, &text)
+    }
+
+    fn parsed(path: PathBuf, text: &str) -> Result<Self, ModelError> {
+        let json = serde_json::from_str(text)
             .map_err(|error| ModelError::Config { path: path.clone(), reason: error.to_string() })?;
         Ok(Self { path, json })
     }

@@ -3,20 +3,20 @@
 //! D is the width, K the heads, E the head dim, N and S the image and text tokens, T = N + S, L the blocks, r the rank
 //! of the adapters.
 
-use std::path::Path;
+use std::collections::BTreeMap;
 
-use super::config::{TextEncoderConfig, TransformerConfig, VaeConfig};
+use super::config::TransformerConfig;
 use super::latents::PATCH;
 use super::transformer::TIME_FEATURES;
-use super::vae::Vae;
-use crate::ModelError;
+use super::vae::VaeConfig;
 use crate::footprint::{Activations, Flops, Footprint, Workload};
 use crate::model::token_grid;
+use crate::{ModelError, ModelSource};
 
-/// The footprint of a folder's model.
-pub(crate) fn footprint(folder: &Path, workload: &Workload) -> Result<Footprint, ModelError> {
-    let (transformer, text_encoder) = (TransformerConfig::read(folder)?, TextEncoderConfig::read(folder)?);
-    let factor = Vae::from_config(VaeConfig::read(folder)?).factor() * PATCH;
+/// The footprint of a model.
+pub(crate) fn footprint(source: &ModelSource, workload: &Workload) -> Result<Footprint, ModelError> {
+    let transformer = TransformerConfig::read(source)?;
+    let factor = VaeConfig::read(source)?.factor() * PATCH;
     let [rows, columns] = token_grid([workload.height, workload.width], factor)?;
     let size = Size {
         batch: workload.batch_size as u64,
@@ -24,11 +24,15 @@ pub(crate) fn footprint(folder: &Path, workload: &Workload) -> Result<Footprint,
         text: workload.text_tokens as u64,
         rank: workload.lora_rank.map(|rank| rank as u64),
     };
+    let count = |shape: &Vec<usize>| shape.iter().product::<usize>() as u64;
+    let tensors = super::expected_tensors(source)?.into_iter();
+    let mut parameters: BTreeMap<&str, u64> =
+        tensors.map(|(component, shapes)| (component, shapes.values().map(count).sum())).collect();
+    parameters.retain(|_, count| *count > 0);
     Ok(Footprint {
         image_tokens: rows * columns,
-        parameters: [("transformer", transformer.parameters()), ("text_encoder", text_encoder.parameters())]
-            .into(),
-        trained: size.rank.map_or_else(|| transformer.parameters(), |rank| transformer.adapters(rank)),
+        trained: size.rank.map_or(parameters[super::DENOISER], |rank| transformer.adapters(rank)),
+        parameters,
         activations: size.activations(&transformer),
         flops: size.flops(&transformer),
     })
@@ -99,20 +103,6 @@ impl TransformerConfig {
         (self.num_attention_heads * self.attention_head_dim) as u64
     }
 
-    /// Parameters of the transformer.
-    pub fn parameters(&self) -> u64 {
-        let width = self.width();
-        let [input, joint, head, blocks] =
-            [self.in_channels, self.joint_attention_dim, self.attention_head_dim, self.num_layers]
-                .map(|size| size as u64);
-        let modulations = 2 * linear(width, 6 * width);
-        let attention = 8 * linear(width, width) + 4 * head;
-        let mlps = 2 * (linear(width, 4 * width) + linear(4 * width, width));
-        let time = linear(TIME_FEATURES as u64, width) + linear(width, width);
-        let ends = linear(input, width) + linear(width, input) + joint + linear(joint, width);
-        blocks * (modulations + attention + mlps) + time + ends + linear(width, 2 * width)
-    }
-
     /// Parameters of adapters on the layers the peers' recipes name: the attention's projections, the modulations and
     /// the second projection of each MLP.
     fn adapters(&self, rank: u64) -> u64 {
@@ -120,21 +110,4 @@ impl TransformerConfig {
         let ends_of_layers = 8 * (width + width) + 2 * (width + 6 * width) + 2 * (4 * width + width);
         self.num_layers as u64 * rank * ends_of_layers
     }
-}
-
-impl TextEncoderConfig {
-    /// Parameters of the language model; a vision tower and an output head, which files may hold, are not used.
-    pub fn parameters(&self) -> u64 {
-        let [width, inner, vocabulary, layers] =
-            [self.hidden_size, self.intermediate_size, self.vocab_size, self.num_hidden_layers]
-                .map(|size| size as u64);
-        let grouped = width / self.num_attention_heads as u64 * self.num_key_value_heads as u64;
-        let attention = linear(width, width) + 2 * linear(width, grouped) + width * width;
-        vocabulary * width + layers * (attention + 3 * width * inner + 2 * width) + width
-    }
-}
-
-/// Parameters of a projection with a bias.
-fn linear(input: u64, output: u64) -> u64 {
-    input * output + output
 }

@@ -8,6 +8,7 @@
 mod config;
 mod footprint;
 mod latents;
+mod published;
 mod rotary;
 mod text_encoder;
 mod tokenizer;
@@ -27,6 +28,7 @@ use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
 
 pub use config::{PredictionType, PromptTemplate, Rope, TextEncoderConfig, TransformerConfig};
 pub(crate) use footprint::footprint;
+pub(crate) use published::{component_of, write_configs};
 pub use text_encoder::TextEncoder;
 pub use tokenizer::{PromptLength, PromptTokenizer};
 pub use transformer::Transformer;
@@ -35,7 +37,7 @@ pub use vae::{Autoencoder, AutoencoderConfig, PixelUnshuffle, PixelUnshuffleConf
 use self::config::{ConfigFile, Configs};
 use crate::load_options::rounded;
 use crate::weights::{KeyMap, TensorShapes, WeightType, carry_ignored, collect, expected, initialize, write};
-use crate::{Components, Condition, Conventions, GuidanceRule, LoadOptions, ModelError};
+use crate::{Components, Condition, Conventions, GuidanceRule, Linear, LoadOptions, ModelError, ModelSource};
 
 /// The class `model_index.json` names.
 pub(crate) const PIPELINE_CLASS: &str = "QwenImagePipeline";
@@ -49,17 +51,20 @@ pub(crate) const UNCHANGED: &[&str] = &["vae"];
 /// The component that denoises.
 pub(crate) const DENOISER: &str = "transformer";
 
-/// All components of one Qwen-Image folder.
+const ENCODER_NOT_LOADED: ModelError = ModelError::NotLoaded { component: "text_encoder" };
+
+/// The components of one Qwen-Image model.
 #[derive(Module, Debug)]
 pub struct QwenImage {
     /// The language model whose hidden states condition the transformer; absent where the denoiser alone was loaded.
     pub text_encoder: Option<TextEncoder>,
-    /// The denoiser.
-    pub transformer: Transformer,
+    /// The denoiser; absent where the encoders alone were loaded.
+    pub transformer: Option<Transformer>,
     /// Pixels to latents and back.
     pub vae: Vae,
+    /// There with the text encoder.
     #[module(skip)]
-    tokenizer: PromptTokenizer,
+    tokenizer: Option<PromptTokenizer>,
     #[module(skip)]
     scheduler: SchedulerConfig,
     #[module(skip)]
@@ -71,56 +76,71 @@ pub struct QwenImage {
 /// The components with weights.
 struct Parts {
     text_encoder: Option<TextEncoder>,
-    transformer: Transformer,
+    transformer: Option<Transformer>,
     vae: Vae,
 }
 
 impl QwenImage {
-    /// Loads a folder.
+    /// Loads the components that the options name.
     ///
     /// # Errors
     /// If a file is missing or damaged, or weights and configs do not fit.
-    pub(crate) fn from_pretrained(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
-        let configs = Configs::read(folder)?;
-        let transformer = Transformer::from_pretrained(folder, &options.device)?;
+    pub(crate) fn from_pretrained(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
+        if options.components == Components::All {
+            Configs::read(source)?; // checked against each other before anything large is read
+        }
+        let device = &options.device;
+        let transformer = || Transformer::from_pretrained(source, device);
+        let text_encoder = || TextEncoder::from_pretrained(source, device);
         let parts = match options.components {
             Components::All => Parts {
-                text_encoder: Some(TextEncoder::from_pretrained(folder, &options.device)?),
-                transformer,
-                vae: Vae::from_pretrained(folder, &options.device)?,
+                text_encoder: Some(text_encoder()?),
+                transformer: Some(transformer()?),
+                vae: Vae::from_pretrained(source, device)?,
             },
-            Components::Denoiser => Parts { text_encoder: None, transformer, vae: Vae::absent(&configs.vae) },
+            Components::Denoiser => Parts {
+                text_encoder: None,
+                transformer: Some(transformer()?),
+                vae: Vae::absent(source, TransformerConfig::read(source)?.out_channels)?,
+            },
+            Components::Encoders => Parts {
+                text_encoder: Some(text_encoder()?),
+                transformer: None,
+                vae: Vae::from_pretrained(source, device)?,
+            },
         };
-        Self::with_parts(folder, parts, options)
+        Self::with_parts(source, parts, options)
     }
 
-    /// Builds the folder's configs with fresh weights; the same seed gives the same weights. The VAE is loaded.
+    /// Builds the model's configs with fresh weights; the same seed gives the same weights. The VAE is loaded.
     ///
     /// # Errors
     /// If a config, the tokenizer or the VAE is missing or damaged.
-    pub(crate) fn random(folder: &Path, seed: u64, device: &Device) -> Result<Self, ModelError> {
+    pub(crate) fn random(source: &ModelSource, seed: u64, device: &Device) -> Result<Self, ModelError> {
         let mut generator = TorchGenerator::new(seed);
-        let configs = Configs::read(folder)?;
+        let configs = Configs::read(source)?;
         let text_encoder = TextEncoder::unfilled(&configs.text_encoder, device);
         let transformer = Transformer::unfilled(&configs.transformer, device);
         let parts = Parts {
             text_encoder: Some(initialize(text_encoder, &mut generator, &[])),
-            transformer: initialize(transformer, &mut generator, transformer::ZERO_AT_START),
-            vae: Vae::from_pretrained(folder, device)?,
+            transformer: Some(initialize(transformer, &mut generator, transformer::ZERO_AT_START)),
+            vae: Vae::from_pretrained(source, device)?,
         };
-        Self::with_parts(folder, parts, &LoadOptions::default())
+        Self::with_parts(source, parts, &LoadOptions::default())
     }
 
-    fn with_parts(folder: &Path, parts: Parts, options: &LoadOptions) -> Result<Self, ModelError> {
+    fn with_parts(source: &ModelSource, parts: Parts, options: &LoadOptions) -> Result<Self, ModelError> {
         let conventions = options.conventions;
-        let scheduler = ConfigFile::read(folder, "scheduler/scheduler_config.json")?;
-        let tokenizer = PromptTokenizer::read(folder, conventions.max_prompt_tokens)?;
-        if let Some(encoder) = &parts.text_encoder {
+        let scheduler = ConfigFile::shared(source, published::SCHEDULER_FILE, published::SCHEDULER)?;
+        let read = |encoder: &TextEncoder| -> Result<PromptTokenizer, ModelError> {
+            let tokenizer = PromptTokenizer::read(source, conventions.max_prompt_tokens)?;
             tokenizer.check_ids(encoder.vocabulary())?;
-        }
+            Ok(tokenizer)
+        };
+        let tokenizer = parts.text_encoder.as_ref().map(read).transpose()?;
         Ok(Self {
             text_encoder: parts.text_encoder,
-            transformer: parts.transformer.with_gelu(conventions.gelu),
+            transformer: parts.transformer.map(|transformer| transformer.with_gelu(conventions.gelu)),
             vae: parts.vae,
             tokenizer,
             scheduler: SchedulerConfig::from_json(&scheduler.text())?,
@@ -133,7 +153,7 @@ impl QwenImage {
     /// beside the language model is written along, so that the peers can load the folder.
     pub(crate) fn save_weights(
         &self,
-        source: &Path,
+        source: &ModelSource,
         folder: &Path,
         dtype: WeightType,
         info: &BTreeMap<String, String>,
@@ -141,11 +161,21 @@ impl QwenImage {
         let save = |file: &str, tensors| write(&folder.join(file), &tensors, info);
         if let Some(encoder) = &self.text_encoder {
             let mut text_encoder = collect(encoder, &text_encoder::KEYS, dtype);
-            carry_ignored(&mut text_encoder, &source.join("text_encoder"), &text_encoder::KEYS, dtype)?;
+            match source.weights("text_encoder") {
+                Ok(files) => carry_ignored(&mut text_encoder, &files, &text_encoder::KEYS, dtype)?,
+                // A model that began with fresh weights.
+                Err(ModelError::NoModelFolder { .. } | ModelError::MissingComponent { .. }) => {}
+                Err(error) => return Err(error),
+            }
             save("text_encoder/model.safetensors", text_encoder)?;
         }
-        let transformer = collect(&self.transformer, &transformer::KEYS, dtype);
-        save("transformer/diffusion_pytorch_model.safetensors", transformer)
+        match &self.transformer {
+            Some(transformer) => save(
+                "transformer/diffusion_pytorch_model.safetensors",
+                collect(transformer, &transformer::KEYS, dtype),
+            ),
+            None => Ok(()),
+        }
     }
 
     /// Text states of prompts, differentiable in the text encoder.
@@ -153,16 +183,28 @@ impl QwenImage {
     /// # Errors
     /// If a prompt cannot be tokenised.
     pub(crate) fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {
-        let tokens = self.tokenizer.encode(prompts)?;
-        let encoder =
-            self.text_encoder.as_ref().ok_or(ModelError::NotLoaded { component: "text_encoder" })?;
+        let tokens = self.tokenizer()?.encode(prompts)?;
+        let encoder = self.text_encoder.as_ref().ok_or(ENCODER_NOT_LOADED)?;
         let Condition { text, lengths } = encoder.forward(&tokens);
         Ok(Condition { text: rounded(text, self.dtype), lengths })
     }
 
     /// The tokens of a prompt and how many of them are read.
     pub(crate) fn prompt_tokens(&self, prompt: &str) -> Result<PromptLength, ModelError> {
-        self.tokenizer.length(prompt)
+        self.tokenizer()?.length(prompt)
+    }
+
+    fn tokenizer(&self) -> Result<&PromptTokenizer, ModelError> {
+        self.tokenizer.as_ref().ok_or(ENCODER_NOT_LOADED)
+    }
+
+    /// The denoiser's projections by name.
+    pub(crate) fn linears(&mut self) -> Vec<(String, &mut Linear)> {
+        self.transformer.as_mut().map(Transformer::linears).unwrap_or_default()
+    }
+
+    fn denoiser(&self) -> &Transformer {
+        self.transformer.as_ref().expect("the denoiser was loaded")
     }
 
     /// The velocity of [`crate::Denoiser`].
@@ -170,9 +212,9 @@ impl QwenImage {
         let [_, channels, height, width] = noisy.dims();
         let packed = latents::pack(noisy.clone());
         let time = self.time(sigma.clone());
-        let output = self.transformer.forward(packed, time, condition, [height / 2, width / 2]);
+        let output = self.denoiser().forward(packed, time, condition, [height / 2, width / 2]);
         let output = latents::unpack(output, [channels, height, width]);
-        let velocity = match self.transformer.prediction_type() {
+        let velocity = match self.denoiser().prediction_type() {
             PredictionType::Velocity => output,
             PredictionType::Clean => velocity_of_clean(noisy, output, sigma),
         };
@@ -217,7 +259,8 @@ impl QwenImage {
     /// Components whose files a saved model has from where it was loaded.
     pub(crate) fn unchanged(&self) -> Vec<&'static str> {
         let encoder = self.text_encoder.is_none().then_some("text_encoder");
-        UNCHANGED.iter().copied().chain(encoder).collect()
+        let denoiser = self.transformer.is_none().then_some(DENOISER);
+        UNCHANGED.iter().copied().chain(encoder).chain(denoiser).collect()
     }
 
     /// Pixels per transformer token along one side.
@@ -237,8 +280,10 @@ impl QwenImage {
 }
 
 /// The tensors of the components' weight files, from the configs alone.
-pub(crate) fn expected_tensors(folder: &Path) -> Result<BTreeMap<&'static str, TensorShapes>, ModelError> {
-    let configs = Configs::read(folder)?;
+pub(crate) fn expected_tensors(
+    source: &ModelSource,
+) -> Result<BTreeMap<&'static str, TensorShapes>, ModelError> {
+    let configs = Configs::read(source)?;
     // Nothing is allocated there.
     let device = Device::flex();
     let text_encoder = TextEncoder::unfilled(&configs.text_encoder, &device);
@@ -255,6 +300,7 @@ pub(crate) fn keys(component: &str) -> Option<&'static KeyMap> {
     match component {
         "transformer" => Some(&transformer::KEYS),
         "text_encoder" => Some(&text_encoder::KEYS),
+        "vae" => Some(&vae::KEYS),
         _ => None,
     }
 }

@@ -4,8 +4,6 @@
 //! For text alone the three sections of its rotary embedding carry the same positions, which makes it
 //! the ordinary one.
 
-use std::path::Path;
-
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::module::embedding;
@@ -16,8 +14,8 @@ use super::config::TextEncoderConfig;
 use super::tokenizer::PromptTokens;
 use crate::parts::linear::Linear;
 use crate::parts::rotary::frequencies;
-use crate::weights::{KeyMap, WeightFiles, load, unfilled};
-use crate::{Condition, ModelError};
+use crate::weights::{KeyMap, load, unfilled};
+use crate::{Condition, ModelError, ModelSource};
 
 /// The published files hold the vision tower and an output head too. Folders written by transformers 4.52 and
 /// later may nest both towers in `model.`.
@@ -80,13 +78,13 @@ struct Rotation {
 }
 
 impl TextEncoder {
-    /// Loads the component `text_encoder/` of a model folder on the plain side of `device`.
+    /// Loads the component `text_encoder` of a model on the plain side of `device`.
     ///
     /// # Errors
     /// If its config or weights are missing, damaged or do not fit each other.
-    pub fn from_pretrained(folder: &Path, device: &Device) -> Result<Self, ModelError> {
-        let empty = Self::unfilled(&TextEncoderConfig::read(folder)?, device);
-        load(empty, &WeightFiles::open(&folder.join("text_encoder"))?, &KEYS)
+    pub fn from_pretrained(source: &ModelSource, device: &Device) -> Result<Self, ModelError> {
+        let empty = Self::unfilled(&TextEncoderConfig::read(source)?, device);
+        load(empty, &source.weights("text_encoder")?, &KEYS)
     }
 
     pub(super) fn unfilled(config: &TextEncoderConfig, device: &Device) -> Self {

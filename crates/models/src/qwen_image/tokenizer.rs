@@ -14,7 +14,7 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::config::PromptTemplate;
-use crate::ModelError;
+use crate::{ModelError, ModelSource};
 
 /// The pre-tokenisation of Qwen2 (digits one by one), from transformers' `Qwen2Tokenizer`.
 const PRETOKENIZE: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -58,14 +58,14 @@ pub struct PromptTokens {
 }
 
 impl PromptTokenizer {
-    /// Reads `tokenizer/` and the template of a model folder; `max_tokens` is the limit of a prompt where the
+    /// Reads the tokenizer and the template of a model; `max_tokens` is the limit of a prompt where the
     /// template does not set its own.
     ///
     /// # Errors
     /// If the files are missing, damaged, or do not define the template's special tokens.
-    pub fn read(folder: &Path, max_tokens: usize) -> Result<Self, ModelError> {
-        let template = PromptTemplate::read(folder)?;
-        let folder: Arc<Path> = folder.join("tokenizer").into();
+    pub fn read(source: &ModelSource, max_tokens: usize) -> Result<Self, ModelError> {
+        let template = PromptTemplate::read(source)?;
+        let folder: Arc<Path> = source.tokenizer()?.into();
         check_files(&folder)?;
         let added = added_tokens(&folder)?;
         let listed = |token: &&str| added.iter().any(|(_, added)| added.content == **token);
@@ -127,10 +127,7 @@ impl PromptTokenizer {
 fn check_files(folder: &Path) -> Result<(), ModelError> {
     for name in ["vocab.json", "merges.txt", CONFIG] {
         if !folder.join(name).is_file() {
-            return Err(ModelError::NoModelFolder {
-                path: folder.parent().unwrap_or(folder).to_owned(),
-                missing: format!("tokenizer/{name}"),
-            });
+            return Err(ModelError::NoModelFolder { path: folder.to_owned(), missing: name.to_owned() });
         }
     }
     Ok(())

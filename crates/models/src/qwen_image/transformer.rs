@@ -1,8 +1,6 @@
 //! The double-stream transformer (MMDiT): image and text tokens have their own weights and meet in one
 //! attention per block. Numbers equal diffusers' `QwenImageTransformer2DModel`.
 
-use std::path::Path;
-
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
@@ -15,8 +13,8 @@ use super::config::{PredictionType, TransformerConfig};
 use super::rotary::joint_table;
 use crate::parts::linear::Linear;
 use crate::parts::timestep::sinusoidal;
-use crate::weights::{KeyMap, WeightFiles, load, unfilled};
-use crate::{Condition, ModelError};
+use crate::weights::{KeyMap, load, unfilled};
+use crate::{Condition, ModelError, ModelSource};
 
 pub(super) const KEYS: KeyMap = KeyMap {
     rules: &[
@@ -131,13 +129,13 @@ struct Shared {
 }
 
 impl Transformer {
-    /// Loads the component `transformer/` of a model folder on the plain side of `device`.
+    /// Loads the component `transformer` of a model on the plain side of `device`.
     ///
     /// # Errors
     /// If its config or weights are missing, damaged or do not fit each other.
-    pub fn from_pretrained(folder: &Path, device: &Device) -> Result<Self, ModelError> {
-        let empty = Self::unfilled(&TransformerConfig::read(folder)?, device);
-        load(empty, &WeightFiles::open(&folder.join("transformer"))?, &KEYS)
+    pub fn from_pretrained(source: &ModelSource, device: &Device) -> Result<Self, ModelError> {
+        let empty = Self::unfilled(&TransformerConfig::read(source)?, device);
+        load(empty, &source.weights("transformer")?, &KEYS)
     }
 
     pub(super) fn unfilled(config: &TransformerConfig, device: &Device) -> Self {

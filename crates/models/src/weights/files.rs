@@ -11,7 +11,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::ModelError;
+use crate::{ModelError, ModelSource};
 
 /// The tensors of one weight file or of all shards of one component.
 pub struct WeightFiles {
@@ -53,12 +53,27 @@ impl WeightFiles {
     /// # Errors
     /// If there is no such file, a shard named by an index is missing, or a header is damaged.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        let files = if path.is_dir() { component_files(path)? } else { vec![path.to_owned()] };
         let mut opened = Self { path: path.to_owned(), maps: Vec::new(), keys: BTreeMap::new() };
-        for file in files {
-            opened.add(file)?;
+        opened.add_all(path)?;
+        Ok(opened)
+    }
+
+    /// Opens the files or folders that together hold one component.
+    ///
+    /// # Errors
+    /// As [`WeightFiles::open`], or if there are none.
+    pub(crate) fn open_all(paths: &[PathBuf]) -> Result<Self, ModelError> {
+        let first = paths.first().cloned().unwrap_or_default();
+        let mut opened = Self { path: first, maps: Vec::new(), keys: BTreeMap::new() };
+        for path in paths {
+            opened.add_all(path)?;
         }
         Ok(opened)
+    }
+
+    fn add_all(&mut self, path: &Path) -> Result<(), ModelError> {
+        let files = if path.is_dir() { component_files(path)? } else { vec![path.to_owned()] };
+        files.into_iter().try_for_each(|file| self.add(file))
     }
 
     fn add(&mut self, path: PathBuf) -> Result<(), ModelError> {
@@ -74,6 +89,11 @@ impl WeightFiles {
     /// The path that was opened, for messages.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The files, in the order they were opened.
+    pub(crate) fn files(&self) -> Vec<PathBuf> {
+        self.maps.iter().map(|(path, _)| path.clone()).collect()
     }
 
     /// All keys, sorted.
@@ -146,18 +166,16 @@ pub fn read_info(path: &Path) -> Result<BTreeMap<String, String>, ModelError> {
     Ok(header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect())
 }
 
-/// SHA-256 over the weight files of a model folder: component names, file names and bytes.
+/// SHA-256 over the weight files of a model: component names, file names and bytes. Where the files lie does not
+/// enter.
 ///
 /// # Errors
 /// If a file cannot be read.
-pub fn weights_hash(folder: &Path) -> Result<String, ModelError> {
+pub fn weights_hash(source: &ModelSource) -> Result<String, ModelError> {
     let mut hash = Sha256::new();
-    for component in subfolders(folder)? {
-        for file in component_files(&component).unwrap_or_default() {
-            let relative = file.strip_prefix(folder).unwrap_or(&file);
-            hash.update(relative.to_string_lossy().as_bytes());
-            hash.update(map_file(&file)?);
-        }
+    for (name, path) in source.weight_files()? {
+        hash.update(name.as_bytes());
+        hash.update(map_file(&path)?);
     }
     Ok(hex(hash.finalize().as_slice()))
 }
@@ -174,30 +192,53 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn subfolders(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
-    let entries = std::fs::read_dir(folder).map_err(ModelError::io(folder))?;
-    let mut folders: Vec<PathBuf> =
-        entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir()).collect();
-    folders.sort();
-    Ok(folders)
+/// Names of weights in the official layout, diffusers' and transformers'.
+const OFFICIAL: [&str; 2] = ["diffusion_pytorch_model.safetensors", "model.safetensors"];
+
+/// The weight files of a component's folder: the shards of the official index, or the official file; without those the
+/// one index, the one file or the one set of shards there is, such as a variant's `model.fp16.safetensors`.
+///
+/// # Errors
+/// If the folder holds no weights or several variants of them, or a shard is missing.
+pub(crate) fn component_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let names = file_names(folder)?;
+    let named = |name: &str| names.iter().any(|found| found == name).then(|| folder.join(name));
+    if let Some(index) = OFFICIAL.iter().find_map(|name| named(&format!("{name}.index.json"))) {
+        return indexed_files(folder, &index);
+    }
+    if let Some(file) = OFFICIAL.iter().find_map(|name| named(name)) {
+        return Ok(vec![file]);
+    }
+    let indices: Vec<&String> = names.iter().filter(|name| is_index(name)).collect();
+    let files: Vec<&String> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
+    match (indices.as_slice(), files.as_slice()) {
+        ([index], _) => indexed_files(folder, &folder.join(index)),
+        ([], [file]) if shard_set(file).is_none() => Ok(vec![folder.join(file)]),
+        ([], []) => {
+            let missing =
+                format!("{}/*.safetensors", folder.file_name().unwrap_or_default().to_string_lossy());
+            let path = folder.parent().unwrap_or(folder).to_owned();
+            Err(ModelError::NoModelFolder { path, missing })
+        }
+        _ => shards(folder, &files),
+    }
 }
 
-/// The weight files of a component: those an index names, otherwise the one safetensors file.
-pub(crate) fn component_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+/// Sorted names of the files in a folder; none where there is no folder.
+fn file_names(folder: &Path) -> Result<Vec<String>, ModelError> {
+    if !folder.exists() {
+        return Ok(Vec::new());
+    }
     let entries = std::fs::read_dir(folder).map_err(ModelError::io(folder))?;
-    let mut names: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
     names.sort();
-    let ends = |path: &PathBuf, suffix: &str| path.to_string_lossy().ends_with(suffix);
-    if let Some(index) = names.iter().find(|path| ends(path, ".safetensors.index.json")) {
-        return indexed_files(folder, index);
-    }
-    let files: Vec<PathBuf> = names.into_iter().filter(|path| ends(path, ".safetensors")).collect();
-    if files.is_empty() {
-        let missing =
-            format!("{} with *.safetensors", folder.file_name().unwrap_or_default().to_string_lossy());
-        return Err(ModelError::NoModelFolder { path: folder.to_owned(), missing });
-    }
-    Ok(files)
+    Ok(names)
+}
+
+/// `x.safetensors.index.json`, or a variant's `x.safetensors.index.fp16.json`.
+fn is_index(name: &str) -> bool {
+    name.contains(".safetensors.index.") && name.ends_with(".json")
 }
 
 fn indexed_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, ModelError> {
@@ -209,7 +250,36 @@ fn indexed_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, ModelError
         shards.values().filter_map(|name| Some(folder.join(name.as_str()?))).collect();
     files.sort();
     files.dedup();
-    Ok(files)
+    match files.iter().find(|file| !file.exists()) {
+        Some(shard) => Err(ModelError::MissingShard { shard: shard.clone(), by: index.to_owned() }),
+        None => Ok(files),
+    }
+}
+
+/// Files named as all shards `x-00001-of-00003.safetensors` of one set.
+fn shards(folder: &Path, files: &[&String]) -> Result<Vec<PathBuf>, ModelError> {
+    let sets: Option<Vec<(&str, usize)>> = files.iter().map(|name| shard_set(name)).collect();
+    let (stem, count) = match sets.as_deref() {
+        Some([first, rest @ ..]) if rest.iter().all(|other| other == first) => *first,
+        _ => {
+            let files = files.iter().map(|name| (*name).clone()).collect();
+            return Err(ModelError::Ambiguous { path: folder.to_owned(), files });
+        }
+    };
+    let shard = |number| folder.join(format!("{stem}-{number:05}-of-{count:05}.safetensors"));
+    let all: Vec<PathBuf> = (1..=count).map(shard).collect();
+    match all.iter().find(|path| !path.exists()) {
+        Some(missing) => Err(ModelError::MissingShard { shard: missing.clone(), by: folder.join(files[0]) }),
+        None => Ok(all),
+    }
+}
+
+/// Stem and number of shards of `stem-00001-of-00003.safetensors`.
+fn shard_set(name: &str) -> Option<(&str, usize)> {
+    let (rest, count) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+    let (stem, number) = rest.rsplit_once('-')?;
+    number.parse::<usize>().ok()?;
+    Some((stem, count.parse().ok()?))
 }
 
 fn map_file(path: &Path) -> Result<Mmap, ModelError> {

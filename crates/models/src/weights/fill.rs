@@ -6,6 +6,7 @@ use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_flow::noise::TorchGenerator;
 
+use super::shapes::{compare, expected, spellings};
 use super::{KeyMap, WeightFiles};
 use crate::{ModelError, NamedMapper, map_named};
 
@@ -21,46 +22,26 @@ pub(crate) fn unfilled<const D: usize>(shape: [usize; D], device: &Device) -> Pa
 /// Loads every parameter of a component.
 ///
 /// # Errors
-/// Lists the keys the files lack and those the module does not have; names a tensor of another shape
-/// or with values that are not finite.
+/// As [`compare`], or names a tensor with values that are not finite.
 pub(crate) fn load<M: Module>(module: M, files: &WeightFiles, keys: &KeyMap) -> Result<M, ModelError> {
-    let unused = files.keys().map(|key| (keys.canonical(key), key.to_owned())).collect();
-    let mut loader = Loader { files, keys, unused, missing: Vec::new(), error: None };
+    compare(files, &expected(&module, keys), keys)?;
+    let mut loader = Loader { files, keys, spellings: spellings(files, keys), error: None };
     let module = map_named(module, &mut loader);
-    if let Some(error) = loader.error {
-        return Err(error);
-    }
-    let unused = loader.unused.into_iter().filter(|(key, _)| !keys.ignores(key));
-    let unknown: Vec<String> = unused.map(|(_, in_file)| in_file).collect();
-    if loader.missing.is_empty() && unknown.is_empty() {
-        return Ok(module);
-    }
-    Err(ModelError::Keys { path: files.path().to_owned(), missing: loader.missing, unknown })
+    loader.error.map_or(Ok(module), Err)
 }
 
 struct Loader<'a> {
     files: &'a WeightFiles,
     keys: &'a KeyMap,
-    /// Keys not asked for yet, with their spelling in the files.
-    unused: BTreeMap<String, String>,
-    missing: Vec<String>,
+    spellings: BTreeMap<String, String>,
     error: Option<ModelError>,
 }
 
 impl Loader<'_> {
-    fn read<const D: usize>(&mut self, key: &str, expected: [usize; D]) -> Result<Vec<f32>, ModelError> {
-        let (found, values) = self.files.read(key)?;
-        let path = || self.files.path().to_owned();
-        if found != expected {
-            return Err(ModelError::Shape {
-                path: path(),
-                key: key.to_owned(),
-                found,
-                expected: expected.to_vec(),
-            });
-        }
+    fn read(&self, key: &str) -> Result<Vec<f32>, ModelError> {
+        let (_, values) = self.files.read(key)?;
         if values.iter().any(|value| !value.is_finite()) {
-            return Err(ModelError::NotFinite { path: path(), key: key.to_owned() });
+            return Err(ModelError::NotFinite { path: self.files.path().to_owned(), key: key.to_owned() });
         }
         Ok(values)
     }
@@ -68,12 +49,7 @@ impl Loader<'_> {
 
 impl NamedMapper for Loader<'_> {
     fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let key = self.keys.key(name);
-        let Some(in_file) = self.unused.remove(&key) else {
-            self.missing.push(key);
-            return parameter;
-        };
-        match self.read(&in_file, parameter.lazy_shape().dims::<D>()) {
+        match self.read(&self.spellings[&self.keys.key(name)]) {
             Ok(values) => fill(parameter, values),
             Err(error) => {
                 self.error.get_or_insert(error);
@@ -85,10 +61,9 @@ impl NamedMapper for Loader<'_> {
 
 /// Fills every parameter of a component with fresh numbers.
 ///
-/// Matrices are normal with variance 1 / fan-in, embeddings with [`EMBEDDING_DEVIATION`], biases zero, norm weights
-/// one; a parameter whose name
-/// contains one of `zeros` starts at zero (the modulations and the last projection, so that every
-/// block starts as the identity: adaLN-Zero, arXiv 2212.09748).
+/// Matrices are normal with variance 1 / fan-in, embeddings with [`EMBEDDING_DEVIATION`], biases zero, norm weights one;
+/// a parameter whose name contains one of `zeros` starts at zero (the modulations and the last projection, so that
+/// every block starts as the identity: adaLN-Zero, arXiv 2212.09748).
 pub(crate) fn initialize<M: Module>(module: M, generator: &mut TorchGenerator, zeros: &[&str]) -> M {
     map_named(module, &mut Initializer { generator, zeros })
 }

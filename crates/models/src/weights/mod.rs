@@ -11,7 +11,7 @@ pub(crate) use files::{component_files, file_hash};
 pub(crate) use fill::{initialize, load, unfilled};
 pub(crate) use folder::{Shards, copy_tree, is_weights, write_shards};
 pub use shapes::TensorShapes;
-pub(crate) use shapes::expected;
+pub(crate) use shapes::{compare, expected};
 pub(crate) use write::{RawTensor, carry_ignored, collect, values, write};
 pub use write::{WeightType, save_tensors};
 

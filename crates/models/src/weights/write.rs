@@ -189,18 +189,13 @@ impl NamedVisitor for Collector<'_> {
     }
 }
 
-/// Adds the tensors that a component's files hold and the model does not use; none where there are no files.
+/// Adds the tensors that a component's files hold and the model does not use.
 pub(crate) fn carry_ignored(
     tensors: &mut BTreeMap<String, RawTensor>,
-    component: &Path,
+    files: &WeightFiles,
     keys: &KeyMap,
     dtype: WeightType,
 ) -> Result<(), ModelError> {
-    let files = match WeightFiles::open(component) {
-        Ok(files) => files,
-        Err(ModelError::NoModelFolder { .. }) => return Ok(()),
-        Err(error) => return Err(error),
-    };
     for in_file in files.keys() {
         let key = keys.canonical(in_file);
         if keys.ignores(&key) {

@@ -8,10 +8,10 @@ use fewstep_models::qwen_image::TextEncoder;
 use fewstep_models::{LoadOptions, Model, ModelError, WeightFiles, WeightType, save_tensors};
 use fewstep_testkit::{Golden, assert_tensors_close, golden, values};
 
-use crate::{edit_json, folder, model_copy};
+use crate::{edit_json, folder, model_copy, source};
 
 fn load(folder: &Path) -> Result<Model, ModelError> {
-    Model::from_pretrained(folder, &LoadOptions::default())
+    Model::from_pretrained(&folder.into(), &LoadOptions::default())
 }
 
 fn refusal(folder: &Path) -> String {
@@ -55,7 +55,7 @@ fn keys(folder: &Path) -> Vec<String> {
 fn a_saved_folder_loads_to_the_same_model_and_keeps_what_only_the_peers_read() {
     let target = tempfile::tempdir().expect("temporary folder");
     let model = load(&folder()).expect("the golden model loads");
-    model.save_pretrained(&folder(), target.path(), WeightType::F32, &BTreeMap::new()).expect("saves");
+    model.save_pretrained(&source(), target.path(), WeightType::F32, &BTreeMap::new()).expect("saves");
     assert_eq!(outputs(&load(target.path()).expect("loads again")), outputs(&model));
     for component in ["text_encoder", "transformer", "vae"] {
         assert_eq!(keys(&target.path().join(component)), keys(&folder().join(component)), "{component}");
@@ -98,7 +98,9 @@ fn both_spellings_of_the_text_encoders_keys_load() {
     let model = load(copy.path()).expect("the newer spelling loads");
     assert_eq!(outputs(&model), outputs(&load(&folder()).expect("the golden model loads")));
     let target = tempfile::tempdir().expect("temporary folder");
-    model.save_pretrained(copy.path(), target.path(), WeightType::F32, &BTreeMap::new()).expect("saves");
+    model
+        .save_pretrained(&copy.path().into(), target.path(), WeightType::F32, &BTreeMap::new())
+        .expect("saves");
     assert_eq!(keys(&target.path().join("text_encoder")), keys(&folder().join("text_encoder")));
 }
 
@@ -150,7 +152,7 @@ fn a_text_config_that_cannot_work_says_why() {
     let refused = |edit: fn(&mut serde_json::Value)| {
         let copy = model_copy();
         edit_json(&copy.path().join("text_encoder/config.json"), |config| edit(&mut config["text_config"]));
-        let error = TextEncoder::from_pretrained(copy.path(), &Device::flex());
+        let error = TextEncoder::from_pretrained(&copy.path().into(), &Device::flex());
         error.expect_err("must not load").to_string()
     };
     let sections = refused(|text| text["rope_scaling"]["mrope_section"] = vec![2, 3, 4].into());

@@ -9,7 +9,7 @@ use std::path::Path;
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_kernels::Gelu;
 use fewstep_models::qwen_image::{PromptTokenizer, TextEncoder, Transformer};
-use fewstep_models::{Condition, ModelError};
+use fewstep_models::{Condition, ModelError, ModelSource};
 use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden, values};
 
 /// Absolute, on unit-scale activations; the f32 rounding of the peers was measured at 1.2e-6.
@@ -20,6 +20,10 @@ const MAX_TOKENS: usize = 1024;
 
 fn folder() -> std::path::PathBuf {
     golden("qwen_image/model")
+}
+
+fn source() -> ModelSource {
+    ModelSource::from(&folder())
 }
 
 /// The golden model in a folder that may be changed.
@@ -71,7 +75,7 @@ impl Input {
             false => vec![text.dims()[1]; latents[0]],
         };
         Self {
-            transformer: Transformer::from_pretrained(&folder(), &device).expect("the golden model loads"),
+            transformer: Transformer::from_pretrained(&source(), &device).expect("the golden model loads"),
             packed: pack(golden.tensor(&format!("{name}.latents"), &device)),
             sigma: golden.tensor::<1>(&format!("{name}.timestep"), &device) / 1000.0,
             condition: Condition { text, lengths },
@@ -171,7 +175,7 @@ fn transformer_equals_the_peer_on_a_batch_with_padded_prompts() {
 fn tokenizer_gives_the_peers_ids() {
     let text = std::fs::read_to_string(golden("qwen_image/tokens.json")).expect("golden is there");
     let json: serde_json::Value = serde_json::from_str(&text).expect("golden is JSON");
-    let tokenizer = PromptTokenizer::read(&folder(), MAX_TOKENS).expect("the golden tokenizer loads");
+    let tokenizer = PromptTokenizer::read(&source(), MAX_TOKENS).expect("the golden tokenizer loads");
     for row in json["rows"].as_array().expect("rows") {
         let prompt = row["prompt"].as_str().expect("prompt").to_owned();
         let expected: Vec<u32> = row["input_ids"]
@@ -195,8 +199,8 @@ fn prompts() -> Vec<String> {
 }
 
 fn text_encoder() -> (PromptTokenizer, TextEncoder) {
-    let tokenizer = PromptTokenizer::read(&folder(), MAX_TOKENS).expect("the golden tokenizer loads");
-    let encoder = TextEncoder::from_pretrained(&folder(), &Device::flex());
+    let tokenizer = PromptTokenizer::read(&source(), MAX_TOKENS).expect("the golden tokenizer loads");
+    let encoder = TextEncoder::from_pretrained(&source(), &Device::flex());
     (tokenizer, encoder.expect("the golden encoder loads"))
 }
 
@@ -241,7 +245,7 @@ fn weights_of_another_size_are_refused_with_the_tensor_named() {
     let edit = |from: &str, to: &str| {
         assert!(config.contains(from), "{from} in the golden config");
         std::fs::write(target.join("config.json"), config.replace(from, to)).expect("write");
-        Transformer::from_pretrained(temporary.path(), &Device::flex()).expect_err("must not load")
+        Transformer::from_pretrained(&temporary.path().into(), &Device::flex()).expect_err("must not load")
     };
     let wider = edit("\"joint_attention_dim\": 64", "\"joint_attention_dim\": 80");
     assert!(matches!(&wider, ModelError::Shape { key, .. } if key == "txt_norm.weight"), "{wider}");

@@ -49,7 +49,7 @@ fn parameters(shapes: &TensorShapes) -> usize {
 }
 
 fn shapes(folder: &Path) -> [TensorShapes; 3] {
-    let mut all = expected_tensors(folder).expect("the configs are read");
+    let mut all = expected_tensors(&folder.into()).expect("the configs are read");
     assert_eq!(all.len(), 3);
     ["text_encoder", "transformer", "vae"].map(|component| all.remove(component).expect("component"))
 }

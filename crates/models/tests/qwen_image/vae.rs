@@ -4,7 +4,7 @@ use burn::tensor::{Device, Tensor};
 use fewstep_models::qwen_image::{Autoencoder, AutoencoderConfig, Vae};
 use fewstep_testkit::{Golden, assert_tensors_close, golden, values};
 
-use crate::{TOLERANCE, assert_relatively_close, edit_json, folder, model_copy};
+use crate::{TOLERANCE, assert_relatively_close, edit_json, folder, model_copy, source};
 
 const SIZES: [&str; 3] = ["64x64", "96x64", "64x96"];
 
@@ -13,7 +13,7 @@ fn numbers() -> Golden {
 }
 
 fn autoencoder() -> Autoencoder {
-    match Vae::from_pretrained(&folder(), &Device::flex()).expect("the golden VAE loads") {
+    match Vae::from_pretrained(&source(), &Device::flex()).expect("the golden VAE loads") {
         Vae::Autoencoder(vae) => vae,
         _ => panic!("the golden VAE has weights"),
     }
@@ -112,7 +112,7 @@ fn configs_that_cannot_work_say_why() {
     let refusal = |name: &str, value: serde_json::Value| {
         let copy = model_copy();
         edit_json(&copy.path().join("vae/config.json"), |config| config[name] = value);
-        Vae::from_pretrained(copy.path(), &Device::flex()).expect_err("must not load").to_string()
+        Vae::from_pretrained(&copy.path().into(), &Device::flex()).expect_err("must not load").to_string()
     };
     let class = refusal("_class_name", "AutoencoderKL".into());
     assert!(class.contains("vae of class AutoencoderKL, expected one of AutoencoderKLQwenImage"), "{class}");

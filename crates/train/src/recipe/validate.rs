@@ -27,7 +27,6 @@ impl Recipe {
             }
         }
         self.check_pairs()?;
-        self.check_model_files()?;
         self.check_columns()
     }
 
@@ -91,32 +90,6 @@ impl Recipe {
             return wrong("sample_steps", self.sample_steps, "0 where only the denoiser is loaded");
         }
         Ok(())
-    }
-
-    fn check_model_files(&self) -> Result<(), TrainError> {
-        #[derive(serde::Deserialize)]
-        #[serde(untagged)]
-        #[expect(dead_code, reason = "only whether the text has this form matters")]
-        enum FileOrShards {
-            File(String),
-            Shards(Vec<String>),
-        }
-        let is_json = |text: &String| serde_json::from_str::<Vec<FileOrShards>>(text).is_ok();
-        if let Some(found) = self.model_paths.as_ref().filter(|text| !is_json(text)) {
-            return wrong(
-                "model_paths",
-                found,
-                "a JSON list of files, shards of one component as a list in it",
-            );
-        }
-        let ids = self.model_id_with_origin_paths.iter().flat_map(|ids| ids.split(','));
-        let malformed = |id: &&str| {
-            !id.split_once(':').is_some_and(|(id, pattern)| id.contains('/') && !pattern.is_empty())
-        };
-        match ids.into_iter().find(malformed) {
-            Some(found) => wrong("model_id_with_origin_paths", found, "OWNER/NAME:PATTERN"),
-            None => Ok(()),
-        }
     }
 
     fn check_columns(&self) -> Result<(), TrainError> {

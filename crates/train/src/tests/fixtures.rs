@@ -8,7 +8,8 @@ use burn::tensor::{Device, Tensor};
 use fewstep_data::image::Picture;
 use fewstep_data::metadata::{DistillRow, ImageRow, RandDevice, write_distill_csv, write_image_csv};
 use fewstep_models::{
-    Generated, LoadOptions, Model, NamedVisitor, Pipeline, Request, WeightType, save_tensors, visit_named,
+    Generated, LoadOptions, Model, ModelSource, NamedVisitor, Pipeline, Request, WeightType, save_tensors,
+    visit_named,
 };
 use fewstep_testkit::{random_values, write_tiny_configs};
 use tempfile::TempDir;
@@ -32,8 +33,9 @@ impl Bench {
         let bench = Self { folder: tempfile::tempdir().unwrap() };
         let configs = bench.path("configs");
         write_tiny_configs(&configs);
-        let model = perturbed(Model::random(&configs, 1, &Device::flex()).unwrap());
-        model.save_pretrained(&configs, &bench.path("model"), WeightType::F32, &Default::default()).unwrap();
+        let source = ModelSource::from(&configs);
+        let model = perturbed(Model::random(&source, 1, &Device::flex()).unwrap());
+        model.save_pretrained(&source, &bench.path("model"), WeightType::F32, &Default::default()).unwrap();
         bench
     }
 
@@ -42,7 +44,7 @@ impl Bench {
     }
 
     pub(super) fn model(&self) -> Model {
-        Model::from_pretrained(&self.path("model"), &LoadOptions::default()).unwrap()
+        Model::from_pretrained(&(&self.path("model")).into(), &LoadOptions::default()).unwrap()
     }
 
     /// Pictures with captions.
@@ -206,5 +208,6 @@ pub(super) fn fail(recipe: &Recipe) -> String {
 pub(super) fn run(recipe: &Recipe, recorder: &mut Recorder<'_>) -> Result<Outcome, TrainError> {
     let never = AtomicBool::new(false);
     let stop = recorder.stop.map_or(&never, |(_, stop)| stop);
-    crate::run(recipe, Context { device: Device::flex(), stop, version: "a test" }, recorder)
+    let context = Context { model: None, device: Device::flex(), stop, version: "a test" };
+    crate::run(recipe, context, recorder)
 }

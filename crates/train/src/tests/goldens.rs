@@ -119,7 +119,7 @@ impl Bench {
             dtype: recipe.dtype.into(),
             ..LoadOptions::default()
         };
-        let start = Model::from_pretrained(&recipe.model, &options).unwrap();
+        let start = Model::from_pretrained(&(&recipe.model).into(), &options).unwrap();
         let (device, base) = (&Device::flex(), recipe.dataset_base_path.as_path());
         let resize = Resize::Exact { height: SIDE_PX, width: SIDE_PX };
         let rows = crate::source::rows(recipe, resize).unwrap();

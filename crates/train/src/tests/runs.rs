@@ -234,7 +234,7 @@ fn the_result_tells_its_origin_and_is_the_averaged_model() {
     let (_, path) = train(&recipe);
     let info =
         fewstep_models::read_info(&path.join("transformer/diffusion_pytorch_model.safetensors")).unwrap();
-    assert_eq!(info["fewstep.base_hash"], fewstep_models::weights_hash(&recipe.model).unwrap());
+    assert_eq!(info["fewstep.base_hash"], fewstep_models::weights_hash(&(&recipe.model).into()).unwrap());
     assert_eq!(info["fewstep.training_steps"], "6");
     assert!(info["fewstep.sigma_grids"].contains("\"num_inference_steps\":3"));
     assert_eq!(toml::from_str::<Recipe>(&info["fewstep.recipe"]).unwrap(), recipe);

@@ -24,7 +24,8 @@ impl Case {
     fn read(name: &'static str) -> Self {
         let file = Golden::open(golden("qwen_image/transformer.safetensors"));
         let device = Device::flex();
-        let transformer = Transformer::from_pretrained(&golden("qwen_image/model"), &device).unwrap();
+        let transformer =
+            Transformer::from_pretrained(&(&golden("qwen_image/model")).into(), &device).unwrap();
         let text: Tensor<3> = file.tensor(&format!("{name}.prompt_embeds"), &device);
         let condition = Condition { lengths: vec![text.dims()[1]], text };
         let sigma = file.tensor::<1>(&format!("{name}.timestep"), &device) / 1000.0;

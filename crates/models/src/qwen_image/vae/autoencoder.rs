@@ -1,8 +1,6 @@
 //! The published autoencoder, a video VAE (Wan, arXiv 2503.20314) on single frames. Numbers equal
 //! diffusers' `AutoencoderKLQwenImage`. Tiling is left out.
 
-use std::path::Path;
-
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
@@ -14,7 +12,7 @@ use super::{AutoencoderConfig, per_channel};
 use crate::weights::{KeyMap, WeightFiles, load};
 use crate::{ModelError, NamedMapper, map_named};
 
-pub(super) const KEYS: KeyMap = KeyMap {
+pub(in super::super) const KEYS: KeyMap = KeyMap {
     rules: &[
         (".upsampler.resample.", ".upsamplers.0.resample.1."),
         (".upsampler.", ".upsamplers.0."),
@@ -74,10 +72,10 @@ impl Autoencoder {
     /// thirds of most convolutions.
     pub(super) fn load(
         config: AutoencoderConfig,
-        folder: &Path,
+        files: &WeightFiles,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        let mut loaded = load(Self::unfilled(config, device), &WeightFiles::open(folder)?, &KEYS)?;
+        let mut loaded = load(Self::unfilled(config, device), files, &KEYS)?;
         loaded.resamplers().for_each(Resampler::drop_time);
         Ok(map_named(loaded, &mut KeepLastFrame))
     }

@@ -1,11 +1,9 @@
 //! `vae/config.json`.
 
-use std::path::Path;
-
 use serde::Deserialize;
 
 use super::super::config::ConfigFile;
-use crate::ModelError;
+use crate::{ModelError, ModelSource};
 
 /// `vae/config.json`, by its `_class_name`.
 #[derive(Clone, Debug, Deserialize)]
@@ -58,14 +56,22 @@ pub struct PixelUnshuffleConfig {
 }
 
 impl VaeConfig {
-    pub(in super::super) fn read(folder: &Path) -> Result<Self, ModelError> {
-        let file = ConfigFile::read(folder, "vae/config.json")?;
+    pub(in super::super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
+        let file = ConfigFile::of_component(source, "vae")?;
         file.check_class("vae", file.class_name(), &["AutoencoderKLQwenImage", "PixelUnshuffle"])?;
         let config: Self = file.parse()?;
         if let Self::AutoencoderKLQwenImage(config) = &config {
             config.check().map_err(|reason| file.error(reason))?;
         }
         Ok(config)
+    }
+
+    /// Pixels per latent pixel along one side.
+    pub(in super::super) fn factor(&self) -> usize {
+        match self {
+            Self::AutoencoderKLQwenImage(config) => config.factor(),
+            Self::PixelUnshuffle(config) => config.factor,
+        }
     }
 
     /// Channels of the latents.

@@ -5,19 +5,21 @@ mod config;
 mod layers;
 mod pixel_unshuffle;
 
-use std::path::Path;
-
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::ModelError;
 use crate::weights::{TensorShapes, expected};
+use crate::{ModelError, ModelSource};
 
 pub use autoencoder::Autoencoder;
+pub(super) use autoencoder::KEYS;
 pub use config::{AutoencoderConfig, PixelUnshuffleConfig, VaeConfig};
 pub use pixel_unshuffle::PixelUnshuffle;
 
-/// The autoencoder a folder's `vae/config.json` names.
+/// Pixels per latent pixel of the published autoencoder, along one side.
+const PUBLISHED_FACTOR: usize = 8;
+
+/// The autoencoder a model's `vae/config.json` names.
 #[derive(Module, Debug)]
 #[expect(clippy::large_enum_variant, reason = "a model has one")]
 pub enum Vae {
@@ -39,33 +41,37 @@ pub struct Absent {
 }
 
 impl Vae {
-    /// Loads the component `vae/` of a model folder on the plain side of `device`.
+    /// Loads the component `vae` of a model on the plain side of `device`.
     ///
     /// # Errors
     /// If its config or weights are missing, damaged or do not fit each other.
-    pub fn from_pretrained(folder: &Path, device: &Device) -> Result<Self, ModelError> {
-        Ok(match VaeConfig::read(folder)? {
+    pub fn from_pretrained(source: &ModelSource, device: &Device) -> Result<Self, ModelError> {
+        Ok(match VaeConfig::read(source)? {
             VaeConfig::AutoencoderKLQwenImage(config) => {
-                Vae::Autoencoder(Autoencoder::load(config, &folder.join("vae"), device)?)
+                Vae::Autoencoder(Autoencoder::load(config, &source.weights("vae")?, device)?)
             }
             VaeConfig::PixelUnshuffle(config) => Vae::PixelUnshuffle(PixelUnshuffle::new(config)),
         })
     }
 
-    /// An autoencoder of a config that cannot encode or decode.
-    pub(super) fn absent(config: &VaeConfig) -> Self {
-        let (factor, channels) = match config {
-            VaeConfig::AutoencoderKLQwenImage(config) => (config.factor(), config.z_dim),
-            VaeConfig::PixelUnshuffle(config) => (config.factor, config.channels()),
+    /// An autoencoder that cannot encode or decode.
+    ///
+    /// `channels` are the latents'. Where neither the autoencoder nor its config is among given files, it is taken to
+    /// be the published one.
+    pub(super) fn absent(source: &ModelSource, channels: usize) -> Result<Self, ModelError> {
+        let factor = match VaeConfig::read(source) {
+            Ok(config) => config.factor(),
+            Err(ModelError::NotBeside { .. }) => PUBLISHED_FACTOR,
+            Err(error) => return Err(error),
         };
-        Vae::Absent(Absent { factor, channels })
+        Ok(Vae::Absent(Absent { factor, channels }))
     }
 
     /// The tensors that the weight files of a config hold.
     pub(super) fn expected(config: &VaeConfig, device: &Device) -> TensorShapes {
         match config {
             VaeConfig::AutoencoderKLQwenImage(config) => {
-                expected(&Autoencoder::unfilled(config.clone(), device), &autoencoder::KEYS)
+                expected(&Autoencoder::unfilled(config.clone(), device), &KEYS)
             }
             VaeConfig::PixelUnshuffle(_) => TensorShapes::new(),
         }

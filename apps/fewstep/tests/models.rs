@@ -1,0 +1,173 @@
+//! Which model a command works with: a folder, weight files, files to download.
+
+#![allow(clippy::unwrap_used)] // Helpers of the tests fail where the tests do.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use burn::tensor::Device;
+use fewstep_models::{Model, ModelSource, WeightType};
+use fewstep_testkit::{ModelServer, write_tiny_configs};
+use tempfile::TempDir;
+
+/// A small model folder `model/`, and the server that offers its files.
+struct Fixture {
+    folder: TempDir,
+    server: ModelServer,
+}
+
+/// Variables that would change where models come from.
+const VARIABLES: [&str; 7] = [
+    "FEWSTEP_MODEL_BASE_PATH",
+    "FEWSTEP_DOWNLOAD_SOURCE",
+    "FEWSTEP_SKIP_DOWNLOAD",
+    "FEWSTEP_HF_ENDPOINT",
+    "DIFFSYNTH_SKIP_DOWNLOAD",
+    "HF_HUB_OFFLINE",
+    "HF_TOKEN",
+];
+
+const ORIGINS: &str =
+    "owner/name:transformer/*.safetensors,owner/name:text_encoder/model*.safetensors,owner/name:vae/";
+
+impl Fixture {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (configs, model) = (folder.path().join("configs"), folder.path().join("model"));
+        write_tiny_configs(&configs);
+        let source = ModelSource::from(&configs);
+        let random = Model::random(&source, 1, &Device::flex()).unwrap();
+        random.save_pretrained(&source, &model, WeightType::F32, &Default::default()).unwrap();
+        let mut files = Vec::new();
+        collect(&model, &model, &mut files);
+        let served: Vec<(&str, &[u8])> =
+            files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+        Self { server: ModelServer::start(&served), folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fewstep"));
+        for name in VARIABLES {
+            command.env_remove(name);
+        }
+        command
+            .args(args)
+            .env("HF_ENDPOINT", self.server.endpoint())
+            .env("DIFFSYNTH_DOWNLOAD_SOURCE", "huggingface")
+            .env("DIFFSYNTH_MODEL_BASE_PATH", self.path("models"));
+        command
+    }
+
+    /// Draws one picture with the model that the flags name; returns its latents' file.
+    fn draw(&self, name: &str, model: &[&str]) -> Vec<u8> {
+        let output = self.path(name);
+        let rest = ["--prompt", "a cat", "--num-inference-steps", "2", "--height", "16", "--width", "16"];
+        let mut command = self.command(&["generate"]);
+        succeeds(command.args(model).args(rest).arg("--output").arg(&output));
+        fs::read(output.join("latents/000000.safetensors")).unwrap()
+    }
+}
+
+/// All files of a folder with their paths in it.
+fn collect(root: &Path, folder: &Path, files: &mut Vec<(String, Vec<u8>)>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(root, &path, files);
+        } else {
+            let name = path.strip_prefix(root).unwrap().to_string_lossy().replace('\\', "/");
+            files.push((name, fs::read(&path).unwrap()));
+        }
+    }
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn succeeds(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", said(&output));
+    said(&output)
+}
+
+fn fails(command: &mut Command, code: i32) -> String {
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(code), "{command:?}: {}", said(&output));
+    said(&output)
+}
+
+#[test]
+fn the_same_model_draws_the_same_picture_wherever_its_files_come_from() {
+    let fixture = Fixture::new();
+    let model = fixture.path("model");
+    let folder = fixture.draw("a", &["--model", &model.display().to_string()]);
+    let given = format!(
+        "[{:?}, [{:?}]]",
+        model.join("text_encoder/model.safetensors"),
+        model.join("transformer/diffusion_pytorch_model.safetensors")
+    );
+    assert_eq!(fixture.draw("b", &["--model_paths", &given]), folder);
+    assert_eq!(fixture.draw("c", &["--model_id_with_origin_paths", ORIGINS]), folder);
+    let weights = fixture.path("models/owner/name/transformer/diffusion_pytorch_model.safetensors");
+    assert_eq!(
+        fs::read(weights).unwrap(),
+        fs::read(model.join("transformer/diffusion_pytorch_model.safetensors")).unwrap()
+    );
+    // Everything is there now, also for a program that is told to stay offline.
+    let requests = fixture.server.file_requests().len();
+    let mut offline = fixture.command(&["generate", "--model-id-with-origin-paths", ORIGINS]);
+    offline.env("HF_HUB_OFFLINE", "1").env("HF_ENDPOINT", "http://127.0.0.1:1").args(["--prompt", "a cat"]);
+    offline.args(["--num-inference-steps", "2", "--height", "16", "--width", "16", "--output"]);
+    succeeds(offline.arg(fixture.path("d")));
+    assert_eq!(fs::read(fixture.path("d/latents/000000.safetensors")).unwrap(), folder);
+    assert_eq!(fixture.server.file_requests().len(), requests);
+}
+
+#[test]
+fn download_fetches_a_repository_or_a_pattern_and_names_the_files() {
+    let fixture = Fixture::new();
+    let base = fixture.path("elsewhere").display().to_string();
+    let args = ["download", "--model-id", "owner/name", "--local-dir", &base];
+    let text = succeeds(&mut fixture.command(&[&args[..], &["--pattern", "tokenizer/"]].concat()));
+    let merges = fixture.path("elsewhere/owner/name/tokenizer/merges.txt");
+    assert!(merges.is_file() && text.contains(&merges.display().to_string()), "{text}");
+    assert!(!fixture.path("elsewhere/owner/name/transformer").exists());
+    succeeds(&mut fixture.command(&args));
+    let (mut found, mut expected) = (Vec::new(), Vec::new());
+    let downloaded = fixture.path("elsewhere/owner/name");
+    collect(&downloaded, &downloaded, &mut found);
+    collect(&fixture.path("model"), &fixture.path("model"), &mut expected);
+    found.sort();
+    expected.sort();
+    assert!(found == expected, "the downloaded folder differs from the served one");
+    let modelscope = ["download", "--model_id_with_origin_paths", ORIGINS, "--source", "modelscope"];
+    succeeds(fixture.command(&modelscope).env("MODELSCOPE_ENDPOINT", fixture.server.endpoint()));
+    for name in ["model_index.json", "scheduler/scheduler_config.json", "transformer/config.json"] {
+        assert!(fixture.path("models/owner/name").join(name).is_file(), "{name}");
+    }
+}
+
+#[test]
+fn what_cannot_be_had_is_named() {
+    let fixture = Fixture::new();
+    let generate = |flags: &[&str]| {
+        let rest = ["--prompt", "a", "--height", "16", "--width", "16", "--output", "never"];
+        fixture.command(&[&["generate"], flags, &rest].concat())
+    };
+    let mut offline = generate(&["--model-id-with-origin-paths", ORIGINS]);
+    let text = fails(offline.env("DIFFSYNTH_SKIP_DOWNLOAD", "True"), 1);
+    assert!(text.contains("DIFFSYNTH_SKIP_DOWNLOAD") && text.contains("models/owner/name"), "{text}");
+    let text = fails(&mut generate(&["--model-id-with-origin-paths", "owner/none:x"]), 1);
+    assert!(text.contains("owner/none") && text.contains("404"), "{text}");
+    let encoder = fixture.path("model/text_encoder/model.safetensors");
+    let text = fails(&mut generate(&["--model-paths", &format!("[{encoder:?}]")]), 1);
+    assert!(text.contains("component transformer") && text.contains("model.safetensors"), "{text}");
+    fails(&mut generate(&[]), 2);
+    fails(&mut generate(&["--model", "x", "--model-paths", "[]"]), 2);
+}

@@ -1,0 +1,122 @@
+//! What the published model's folder says, for weights that come without one, and how its weights are recognised.
+
+use std::path::Path;
+
+use crate::weights::{WeightFiles, copy_tree};
+use crate::{ModelError, ModelSource};
+
+/// Place of the scheduler's config in a model folder.
+pub(super) const SCHEDULER_FILE: &str = "scheduler/scheduler_config.json";
+
+/// The published scheduler: μ from 0.5 at 256 to 0.9 at 8192 image tokens, the last sigma stretched to 0.02.
+pub(super) const SCHEDULER: &str = r#"{
+  "_class_name": "FlowMatchEulerDiscreteScheduler",
+  "base_image_seq_len": 256,
+  "base_shift": 0.5,
+  "invert_sigmas": false,
+  "max_image_seq_len": 8192,
+  "max_shift": 0.9,
+  "num_train_timesteps": 1000,
+  "shift": 1.0,
+  "shift_terminal": 0.02,
+  "stochastic_sampling": false,
+  "time_shift_type": "exponential",
+  "use_beta_sigmas": false,
+  "use_dynamic_shifting": true,
+  "use_exponential_sigmas": false,
+  "use_karras_sigmas": false
+}
+"#;
+
+/// The published list of components.
+pub(super) const MODEL_INDEX: &str = r#"{
+  "_class_name": "QwenImagePipeline",
+  "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+  "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+  "tokenizer": ["transformers", "Qwen2Tokenizer"],
+  "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+  "vae": ["diffusers", "AutoencoderKLQwenImage"]
+}
+"#;
+
+/// The component that weight files hold, by the keys only it has; `None` for other weights.
+///
+/// DiffSynth-Studio compares a hash of all keys and shapes instead, which knows published sizes alone.
+pub(crate) fn component_of(files: &WeightFiles) -> Option<&'static str> {
+    let any = |end: &str| files.keys().any(|key| key.ends_with(end));
+    let all = |keys: &[&str]| keys.iter().all(|key| files.contains(key));
+    if all(&["img_in.weight", "txt_norm.weight", "transformer_blocks.0.attn.add_q_proj.weight"]) {
+        return Some("transformer");
+    }
+    // Biases of the queries tell Qwen2 from Qwen3; some files put another prefix before these names.
+    if any("embed_tokens.weight") && any("layers.0.self_attn.q_proj.bias") {
+        return Some("text_encoder");
+    }
+    // Wan's VAE has the same keys in diffusers' format.
+    if all(&["quant_conv.weight", "decoder.conv_in.weight", "decoder.norm_out.gamma"]) {
+        return Some("vae");
+    }
+    None
+}
+
+/// Writes a model folder but for the weights that learn, for a model that was loaded from given files: configs,
+/// tokenizer, and the weight files of the `unchanged` components. What was not given is left out.
+///
+/// # Errors
+/// If a config or the tokenizer of a given component is missing or a file cannot be written.
+pub(crate) fn write_configs(
+    source: &ModelSource,
+    folder: &Path,
+    unchanged: &[&str],
+) -> Result<(), ModelError> {
+    for component in super::COMPONENTS {
+        let target = folder.join(component);
+        let files = source.component_files(component);
+        if files.is_empty() {
+            continue;
+        }
+        let kept = if unchanged.contains(component) { files } else { &[] };
+        for path in kept.iter().chain([&source.config(component)?]) {
+            copy(path, &target.join(path.file_name().unwrap_or_default()))?;
+        }
+    }
+    for (relative, published) in [("model_index.json", MODEL_INDEX), (SCHEDULER_FILE, SCHEDULER)] {
+        write(&folder.join(relative), &source.text_or(relative, published)?.1)?;
+    }
+    match source.tokenizer() {
+        Ok(tokenizer) => copy_tree(&tokenizer, &folder.join("tokenizer"), &|_| true),
+        // A denoiser alone needs none.
+        Err(ModelError::NotBeside { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn copy(source: &Path, target: &Path) -> Result<(), ModelError> {
+    fewstep_data::atomic::copy(source, target).map_err(ModelError::io(source))
+}
+
+fn write(path: &Path, text: &str) -> Result<(), ModelError> {
+    fewstep_data::atomic::write(path, text.as_bytes()).map_err(ModelError::io(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
+    use fewstep_testkit::golden;
+
+    #[test]
+    fn the_schedule_for_lone_weights_is_the_published_one() {
+        let text = std::fs::read_to_string(golden("qwen_image/model").join(SCHEDULER_FILE)).unwrap();
+        let grid =
+            |json: &str| SchedulerConfig::from_json(json).unwrap().grid(&GridRequest::new(10, 1024)).unwrap();
+        assert_eq!(grid(SCHEDULER).as_slice(), grid(&text).as_slice());
+    }
+
+    #[test]
+    fn the_list_of_components_is_of_this_family() {
+        let index: serde_json::Value = serde_json::from_str(MODEL_INDEX).unwrap();
+        assert_eq!(index["_class_name"], super::super::PIPELINE_CLASS);
+        assert!(super::super::COMPONENTS.iter().all(|name| index[*name].is_array()));
+    }
+}
