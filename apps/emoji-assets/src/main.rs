@@ -1,9 +1,11 @@
-//! Builds what the repository ships of emoji: the pictures with their captions, and a tokenizer for the captions.
+//! Builds what the repository ships of emoji: the pictures with their captions, a tokenizer for the captions, and the
+//! model that the teacher's training starts from.
 
 mod captions;
 mod contact_sheet;
 mod iconify;
 mod pictures;
+mod start;
 mod tokenizer;
 
 use std::path::PathBuf;
@@ -41,6 +43,22 @@ enum Command {
         #[arg(long, default_value_t = 3000)]
         vocabulary: usize,
     },
+    /// Write the model that the teacher's training starts from: a random transformer, and a text encoder that has
+    /// learned what the captions look like.
+    Start {
+        /// Model folder with the configs and the tokenizer.
+        #[arg(long, default_value = "assets/teacher")]
+        model: PathBuf,
+        /// Folder that `data-set` wrote.
+        #[arg(long)]
+        data_set: PathBuf,
+        /// Model folder to write.
+        #[arg(long)]
+        output: PathBuf,
+        /// Optimiser steps of the text encoder.
+        #[arg(long, default_value_t = 8000)]
+        steps: u64,
+    },
     /// Draw some concepts of a built data set in all styles, to look at.
     ContactSheet {
         /// Folder of the data set.
@@ -71,6 +89,9 @@ fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Pictures { source, output } => pictures::build(&source, &output),
         Command::Tokenizer { emoji, output, vocabulary } => tokenizer::build(&emoji, &output, vocabulary),
+        Command::Start { model, data_set, output, steps } => {
+            start::build(&start::Folders { model, data_set, output }, steps)
+        }
         Command::ContactSheet { emoji, output, concepts } => contact_sheet::draw(&emoji, &output, concepts),
         Command::DataSet { emoji, output, groups } => {
             let languages = [Language::English, Language::Chinese];

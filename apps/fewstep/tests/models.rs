@@ -103,6 +103,45 @@ fn fails(command: &mut Command, code: i32) -> String {
 }
 
 #[test]
+fn the_same_run_learns_the_same_wherever_its_files_come_from() {
+    let fixture = Fixture::new();
+    let model = fixture.path("model");
+    let folder = model.display().to_string();
+    fixture.draw("data", &["--model", &folder]);
+    let losses = |name: &str, task: &str, data: &str, model: &[&str]| {
+        let output = fixture.path(name);
+        let mut command = fixture.command(&["train", "--task", task, "--max_steps", "2", "--log_steps", "1"]);
+        command.args(model).args(["--lora_base_model", "dit", "--lora_rank", "2"]);
+        succeeds(
+            command.arg("--dataset_base_path").arg(fixture.path(data)).arg("--output_path").arg(&output),
+        );
+        fs::read_to_string(output.join("loss.csv")).ok()
+    };
+    let expected = losses("folder", "direct_distill", "data", &["--model", &folder]);
+    let text_encoder = model.join("text_encoder/model.safetensors");
+    let transformer = model.join("transformer/diffusion_pytorch_model.safetensors");
+    let given = format!("[{text_encoder:?}, {transformer:?}]");
+    let columns = |losses: &Option<String>| -> Vec<(String, String)> {
+        let lines = losses.as_deref().expect("a log was written").lines();
+        lines
+            .map(|line| line.split(',').map(str::to_owned).collect::<Vec<_>>())
+            .map(|c| (c[0].clone(), c[2].clone()))
+            .collect()
+    };
+    let expected = columns(&expected);
+    assert_eq!(expected.len(), 3);
+    assert_eq!(columns(&losses("files", "direct_distill", "data", &["--model_paths", &given])), expected);
+    let origins = ["--model_id_with_origin_paths", ORIGINS];
+    assert_eq!(columns(&losses("origins", "direct_distill", "data", &origins)), expected);
+    // Each half reads its own components alone.
+    let first = format!("[{text_encoder:?}]");
+    losses("processed", "direct_distill:data_process", "data", &["--model_paths", &first]);
+    let second = format!("[{transformer:?}]");
+    let split = losses("split", "direct_distill:train", "processed", &["--model_paths", &second]);
+    assert_eq!(columns(&split), expected);
+}
+
+#[test]
 fn the_same_model_draws_the_same_picture_wherever_its_files_come_from() {
     let fixture = Fixture::new();
     let model = fixture.path("model");

@@ -220,6 +220,16 @@ impl Model {
         }
     }
 
+    /// J, the width of the text states that the denoiser reads.
+    ///
+    /// # Panics
+    /// If the denoiser was not loaded.
+    pub fn text_width(&self) -> usize {
+        match self {
+            Model::QwenImage(model) => model.denoiser().text_width(),
+        }
+    }
+
     /// The component that denoises: the one adapters belong to.
     pub fn denoiser_name(&self) -> &'static str {
         match self {

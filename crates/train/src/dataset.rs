@@ -142,6 +142,12 @@ impl Dataset {
                 return Err(TrainError::Shape { path, what: "latents", found, expected });
             }
         }
+        let width = model.text_width();
+        if let Some(states) = text.iter().find(|states| states.shape[1] != width) {
+            let path = recipe.dataset_base_path.clone();
+            let (found, expected) = (states.shape.clone(), vec![states.shape[0], width]);
+            return Err(TrainError::Shape { path, what: "text states", found, expected });
+        }
         let conditions = text.iter().map(|text| from_host(text, device)).collect();
         Ok(Self { samples, tables, conditions, device: device.clone() })
     }

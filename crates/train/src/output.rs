@@ -44,11 +44,13 @@ impl Origin<'_> {
     pub(crate) fn info(&self, model: &Model, steps: u64) -> Result<BTreeMap<String, String>, TrainError> {
         let mut info = BTreeMap::from([
             ("fewstep.version".to_owned(), self.version.to_owned()),
-            (lora::BASE_HASH.to_owned(), weights_hash(self.source)?),
             ("fewstep.task".to_owned(), self.recipe.task.name().to_owned()),
             ("fewstep.training_steps".to_owned(), steps.to_string()),
             ("fewstep.recipe".to_owned(), self.recipe.to_toml()),
         ]);
+        if self.source.is_whole() {
+            info.insert(lora::BASE_HASH.to_owned(), weights_hash(self.source)?);
+        }
         if self.recipe.task.objective() == Objective::Distillation {
             info.insert("fewstep.noise_generator".to_owned(), TORCH_CPU.to_owned());
             info.insert("fewstep.sigma_grids".to_owned(), self.sigma_grids(model)?);

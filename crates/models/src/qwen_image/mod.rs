@@ -203,7 +203,11 @@ impl QwenImage {
         self.transformer.as_mut().map(Transformer::linears).unwrap_or_default()
     }
 
-    fn denoiser(&self) -> &Transformer {
+    /// The transformer.
+    ///
+    /// # Panics
+    /// If it was not loaded.
+    pub(crate) fn denoiser(&self) -> &Transformer {
         self.transformer.as_ref().expect("the denoiser was loaded")
     }
 

@@ -72,11 +72,13 @@ pub(crate) fn write_configs(
     for component in super::COMPONENTS {
         let target = folder.join(component);
         let files = source.component_files(component);
-        if files.is_empty() {
-            continue;
-        }
+        let config = match source.config(component) {
+            Ok(config) => config,
+            Err(ModelError::NotBeside { .. }) if files.is_empty() => continue,
+            Err(error) => return Err(error),
+        };
         let kept = if unchanged.contains(component) { files } else { &[] };
-        for path in kept.iter().chain([&source.config(component)?]) {
+        for path in kept.iter().chain([&config]) {
             copy(path, &target.join(path.file_name().unwrap_or_default()))?;
         }
     }

@@ -127,7 +127,8 @@ impl PromptTokenizer {
 fn check_files(folder: &Path) -> Result<(), ModelError> {
     for name in ["vocab.json", "merges.txt", CONFIG] {
         if !folder.join(name).is_file() {
-            return Err(ModelError::NoModelFolder { path: folder.to_owned(), missing: name.to_owned() });
+            let reason = format!("{name} is missing");
+            return Err(ModelError::Tokenizer { path: folder.to_owned(), reason });
         }
     }
     Ok(())

@@ -138,6 +138,11 @@ impl Transformer {
         load(empty, &source.weights("transformer")?, &KEYS)
     }
 
+    /// J.
+    pub(crate) fn text_width(&self) -> usize {
+        self.config.joint_attention_dim
+    }
+
     pub(super) fn unfilled(config: &TransformerConfig, device: &Device) -> Self {
         let width = config.num_attention_heads * config.attention_head_dim;
         let linear = |input, output| Linear::unfilled(input, output, true, device);

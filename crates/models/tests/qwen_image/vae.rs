@@ -123,9 +123,5 @@ fn configs_that_cannot_work_say_why() {
     let std = refusal("latents_std", vec![1.0; 15].into());
     assert!(std.contains("latents_std has 15 entries, expected 16"), "{std}");
     let wider = refusal("base_dim", 12.into());
-    assert!(
-        wider.contains("decoder.conv_in.weight has shape [32, 16, 3, 3, 3], expected [48, 16, 3, 3, 3]")
-            || wider.contains("encoder.conv_in.weight has shape [8, 3, 3, 3, 3], expected [12, 3, 3, 3, 3]"),
-        "{wider}"
-    );
+    assert!(wider.contains("decoder.conv_in.bias has shape [32], expected [48]"), "{wider}");
 }

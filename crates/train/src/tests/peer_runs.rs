@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use fewstep_models::read_info;
+use fewstep_models::{WeightFiles, WeightType, read_info, save_tensors};
 use fewstep_testkit::{Golden, golden};
 use tempfile::TempDir;
 
@@ -142,12 +142,14 @@ fn a_run_of_adapters_in_bf16_comes_close_to_the_peers() {
     assert!(size(&run.path().join("run")) < 2 * size(&golden("train_cli/lora_bfloat16")) * 2 / 3);
 }
 
-/// The second half has a model folder without text encoder and autoencoder weights.
+/// The first half has a model folder without the denoiser's weights, the second one without the others'.
 #[test]
 fn a_split_run_equals_the_whole_one_to_the_bit() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
-    copy_without_encoders(&golden("qwen_image/model"), &path("denoiser"));
+    let model = golden("qwen_image/model");
+    copy_with_weights_of(&["transformer"], &model, &path("denoiser"));
+    copy_with_weights_of(&["text_encoder", "vae"], &model, &path("encoders"));
     let tasks = [
         (Task::DirectDistill, Task::DirectDistillDataProcess, Task::DirectDistillTrain),
         (Task::Sft, Task::SftDataProcess, Task::SftTrain),
@@ -160,8 +162,12 @@ fn a_split_run_equals_the_whole_one_to_the_bit() {
             ..lora(recipe(&path(whole.name())))
         };
         let whole = Recipe { task: whole, ..base.clone() };
-        let first =
-            Recipe { task: first, output_path: path(&format!("{}-data", whole.task.name())), ..base.clone() };
+        let first = Recipe {
+            task: first,
+            model: path("encoders"),
+            output_path: path(&format!("{}-data", whole.task.name())),
+            ..base.clone()
+        };
         let second = Recipe {
             task: second,
             model: path("denoiser"),
@@ -185,20 +191,37 @@ fn a_split_run_equals_the_whole_one_to_the_bit() {
         ..lora(recipe(&path("wrong")))
     };
     assert!(super::fixtures::fail(&wrong).contains("made with task direct_distill, expected sft"));
+    narrow_text_states(&path("direct_distill-data"));
+    let narrow = Recipe { task: Task::DirectDistillTrain, output_path: path("narrow"), ..wrong.clone() };
+    assert!(super::fixtures::fail(&narrow).contains("text states has shape"));
     let absent = Recipe { dataset_base_path: path("nowhere"), ..wrong };
     assert!(super::fixtures::fail(&absent).contains(":data_process"));
 }
 
-fn copy_without_encoders(source: &Path, target: &Path) {
+/// Replaces the stored text states by ones half as wide.
+fn narrow_text_states(folder: &Path) {
+    let path = folder.join("text.safetensors");
+    let files = WeightFiles::open(&path).unwrap();
+    let halved = |key: &str| {
+        let (mut shape, mut values) = files.read(key).unwrap();
+        values.truncate(values.len() / 2);
+        shape[1] /= 2;
+        (key.to_owned(), shape, values)
+    };
+    let tensors: Vec<_> = files.keys().map(halved).collect();
+    save_tensors(&path, tensors, WeightType::F32, &Default::default()).unwrap();
+}
+
+/// A model folder in which other components have configs alone.
+fn copy_with_weights_of(components: &[&str], source: &Path, target: &Path) {
     fs::create_dir_all(target).unwrap();
     for entry in fs::read_dir(source).unwrap() {
         let path = entry.unwrap().path();
         let name = target.join(path.file_name().unwrap());
         let weights = path.to_string_lossy().contains(".safetensors");
-        let denoiser = path.parent().unwrap().ends_with("transformer");
         if path.is_dir() {
-            copy_without_encoders(&path, &name);
-        } else if denoiser || !weights {
+            copy_with_weights_of(components, &path, &name);
+        } else if !weights || components.iter().any(|component| path.parent().unwrap().ends_with(component)) {
             fs::copy(path, name).unwrap();
         }
     }
