@@ -4,11 +4,10 @@
 
 mod program;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use fewstep_testkit::write_tiny_configs;
+use fewstep_testkit::{folder_files, write_tiny_configs};
 use program::{fails, run, strs};
 use tempfile::TempDir;
 
@@ -107,23 +106,6 @@ impl Fixture {
     }
 }
 
-/// Every file below a folder with its bytes.
-fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut folders = vec![folder.to_owned()];
-    while let Some(next) = folders.pop() {
-        for entry in fs::read_dir(&next).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                found.insert(path.strip_prefix(folder).unwrap().to_owned(), fs::read(&path).unwrap());
-            }
-        }
-    }
-    found
-}
-
 #[test]
 fn pictures_become_a_student_and_a_report() {
     let fixture = Fixture::new();
@@ -188,7 +170,7 @@ fn an_interrupted_generation_continues_to_the_same_files() {
     let fixture = Fixture::new();
     let args = fixture.generate("data");
     run(&strs(&args));
-    let complete = files(&fixture.path("data"));
+    let complete = folder_files(&fixture.path("data"));
     assert_eq!(complete.len(), 2 * 6 + 2, "a picture and its latents per request, metadata and provenance");
     // As a kill in the second batch leaves it: one picture of the batch is there, the other is not.
     for lost in [
@@ -201,7 +183,7 @@ fn an_interrupted_generation_continues_to_the_same_files() {
         fs::remove_file(fixture.path("data").join(lost)).unwrap();
     }
     run(&strs(&args));
-    assert_eq!(files(&fixture.path("data")), complete);
+    assert_eq!(folder_files(&fixture.path("data")), complete);
 }
 
 #[test]
@@ -209,11 +191,11 @@ fn a_folder_with_another_generation_is_left_alone() {
     let fixture = Fixture::new();
     let mut args = fixture.generate("data");
     run(&strs(&args));
-    let before = files(&fixture.path("data"));
+    let before = folder_files(&fixture.path("data"));
     args.extend(["--cfg-scale".into(), "2".into()]);
     let said = fails(&strs(&args), 1);
     assert!(said.contains("cfg_scale is 4.0 there, 2.0 here") && said.contains("hint:"), "{said}");
-    assert_eq!(files(&fixture.path("data")), before);
+    assert_eq!(folder_files(&fixture.path("data")), before);
 }
 
 #[test]

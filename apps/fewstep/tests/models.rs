@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 
 use burn::tensor::Device;
 use fewstep_models::{Model, ModelSource, WeightType};
-use fewstep_testkit::{ModelServer, write_tiny_configs};
+use fewstep_testkit::{ModelServer, folder_files, write_tiny_configs};
 use tempfile::TempDir;
 
 /// A small model folder `model/`, and the server that offers its files.
@@ -39,8 +39,9 @@ impl Fixture {
         let source = ModelSource::from(&configs);
         let random = Model::random(&source, 1, &Device::flex()).unwrap();
         random.save_pretrained(&source, &model, WeightType::F32, &Default::default()).unwrap();
-        let mut files = Vec::new();
-        collect(&model, &model, &mut files);
+        let name = |path: &Path| path.to_string_lossy().replace('\\', "/");
+        let files: Vec<_> =
+            folder_files(&model).into_iter().map(|(path, bytes)| (name(&path), bytes)).collect();
         let served: Vec<(&str, &[u8])> =
             files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
         Self { server: ModelServer::start(&served), folder }
@@ -70,19 +71,6 @@ impl Fixture {
         let mut command = self.command(&["generate"]);
         succeeds(command.args(model).args(rest).arg("--output").arg(&output));
         fs::read(output.join("latents/000000.safetensors")).unwrap()
-    }
-}
-
-/// All files of a folder with their paths in it.
-fn collect(root: &Path, folder: &Path, files: &mut Vec<(String, Vec<u8>)>) {
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            collect(root, &path, files);
-        } else {
-            let name = path.strip_prefix(root).unwrap().to_string_lossy().replace('\\', "/");
-            files.push((name, fs::read(&path).unwrap()));
-        }
     }
 }
 
@@ -178,12 +166,7 @@ fn download_fetches_a_repository_or_a_pattern_and_names_the_files() {
     assert!(merges.is_file() && text.contains(&merges.display().to_string()), "{text}");
     assert!(!fixture.path("elsewhere/owner/name/transformer").exists());
     succeeds(&mut fixture.command(&args));
-    let (mut found, mut expected) = (Vec::new(), Vec::new());
-    let downloaded = fixture.path("elsewhere/owner/name");
-    collect(&downloaded, &downloaded, &mut found);
-    collect(&fixture.path("model"), &fixture.path("model"), &mut expected);
-    found.sort();
-    expected.sort();
+    let [found, expected] = ["elsewhere/owner/name", "model"].map(|name| folder_files(&fixture.path(name)));
     assert!(found == expected, "the downloaded folder differs from the served one");
     let modelscope = ["download", "--model_id_with_origin_paths", ORIGINS, "--source", "modelscope"];
     succeeds(fixture.command(&modelscope).env("MODELSCOPE_ENDPOINT", fixture.server.endpoint()));

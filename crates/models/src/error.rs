@@ -93,7 +93,7 @@ pub enum ModelError {
         reason: String,
     },
     /// A class this program has no code for.
-    #[error("{}: {role} of class {found}, expected one of {}", path.display(), expected.join(", "))]
+    #[error("{}: {role} of class {found}, expected one of {}\nhint: is it the folder of another model? Other families are not supported", path.display(), expected.join(", "))]
     UnknownClass {
         /// The file that names the class.
         path: PathBuf,
@@ -123,7 +123,7 @@ pub enum ModelError {
         unknown: Vec<String>,
     },
     /// A tensor has another shape than the model's.
-    #[error("{}: tensor {key} has shape {found:?}, expected {expected:?}", path.display())]
+    #[error("{}: tensor {key} has shape {found:?}, expected {expected:?}\nhint: is it the file of another model, or of another size of it?", path.display())]
     Shape {
         /// The file or folder.
         path: PathBuf,
@@ -135,7 +135,7 @@ pub enum ModelError {
         expected: Vec<usize>,
     },
     /// A tensor has a type that cannot be read as numbers.
-    #[error("{}: tensor {key} has type {found}, expected F32, F16 or BF16", path.display())]
+    #[error("{}: tensor {key} has type {found}, expected F32, F16 or BF16\nhint: quantised weights are not read; take the files in bf16", path.display())]
     DataType {
         /// The file or folder.
         path: PathBuf,
@@ -153,7 +153,7 @@ pub enum ModelError {
         key: String,
     },
     /// The tokenizer cannot be built or used.
-    #[error("{}: tokenizer: {reason}", path.display())]
+    #[error("{}: tokenizer: {reason}\nhint: copy the tokenizer folder of the model's repository", path.display())]
     Tokenizer {
         /// Its folder.
         path: PathBuf,

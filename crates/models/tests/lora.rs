@@ -16,7 +16,9 @@ use fewstep_models::{
     LoadOptions, LoraFile, Model, ModelError, ModelSource, NamedVisitor, WeightFiles, WeightType, read_info,
     save_tensors, visit_named,
 };
-use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden, write_tiny_configs};
+use fewstep_testkit::{
+    Golden, assert_close, assert_tensors_close, copy_folder, folder_files, golden, write_tiny_configs,
+};
 use tempfile::TempDir;
 
 /// The prompt of the golden LoRA's pictures (goldens/make/qwen_fixtures.py).
@@ -35,7 +37,7 @@ struct Base {
 impl Base {
     fn new() -> Self {
         let base = Self { folder: tempfile::tempdir().unwrap() };
-        copy(&golden("qwen_image/model"), &base.path("model"));
+        copy_folder(&golden("qwen_image/model"), &base.path("model"), &|_| true);
         base
     }
 
@@ -54,19 +56,6 @@ impl Base {
             output: self.path("fused"),
             dtype: None,
             max_shard_bytes: lora::MAX_SHARD_BYTES,
-        }
-    }
-}
-
-fn copy(source: &Path, target: &Path) {
-    fs::create_dir_all(target).unwrap();
-    for entry in fs::read_dir(source).unwrap() {
-        let path = entry.unwrap().path();
-        let copied = target.join(path.file_name().unwrap());
-        if path.is_dir() {
-            copy(&path, &copied);
-        } else {
-            fs::copy(&path, &copied).unwrap();
         }
     }
 }
@@ -139,7 +128,7 @@ fn fusing_copies_what_it_does_not_change_and_shards_like_the_peers() {
     let mut fusion = base.fusion(&golden(DIFFUSERS), 1.0);
     fusion.max_shard_bytes = 600_000;
     lora::fuse(&fusion).unwrap();
-    let (before, after) = (files(&base.path("model")), files(&fusion.output));
+    let (before, after) = (folder_files(&base.path("model")), folder_files(&fusion.output));
     let changed = |path: &&PathBuf| path.to_string_lossy().contains("diffusion_pytorch_model");
     for path in before.keys().filter(|path| !changed(path)) {
         assert_eq!(before[path], after[path], "{}", path.display());
@@ -162,13 +151,13 @@ fn a_fusion_is_repeated_without_work_and_another_is_refused() {
     let base = Base::new();
     let mut fusion = base.fusion(&golden(DIFFSYNTH), 0.5);
     lora::fuse(&fusion).unwrap();
-    let first = files(&fusion.output);
+    let first = folder_files(&fusion.output);
     lora::fuse(&fusion).unwrap();
-    assert_eq!(files(&fusion.output), first);
+    assert_eq!(folder_files(&fusion.output), first);
     fusion.loras[0].alpha = 1.0;
     let error = lora::fuse(&fusion).unwrap_err();
     assert!(matches!(&error, ModelError::Taken { path } if *path == fusion.output), "{error}");
-    assert_eq!(files(&fusion.output), first);
+    assert_eq!(folder_files(&fusion.output), first);
     let names: Vec<_> = fs::read_dir(base.folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names.len(), 2, "the model and the fused model: {names:?}");
 }
@@ -203,23 +192,6 @@ fn two_adapters_add_up_in_the_fused_weights() {
         .f32s(&format!("tanh.fused_alpha1.0.weight.{key}"));
     let files = WeightFiles::open(&fusion.output.join("transformer")).unwrap();
     assert_close(&files.read(key).unwrap().1, &peer, 5e-7);
-}
-
-/// Every file below a folder with its bytes.
-fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut folders = vec![folder.to_owned()];
-    while let Some(next) = folders.pop() {
-        for entry in fs::read_dir(&next).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                found.insert(path.strip_prefix(folder).unwrap().to_owned(), fs::read(&path).unwrap());
-            }
-        }
-    }
-    found
 }
 
 #[test]

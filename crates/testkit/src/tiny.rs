@@ -7,16 +7,15 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::copy_folder;
+
 /// Writes configs and tokenizer of a two-block, 32-wide model into `folder`. Weights are left to the test.
 ///
 /// # Panics
 /// If the bundled teacher's configs cannot be read or `folder` cannot be written.
 pub fn write_tiny_configs(folder: &Path) {
     let teacher = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/teacher");
-    for part in ["tokenizer", "scheduler", "vae"] {
-        copy_folder(&teacher.join(part), &folder.join(part));
-    }
-    fs::copy(teacher.join("model_index.json"), folder.join("model_index.json")).unwrap();
+    copy_folder(&teacher, folder, &|path| path.extension().is_none_or(|kind| kind != "safetensors"));
     let transformer = json!({
         "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 32,
         "num_attention_heads": 2, "num_layers": 2,
@@ -30,18 +29,9 @@ pub fn write_tiny_configs(folder: &Path) {
     }
 }
 
-fn copy_folder(source: &Path, target: &Path) {
-    fs::create_dir_all(target).unwrap();
-    for entry in fs::read_dir(source).unwrap() {
-        let path = entry.unwrap().path();
-        fs::copy(&path, target.join(path.file_name().unwrap())).unwrap();
-    }
-}
-
 /// Writes a config with some of its values changed.
 fn write_changed(config: &Path, folder: &Path, changes: &Value) {
     let mut values: Value = serde_json::from_slice(&fs::read(config).unwrap()).unwrap();
     values.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-    fs::create_dir_all(folder).unwrap();
     fs::write(folder.join("config.json"), values.to_string()).unwrap();
 }

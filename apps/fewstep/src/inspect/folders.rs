@@ -30,18 +30,31 @@ pub(super) fn run(path: &Path) -> Result<Value> {
         false => String::new(),
     };
     let rows: Vec<(u64, f64)> = lines.lines().skip(1).filter_map(step_and_loss).collect();
-    let results = ["lora.safetensors", "model"].into_iter().filter(|name| path.join(name).exists());
     Ok(json!({
         "kind": "run",
         "task": recipe.task.name(),
-        "model": recipe.model,
+        "model": model(&recipe),
         "step": rows.last().map(|(step, _)| step),
         "first_loss": rows.first().map(|(_, loss)| loss),
         "last_loss": rows.last().map(|(_, loss)| loss),
         "checkpoints": names(&path.join("checkpoints"), ""),
-        "results": results.collect::<Vec<_>>(),
+        "results": results(path),
         "recipe": recipe,
     }))
+}
+
+/// What a recipe says of its model: weight files, or a folder.
+fn model(recipe: &Recipe) -> String {
+    let files = [&recipe.model_paths, &recipe.model_id_with_origin_paths].into_iter().flatten();
+    let files: Vec<&str> = files.map(String::as_str).collect();
+    if files.is_empty() { recipe.model.display().to_string() } else { files.join(", ") }
+}
+
+/// Weight files and the model folder of a run.
+fn results(path: &Path) -> Vec<String> {
+    let mut results = names(path, ".safetensors");
+    results.extend(path.join("model").exists().then(|| "model".to_owned()));
+    results
 }
 
 /// The first and the third column of the loss log.

@@ -10,7 +10,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_kernels::Gelu;
 use fewstep_models::qwen_image::{PromptTokenizer, TextEncoder, Transformer};
 use fewstep_models::{Condition, ModelError, ModelSource};
-use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden, values};
+use fewstep_testkit::{Golden, assert_close, assert_tensors_close, copy_folder, golden, values};
 
 /// Absolute, on unit-scale activations; the f32 rounding of the peers was measured at 1.2e-6.
 const TOLERANCE: f32 = 1e-5;
@@ -29,21 +29,8 @@ fn source() -> ModelSource {
 /// The golden model in a folder that may be changed.
 fn model_copy() -> tempfile::TempDir {
     let target = tempfile::tempdir().expect("temporary folder");
-    copy_files(&folder(), target.path());
+    copy_folder(&folder(), target.path(), &|_| true);
     target
-}
-
-fn copy_files(source: &Path, target: &Path) {
-    std::fs::create_dir_all(target).expect("folder");
-    for entry in std::fs::read_dir(source).expect("golden folder") {
-        let path = entry.expect("entry").path();
-        let copy = target.join(path.file_name().expect("name"));
-        if path.is_dir() {
-            copy_files(&path, &copy);
-        } else {
-            std::fs::write(copy, std::fs::read(&path).expect("read")).expect("write");
-        }
-    }
 }
 
 fn edit_json(path: &Path, edit: impl FnOnce(&mut serde_json::Value)) {

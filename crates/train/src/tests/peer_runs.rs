@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use fewstep_models::{WeightFiles, WeightType, read_info, save_tensors};
-use fewstep_testkit::{Golden, golden};
+use fewstep_testkit::{Golden, copy_folder, golden};
 use tempfile::TempDir;
 
 use super::fixtures::train;
@@ -214,15 +214,6 @@ fn narrow_text_states(folder: &Path) {
 
 /// A model folder in which other components have configs alone.
 fn copy_with_weights_of(components: &[&str], source: &Path, target: &Path) {
-    fs::create_dir_all(target).unwrap();
-    for entry in fs::read_dir(source).unwrap() {
-        let path = entry.unwrap().path();
-        let name = target.join(path.file_name().unwrap());
-        let weights = path.to_string_lossy().contains(".safetensors");
-        if path.is_dir() {
-            copy_with_weights_of(components, &path, &name);
-        } else if !weights || components.iter().any(|component| path.parent().unwrap().ends_with(component)) {
-            fs::copy(path, name).unwrap();
-        }
-    }
+    let among = |path: &Path| components.iter().any(|component| path.parent().unwrap().ends_with(component));
+    copy_folder(source, target, &|path| among(path) || !path.to_string_lossy().contains(".safetensors"));
 }
