@@ -242,7 +242,9 @@ fn every_recipe_is_read_and_names_things_that_exist() {
         let path = entry.unwrap().path();
         let recipe = fewstep_train::Recipe::read(&path).unwrap_or_else(|error| panic!("{error}"));
         recipe.validate().unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        assert!(root.join(&recipe.model).join("model_index.json").exists(), "{}", path.display());
+        // What is under runs/ is made by the commands at the top of the recipe.
+        let model = root.join(&recipe.model).join("model_index.json");
+        assert!(recipe.model.starts_with("runs") || model.exists(), "{}", path.display());
         read += 1;
     }
     assert_eq!(read, 5);

@@ -47,17 +47,13 @@ impl Trainable {
         matches!(self, Self::Full(names) if names.iter().any(|name| is_text_encoder(name)))
     }
 
-    /// Loads the weights to start from, attaches adapters where asked for, freezes everything else, and moves the model to the autodiff side.
+    /// Attaches adapters where asked for, loads the weights to start from, freezes everything else, and moves the model to the autodiff side.
     ///
     /// Frozen parameters cost no gradient memory and no backward work.
     ///
     /// # Errors
     /// If no layer matches the LoRA targets, or a file of weights does not fit.
     pub fn prepare(&self, model: Model, recipe: &Recipe) -> Result<Model, TrainError> {
-        let model = match &recipe.resume_from_checkpoint {
-            Some(path) => start_weights::overlay(model, path, self)?,
-            None => model,
-        };
         let model = match self {
             Self::Full(_) => model,
             Self::Lora(config) => match &recipe.lora_checkpoint {
@@ -65,6 +61,10 @@ impl Trainable {
                 Some(path) => lora::load(model, path, 1.0)?,
                 None => lora::attach(model, config, recipe.seed)?.0,
             },
+        };
+        let model = match &recipe.resume_from_checkpoint {
+            Some(path) => start_weights::overlay(model, path, self)?,
+            None => model,
         };
         Ok(map_named(model, &mut Freeze(self, recipe.state_dtype())).train())
     }

@@ -6,3 +6,4 @@ mod goldens;
 mod methods;
 mod peer_runs;
 mod runs;
+mod starts;

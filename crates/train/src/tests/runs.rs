@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use super::fixtures::{
     Bench, ROWS, Recorder, SIDE_PX, STUDENT_STEPS, TEACHER_CFG_SCALE, TEACHER_STEPS, run, train,
 };
-use crate::recipe::{Recipe, Schedule, Task};
+use crate::recipe::{RandomNumbers, Recipe, Schedule, Task};
 use crate::{Outcome, TrainError};
 
 fn mean(losses: &[f64]) -> f64 {
@@ -152,6 +152,13 @@ fn a_resumed_flow_matching_run_equals_an_uninterrupted_one_to_the_bit() {
 fn a_resumed_adapter_run_equals_an_uninterrupted_one_to_the_bit() {
     let bench = Bench::new().with_teacher_data();
     assert_resumes_to_the_bit(&lora(resumable(&bench, Task::DirectDistill)), &bench);
+}
+
+#[test]
+fn a_resumed_run_in_the_peers_order_of_draws_equals_an_uninterrupted_one_to_the_bit() {
+    let bench = Bench::new().with_pictures();
+    let random_numbers = RandomNumbers::TorchGlobal;
+    assert_resumes_to_the_bit(&Recipe { random_numbers, ..resumable(&bench, Task::Sft) }, &bench);
 }
 
 #[test]
