@@ -56,7 +56,7 @@ enum Command {
         #[arg(long)]
         output: PathBuf,
         /// Optimiser steps of the text encoder.
-        #[arg(long, default_value_t = 8000)]
+        #[arg(long, default_value_t = 4000)]
         steps: u64,
     },
     /// Draw some concepts of a built data set in all styles, to look at.

@@ -162,3 +162,47 @@ impl Head {
         self.weight = adamw.step(weight, gradient, &mut self.moments, at).autodiff().require_grad();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use fewstep_models::qwen_image::PromptTokenizer;
+
+    use super::*;
+
+    #[test]
+    fn the_template_has_one_token_for_each_square_and_then_its_end() {
+        let teacher = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/teacher");
+        let tokenizer = PromptTokenizer::read(&ModelSource::from(&teacher), 95).unwrap();
+        let tokens = tokenizer.encode(&["red apple".into(), "dog".into()]).unwrap().ids;
+        let painters = |ids: &[u32]| ids[ids.len() - 1 - PAINTERS..].to_vec();
+        assert_eq!(painters(&tokens[0]), painters(&tokens[1]));
+        let mut distinct = painters(&tokens[0])[..PAINTERS].to_vec();
+        distinct.sort_unstable();
+        distinct.dedup();
+        assert_eq!(distinct.len(), PAINTERS);
+        let before = |ids: &[u32]| ids[ids.len() - 2 - PAINTERS];
+        assert_ne!(before(&tokens[0]), before(&tokens[1]), "the prompt ends where the painters begin");
+    }
+
+    #[test]
+    fn squares_are_cut_row_by_row_and_hold_one_colour_after_the_other() {
+        // Green, but for one red pixel in the fourth column of squares and the second row of them.
+        let mut rgb = [0, 255, 0].repeat(SIDE * SIDE);
+        let (row, column) = (SQUARE + 2, 3 * SQUARE + 5);
+        rgb[3 * (row * SIDE + column)..][..3].copy_from_slice(&[255, 0, 0]);
+        let found = squares(&Picture { width: SIDE, height: SIDE, rgb });
+        let red = (GRID + 3) * PIXELS + 2 * SQUARE + 5;
+        for (at, value) in found.iter().enumerate() {
+            let green = at / (SQUARE * SQUARE) % 3 == 1;
+            let expected = match at {
+                _ if at == red => 1.0,
+                _ if at == red + SQUARE * SQUARE => -1.0,
+                _ if green => 1.0,
+                _ => -1.0,
+            };
+            assert_eq!(*value, expected, "number {at}");
+        }
+    }
+}
