@@ -42,6 +42,9 @@ pub struct EvaluateArgs {
     /// Use only the first so many prompts
     #[arg(long)]
     pub limit: Option<usize>,
+    /// Pictures of each prompt, every one with a seed of its own
+    #[arg(long, default_value_t = 1)]
+    pub images_per_prompt: usize,
     /// Seed of the first picture; the next ones count up
     #[arg(long, default_value_t = 1_000_000)]
     pub seed: u64,
@@ -101,21 +104,22 @@ struct Contestant {
     cfg_scale: f32,
 }
 
-/// What a contestant drew, one entry per prompt.
+/// What a contestant drew, one entry per picture.
 struct Drawn {
     pictures: Vec<Picture>,
-    /// All final latents, prompt by prompt.
+    /// All final latents, picture by picture.
     latents: Vec<f32>,
     features: Features,
     secs_per_image: f64,
 }
 
-/// The prompts and the real pictures behind them.
+/// What to draw, and the real pictures behind it.
 struct Prompts {
+    /// The prompt of each picture.
     texts: Vec<String>,
     /// Distinct real pictures.
     real: Vec<Picture>,
-    /// For each prompt the index of its real picture.
+    /// For each picture the index of its real one.
     truth: Vec<usize>,
 }
 
@@ -155,7 +159,7 @@ pub fn evaluate(args: &EvaluateArgs, stages: Vec<Stage>, progress: &dyn Progress
         title: "fewstep: teacher and students".into(),
         rows: rows.collect(),
         counts: BTreeMap::from([
-            ("prompts".into(), prompts.texts.len() as u64),
+            ("pictures".into(), prompts.texts.len() as u64),
             ("real_pictures".into(), prompts.real.len() as u64),
         ]),
         seeds: vec![args.seed, args.seed + prompts.texts.len() as u64 - 1],
@@ -174,6 +178,7 @@ pub fn evaluate(args: &EvaluateArgs, stages: Vec<Stage>, progress: &dyn Progress
 }
 
 fn read_prompts(args: &EvaluateArgs) -> Result<Prompts> {
+    ensure!(args.images_per_prompt > 0, "--images-per-prompt 0, expected 1 or more");
     let metadata = Metadata::read(&args.dataset_metadata_path)?;
     let folder = args.dataset_metadata_path.parent().unwrap_or(Path::new("."));
     let base = args.dataset_base_path.as_deref().unwrap_or(folder);
@@ -185,8 +190,10 @@ fn read_prompts(args: &EvaluateArgs) -> Result<Prompts> {
         if index == next {
             prompts.real.push(Picture::load(&base.join(&row.image))?);
         }
-        prompts.texts.push(row.prompt);
-        prompts.truth.push(index);
+        for _ in 0..args.images_per_prompt {
+            prompts.texts.push(row.prompt.clone());
+            prompts.truth.push(index);
+        }
     }
     ensure!(!prompts.texts.is_empty(), "{}: no prompts", args.dataset_metadata_path.display());
     Ok(prompts)
@@ -362,7 +369,7 @@ fn summary(rows: &[Row]) -> String {
 fn notes(args: &EvaluateArgs) -> Vec<String> {
     vec![
         format!(
-            "Seeds {} and up, one per prompt; noise of torch's CPU generator; {} on the CPU.",
+            "Seeds {} and up, one per picture; noise of torch's CPU generator; {} on the CPU.",
             args.seed,
             name_of(&DTYPES, args.load.dtype)
         ),
