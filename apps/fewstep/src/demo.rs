@@ -52,7 +52,7 @@ struct Size {
     shown: usize,
 }
 
-const WHOLE: Size = Size { teacher_pictures: 640, training: 1.0, evaluation_pictures: 2, shown: 16 };
+const WHOLE: Size = Size { teacher_pictures: 320, training: 1.0, evaluation_pictures: 2, shown: 16 };
 const QUICK: Size = Size { teacher_pictures: 96, training: 0.15, evaluation_pictures: 1, shown: 8 };
 
 /// One student of the demo.
