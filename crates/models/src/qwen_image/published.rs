@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use serde_json::{Value, json};
+
 use crate::weights::{WeightFiles, copy_tree};
 use crate::{ModelError, ModelSource};
 
@@ -38,6 +40,56 @@ pub(super) const MODEL_INDEX: &str = r#"{
   "vae": ["diffusers", "AutoencoderKLQwenImage"]
 }
 "#;
+
+/// What `transformer/config.json` means where it leaves a key out: diffusers' defaults, which are the published model's.
+pub(super) fn transformer_defaults() -> Value {
+    json!({
+        "patch_size": 2,
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+        "axes_dims_rope": [16, 56, 56],
+    })
+}
+
+/// The same of the text model: the defaults of transformers' `Qwen2_5_VLTextConfig`, which newer releases do not write.
+pub(super) fn text_encoder_defaults() -> Value {
+    json!({
+        "vocab_size": 152_064,
+        "hidden_size": 8192,
+        "intermediate_size": 29_568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "hidden_act": "silu",
+    })
+}
+
+/// The same of `vae/config.json`: diffusers' defaults, which are the published model's.
+pub(super) fn vae_defaults() -> Value {
+    json!({
+        "base_dim": 96,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_scales": [],
+        "temperal_downsample": [false, true, true],
+        "input_channels": 3,
+        "latents_mean": [
+            -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+        ],
+        "latents_std": [
+            2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+        ],
+    })
+}
 
 /// The component that weight files hold, by the keys only it has; `None` for other weights.
 ///
