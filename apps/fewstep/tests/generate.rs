@@ -154,7 +154,13 @@ fn unusable_flags_are_refused_before_anything_is_written() {
         (&["--device", "cuda"][..], 2, "cpu alone"),
         (&["--compat", "comfy"], 2, "diffsynth, diffusers"),
         (&["--denoising-strength", "0.5"], 1, "--input-image"),
-        (&["--height", "72"], 1, "height 72 px is not divisible by 16"),
+        (
+            &["--height", "72"],
+            1,
+            "height 72 px is not divisible by 16\nhint: the nearest sizes are 64 and 80",
+        ),
+        (&["--height", "0"], 1, "the smallest size is 16"),
+        (&["--student-cfg-scale", "nan"], 1, "--student-cfg-scale NaN"),
     ] {
         let command = drawn.command(&[&CAT[..], flags].concat());
         let said = fails(&strs(&command), code);
