@@ -310,9 +310,15 @@ pub(super) struct ConfigFile {
 }
 
 impl ConfigFile {
-    /// A component's `config.json`.
+    /// A component's `config.json`; the published one where weights of its size came without.
     pub(super) fn of_component(source: &ModelSource, component: &'static str) -> Result<Self, ModelError> {
-        let path = source.config(component)?;
+        let path = match source.config(component) {
+            Ok(path) => path,
+            Err(error) => {
+                let config = published::config_of(source, component, error)?;
+                return Ok(Self { path: format!("{component}/config.json").into(), json: config });
+            }
+        };
         let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
         Self::parsed(path, &text)
     }
