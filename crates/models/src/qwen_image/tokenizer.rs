@@ -74,14 +74,17 @@ impl PromptTokenizer {
         let template = PromptTemplate::read(source)?;
         let folder: Arc<Path> = source.tokenizer()?.into();
         let whole = !folder.join("vocab.json").is_file() && folder.join(WHOLE).is_file();
-        let tokenizer = Arc::new(if whole { read_whole(&folder)? } else { build(&folder)? });
-        let added = tokenizer.get_added_tokens_decoder();
-        let listed = |token: &&str| added.values().any(|added| added.content == **token);
-        if let Some(token) = template.special_tokens().find(|token| !listed(token)) {
-            let file = if whole { WHOLE } else { CONFIG };
-            let reason = format!("no special token {token} in {file}, which the prompt template needs");
-            return Err(ModelError::Tokenizer { path: folder.to_path_buf(), reason });
-        }
+        let tokenizer = if whole {
+            let tokenizer = read_whole(&folder)?;
+            check_special(&template, tokenizer.get_added_tokens_decoder().values(), &folder, WHOLE)?;
+            tokenizer
+        } else {
+            check_files(&folder)?;
+            let added = added_tokens(&folder)?;
+            check_special(&template, added.iter().map(|(_, token)| token), &folder, CONFIG)?;
+            build(&folder, added)?
+        };
+        let tokenizer = Arc::new(tokenizer);
         let max_tokens = template.max_tokens.unwrap_or(max_tokens);
         Ok(Self { tokenizer, template, max_tokens, folder })
     }
@@ -132,6 +135,23 @@ impl PromptTokenizer {
     }
 }
 
+/// Checks that a tokenizer has the template's special tokens.
+fn check_special<'a>(
+    template: &PromptTemplate,
+    added: impl Iterator<Item = &'a AddedToken>,
+    folder: &Path,
+    file: &str,
+) -> Result<(), ModelError> {
+    let added: Vec<&str> = added.map(|token| token.content.as_str()).collect();
+    match template.special_tokens().find(|token| !added.contains(token)) {
+        None => Ok(()),
+        Some(token) => {
+            let reason = format!("no special token {token} in {file}, which the prompt template needs");
+            Err(ModelError::Tokenizer { path: folder.to_owned(), reason })
+        }
+    }
+}
+
 /// Reads a tokenizer that is one file.
 fn read_whole(folder: &Path) -> Result<Tokenizer, ModelError> {
     let path = folder.join(WHOLE);
@@ -144,8 +164,7 @@ fn read_whole(folder: &Path) -> Result<Tokenizer, ModelError> {
 }
 
 /// Builds the tokenizer from the published files: vocab.json, merges.txt, tokenizer_config.json.
-fn build(folder: &Path) -> Result<Tokenizer, ModelError> {
-    check_files(folder)?;
+fn build(folder: &Path, added: Vec<(u32, AddedToken)>) -> Result<Tokenizer, ModelError> {
     let error = |reason: String| ModelError::Tokenizer { path: folder.to_owned(), reason };
     let file = |name: &str| folder.join(name).to_string_lossy().into_owned();
     let bpe = BPE::from_file(&file("vocab.json"), &file("merges.txt"))
@@ -160,7 +179,7 @@ fn build(folder: &Path) -> Result<Tokenizer, ModelError> {
         PreTokenizerWrapper::Split(split),
         PreTokenizerWrapper::ByteLevel(byte_level),
     ])));
-    for (id, token) in added_tokens(folder)? {
+    for (id, token) in added {
         let content = token.content.clone();
         tokenizer.add_special_tokens(&[token]);
         let found = tokenizer.token_to_id(&content);
