@@ -3,8 +3,11 @@
 use burn::tensor::Device;
 use clap::Args;
 use fewstep_data::image::Rounding;
+use fewstep_flow::schedule::SigmaRounding;
 use fewstep_kernels::Gelu;
-use fewstep_models::conventions::{ACTIVATIONS, DECODE_RANGES, GUIDANCE_RULES, PEERS, ROUNDINGS};
+use fewstep_models::conventions::{
+    ACTIVATIONS, DECODE_RANGES, GUIDANCE_RULES, PEERS, ROUNDINGS, SIGMA_ROUNDINGS,
+};
 use fewstep_models::{Conventions, DTYPES, DecodeRange, GuidanceRule, LoadOptions, Peer, WeightType};
 
 use crate::parse::{device, named};
@@ -31,6 +34,9 @@ pub struct ConventionArgs {
     /// Tokens of a prompt that are read, in place of --compat's
     #[arg(long, value_name = "TOKENS", alias = "max-sequence-length")]
     pub max_prompt_tokens: Option<usize>,
+    /// Last bits of the sigmas, in place of --compat's
+    #[arg(long, value_name = "NAME", value_parser = named(&SIGMA_ROUNDINGS))]
+    pub sigma_rounding: Option<SigmaRounding>,
 }
 
 impl ConventionArgs {
@@ -43,6 +49,7 @@ impl ConventionArgs {
             decode: self.decode_range.unwrap_or(of_peer.decode),
             rounding: self.pixel_rounding.unwrap_or(of_peer.rounding),
             max_prompt_tokens: self.max_prompt_tokens.unwrap_or(of_peer.max_prompt_tokens),
+            sigma_rounding: self.sigma_rounding.unwrap_or(of_peer.sigma_rounding),
         }
     }
 }

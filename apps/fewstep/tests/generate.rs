@@ -128,7 +128,8 @@ fn rows_of_a_prompt_file_bring_their_own_seeds() {
     let file = folder.path().join("prompts.csv");
     fs::write(&file, format!("prompt,seed\n{0},42\n{0},43\n", CAT[1])).unwrap();
     let file = file.to_string_lossy();
-    let (rows, single) = (Drawn::new(&["--prompts", &file]), Drawn::new(&CAT));
+    let rows = Drawn::new(&["--prompts", &file, "--batch-size", "1"]);
+    let single = Drawn::new(&CAT);
     assert_eq!(rows.picture(0), single.picture(0));
     assert_ne!(rows.picture(1), single.picture(0));
     let metadata = fs::read_to_string(rows.output().join("metadata.csv")).unwrap();
@@ -154,7 +155,13 @@ fn unusable_flags_are_refused_before_anything_is_written() {
         (&["--device", "cuda"][..], 2, "cpu alone"),
         (&["--compat", "comfy"], 2, "diffsynth, diffusers"),
         (&["--denoising-strength", "0.5"], 1, "--input-image"),
-        (&["--height", "72"], 1, "height 72 px is not divisible by 16"),
+        (
+            &["--height", "72"],
+            1,
+            "height 72 px is not divisible by 16\nhint: the nearest sizes are 64 and 80",
+        ),
+        (&["--height", "0"], 1, "the smallest size is 16"),
+        (&["--student-cfg-scale", "nan"], 1, "--student-cfg-scale NaN"),
     ] {
         let command = drawn.command(&[&CAT[..], flags].concat());
         let said = fails(&strs(&command), code);

@@ -6,8 +6,8 @@ use crate::FlowError;
 
 /// Noise levels s_1 > … > s_N > s_{N+1} = 0 of a run with N steps; s_1 is at most 1.
 ///
-/// A student is trained for one grid. It is stored with data sets and weights as a plain list of numbers, and
-/// equality is exact.
+/// A student is trained for one grid. It is stored with data sets and weights as a plain list of numbers; equality is
+/// exact, and [`SigmaGrid::agrees_with`] forgives last bits.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<f32>", into = "Vec<f32>")]
 pub struct SigmaGrid(Vec<f32>);
@@ -60,6 +60,15 @@ impl SigmaGrid {
         &self.0
     }
 
+    /// Whether these are the same levels, however their formula was rounded to f32 (by [`crate::schedule::SigmaRounding`]
+    /// or an earlier version).
+    pub fn agrees_with(&self, levels: &[f32]) -> bool {
+        // A few roundings of numbers below 1, of 6e-8 each.
+        const LAST_BITS: f32 = 1e-6;
+        let near = |(ours, theirs): (&f32, &f32)| (ours - theirs).abs() <= LAST_BITS;
+        self.0.len() == levels.len() && self.0.iter().zip(levels).all(near)
+    }
+
     /// Start and end of every step, in order.
     pub fn pairs(&self) -> impl DoubleEndedIterator<Item = (f32, f32)> + ExactSizeIterator + '_ {
         self.0.windows(2).map(|pair| (pair[0], pair[1]))
@@ -99,6 +108,14 @@ mod tests {
         assert!(refusal(&[1.0, 0.5, 0.5, 0.0]).starts_with("sigma grid: entry 2 of 4: found 0.5,"));
         assert!(refusal(&[1.0, 0.1]).starts_with("sigma grid: entry 1 of 2: found 0.1,"));
         assert!(refusal(&[1.0, 0.5, -0.5]).starts_with("sigma grid: entry 2 of 3: found -0.5,"));
+    }
+
+    #[test]
+    fn grids_agree_up_to_last_bits() {
+        let grid = SigmaGrid::new(vec![1.0, 0.5, 0.0]).unwrap();
+        assert!(grid.agrees_with(&[1.0 - f32::EPSILON, 0.5 + f32::EPSILON, 0.0]));
+        assert!(!grid.agrees_with(&[1.0, 0.5001, 0.0]));
+        assert!(!grid.agrees_with(&[1.0, 0.0]) && !grid.agrees_with(&[1.0, 0.5, 0.0, 0.0]));
     }
 
     #[test]

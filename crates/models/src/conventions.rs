@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use fewstep_data::image::Rounding;
+use fewstep_flow::schedule::SigmaRounding;
 use fewstep_kernels::Gelu;
 
 /// A program whose numbers can be reproduced.
@@ -48,6 +49,9 @@ pub const DECODE_RANGES: [(&str, DecodeRange); 2] =
 /// Names of [`Conventions::rounding`].
 pub const ROUNDINGS: [(&str, Rounding); 2] =
     [("nearest", Rounding::Nearest), ("truncate", Rounding::Truncate)];
+/// Names of [`Conventions::sigma_rounding`].
+pub const SIGMA_ROUNDINGS: [(&str, SigmaRounding); 2] =
+    [("diffusers", SigmaRounding::Diffusers), ("diffsynth", SigmaRounding::Diffsynth)];
 
 /// Choices that change numbers but not weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -62,6 +66,8 @@ pub struct Conventions {
     pub rounding: Rounding,
     /// Longest prompt in tokens, without its template; longer ones are cut.
     pub max_prompt_tokens: usize,
+    /// Last bits of the sigma grids.
+    pub sigma_rounding: SigmaRounding,
 }
 
 impl Default for Conventions {
@@ -73,6 +79,7 @@ impl Default for Conventions {
             decode: DecodeRange::Clamped,
             rounding: Rounding::Nearest,
             max_prompt_tokens: 1024,
+            sigma_rounding: SigmaRounding::Diffusers,
         }
     }
 }
@@ -88,6 +95,7 @@ impl Conventions {
                 decode: DecodeRange::Unbounded,
                 rounding: Rounding::Truncate,
                 max_prompt_tokens: 4096,
+                sigma_rounding: SigmaRounding::Diffsynth,
             },
             Some(Peer::Diffusers) => Self { max_prompt_tokens: 512, ..Self::default() },
         }
@@ -100,6 +108,7 @@ impl Conventions {
             ("decode_range", name_of(&DECODE_RANGES, self.decode).to_owned()),
             ("pixel_rounding", name_of(&ROUNDINGS, self.rounding).to_owned()),
             ("max_prompt_tokens", self.max_prompt_tokens.to_string()),
+            ("sigma_rounding", name_of(&SIGMA_ROUNDINGS, self.sigma_rounding).to_owned()),
         ];
         entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
     }

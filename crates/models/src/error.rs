@@ -161,7 +161,7 @@ pub enum ModelError {
         reason: String,
     },
     /// A picture size the family cannot make.
-    #[error("{axis} {found} px is not divisible by {factor}\nhint: the nearest sizes are {} and {}", found / factor * factor, found.div_ceil(*factor) * factor)]
+    #[error("{axis} {found} px is not divisible by {factor}\nhint: {}", sizes_near(*found, *factor))]
     Size {
         /// "height" or "width".
         axis: &'static str,
@@ -241,6 +241,13 @@ impl ModelError {
     /// For `map_err` on file operations.
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError + '_ {
         move |reason| ModelError::Io { path: path.to_owned(), reason }
+    }
+}
+
+fn sizes_near(found: usize, factor: usize) -> String {
+    match found / factor {
+        0 => format!("the smallest size is {factor}"),
+        below => format!("the nearest sizes are {} and {}", below * factor, (below + 1) * factor),
     }
 }
 

@@ -200,7 +200,8 @@ impl Model {
         let image_tokens = match self {
             Model::QwenImage(model) => model.image_tokens(height, width),
         };
-        GridRequest::new(num_inference_steps, image_tokens)
+        let rounding = self.conventions().sigma_rounding;
+        GridRequest { rounding, ..GridRequest::new(num_inference_steps, image_tokens) }
     }
 
     /// The sigma grid of a run that changes the model's schedule.
@@ -227,6 +228,20 @@ impl Model {
     pub fn text_width(&self) -> usize {
         match self {
             Model::QwenImage(model) => model.denoiser().text_width(),
+        }
+    }
+
+    /// The components that turn prompts into text states.
+    pub fn text_encoder_names(&self) -> &'static [&'static str] {
+        match self {
+            Model::QwenImage(_) => qwen_image::TEXT_ENCODERS,
+        }
+    }
+
+    /// The layers of the denoiser that the peers' recipes give adapters, as [`crate::lora::LoraConfig`] names them.
+    pub fn lora_targets(&self) -> &'static [&'static str] {
+        match self {
+            Model::QwenImage(_) => qwen_image::LORA_TARGETS,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use fewstep_data::image::Size;
 use fewstep_flow::SigmaGrid;
-use fewstep_flow::schedule::{GridRequest, ShiftOverride};
+use fewstep_flow::schedule::{GridRequest, ShiftOverride, SigmaRounding};
 use fewstep_models::Model;
 
 use crate::TrainError;
@@ -11,11 +11,15 @@ use crate::recipe::TrainingGrid;
 impl TrainingGrid {
     /// The grid of a number of steps for pictures of a size.
     pub(crate) fn sigmas(self, model: &Model, steps: usize, size: Size) -> Result<SigmaGrid, TrainError> {
-        let shift = match self {
-            Self::Inference => None,
-            Self::Diffsynth => Some(ShiftOverride::DiffsynthTraining),
+        let inference = model.grid_request(steps, size.height, size.width);
+        let request = match self {
+            Self::Inference => inference,
+            Self::Diffsynth => GridRequest {
+                shift: Some(ShiftOverride::DiffsynthTraining),
+                rounding: SigmaRounding::Diffsynth,
+                ..inference
+            },
         };
-        let request = GridRequest { shift, ..model.grid_request(steps, size.height, size.width) };
         Ok(model.grid(&request)?)
     }
 }

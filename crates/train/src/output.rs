@@ -31,7 +31,7 @@ pub(crate) fn write(origin: &Origin<'_>, model: Model, steps: u64) -> Result<Pat
     let info = origin.info(&model, steps)?;
     if recipe.lora_base_model.is_some() {
         let path = recipe.output_path.join("lora.safetensors");
-        lora::save(&model, &path, &info, lora::LoraFormat::default())?;
+        lora::save(&model, &path, &info, recipe.lora_format.into())?;
         return Ok(path);
     }
     let path = recipe.output_path.join("model");

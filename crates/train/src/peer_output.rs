@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use fewstep_models::{Model, save_tensors};
+use fewstep_models::{Model, lora, save_tensors};
 
 use crate::TrainError;
 use crate::host::HostTensors;
-use crate::recipe::Recipe;
+use crate::recipe::{LoraFormat, Recipe};
 
 /// Scale and place of what is written.
 pub(crate) struct PeerFile<'a> {
@@ -39,9 +39,15 @@ impl PeerFile<'_> {
         Ok(path)
     }
 
-    /// `pipe.dit.` and the key of the model's own weight files, without the prefix that the recipe takes off.
+    /// `pipe.dit.` and the key of the model's own weight files, without the prefix that the recipe takes off; that of
+    /// an adapter in the spelling the recipe names, which for diffusers has its own prefix.
     fn key(&self, parameter: &str) -> String {
         let (component, key) = self.model.weight_key(parameter);
+        if self.recipe.lora_format == LoraFormat::Diffusers
+            && let Some(key) = lora::LoraFormat::Diffusers.respelled(&key)
+        {
+            return key;
+        }
         let component = if component == self.model.denoiser_name() { "dit" } else { component };
         let full = format!("pipe.{component}.{key}");
         full.strip_prefix(&self.recipe.remove_prefix_in_ckpt).map_or(full.clone(), str::to_owned)

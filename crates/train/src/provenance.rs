@@ -21,7 +21,7 @@ pub(crate) fn check(recipe: &Recipe, source: &ModelSource, model: &Model) -> Res
     };
     let size = Size { height: found.height, width: found.width };
     let grid = recipe.training_grid.sigmas(model, found.student_num_inference_steps, size)?;
-    if grid.as_slice() != found.student_sigmas {
+    if !grid.agrees_with(&found.student_sigmas) {
         let (data, run) = (format!("{:?}", found.student_sigmas), format!("{:?}", grid.as_slice()));
         return differs(
             "the student's sigma grid",

@@ -8,11 +8,14 @@ use crate::TrainError;
 /// Projections found by themselves have at least this many inputs and outputs (the peer's rule).
 const SMALLEST_SIDE: usize = 512;
 
-/// The recipe's choice as names of layers.
+/// The recipe's choice as names of layers; the model's usual ones where there is none.
 ///
 /// # Errors
 /// If a single entry is neither the name of layers nor a regular expression.
-pub(crate) fn resolve(given: &[String], model: &Model) -> Result<Vec<String>, TrainError> {
+pub(crate) fn resolve(given: Option<&[String]>, model: &Model) -> Result<Vec<String>, TrainError> {
+    let Some(given) = given else {
+        return Ok(model.lora_targets().iter().map(|name| (*name).to_owned()).collect());
+    };
     let given: Vec<String> =
         given.iter().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
     let layers = lora::layers(model);

@@ -29,11 +29,11 @@ impl Trainable {
             return Ok(Self::Lora(LoraConfig {
                 rank: recipe.lora_rank,
                 alpha: recipe.lora_alpha.unwrap_or(recipe.lora_rank as f64) as f32,
-                target_modules: targets::resolve(&recipe.lora_target_modules, model)?,
+                target_modules: targets::resolve(recipe.lora_target_modules.as_deref(), model)?,
             }));
         }
         let names = model.component_names().iter().map(|name| (*name).to_owned());
-        let possible: Vec<String> = names.filter(|name| learns(name, recipe.task)).collect();
+        let possible: Vec<String> = names.filter(|name| learns(name, recipe.task, model)).collect();
         let asked = recipe.trainable_models.iter().map(|name| component(name.trim(), model).to_owned());
         let asked: Vec<String> = asked.collect();
         for name in &asked {
@@ -43,8 +43,9 @@ impl Trainable {
     }
 
     /// Whether prompts must be encoded anew in each step, with a graph.
-    pub fn trains_text_encoder(&self) -> bool {
-        matches!(self, Self::Full(names) if names.iter().any(|name| is_text_encoder(name)))
+    pub fn trains_text_encoder(&self, model: &Model) -> bool {
+        let is_text_encoder = |name: &String| model.text_encoder_names().contains(&name.as_str());
+        matches!(self, Self::Full(names) if names.iter().any(is_text_encoder))
     }
 
     /// Attaches adapters where asked for, loads the weights to start from, freezes everything else, and moves the model to the autodiff side.
@@ -63,7 +64,7 @@ impl Trainable {
             },
         };
         let model = match &recipe.resume_from_checkpoint {
-            Some(path) => start_weights::overlay(model, path, self)?,
+            Some(path) => start_weights::overlay(model, path, self, recipe.lora_scale())?,
             None => model,
         };
         Ok(map_named(model, &mut Freeze(self, recipe.state_dtype())).train())
@@ -81,12 +82,9 @@ impl Trainable {
     }
 }
 
-/// Distillation and split tasks read stored text states, and no task has a gradient for the VAE.
-fn learns(component: &str, task: Task) -> bool {
-    match task {
-        Task::Sft => component != "vae",
-        _ => component != "vae" && !is_text_encoder(component),
-    }
+/// Distillation and split tasks read stored text states, and no task has a gradient for an autoencoder.
+fn learns(component: &str, task: Task, model: &Model) -> bool {
+    component == model.denoiser_name() || task == Task::Sft && model.text_encoder_names().contains(&component)
 }
 
 /// A component's name here; the peer calls every denoiser `dit`.
@@ -104,10 +102,6 @@ pub(crate) fn with_preset(model: Model, recipe: &Recipe) -> Result<Model, TrainE
     };
     check("preset_lora_model", component(base, &model), &[model.denoiser_name().to_owned()])?;
     Ok(lora::merge(lora::load(model, path, 1.0)?))
-}
-
-fn is_text_encoder(component: &str) -> bool {
-    component.starts_with("text_encoder")
 }
 
 fn check(key: &'static str, found: &str, expected: &[String]) -> Result<(), TrainError> {

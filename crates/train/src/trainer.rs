@@ -152,7 +152,7 @@ impl<'a> Run<'a> {
         run_folder::check(recipe)?;
         let start = with_preset(load_model(recipe, context)?, recipe)?;
         let trainable = Trainable::new(recipe, &start)?;
-        let data = load_data(recipe, context, &start, !trainable.trains_text_encoder())?;
+        let data = load_data(recipe, context, &start, !trainable.trains_text_encoder(&start))?;
         if let Trainable::Lora(config) = &trainable
             && recipe.finds_lora_targets()
         {

@@ -66,6 +66,17 @@ fn every_mode_is_converted_as_by_the_peer() {
 }
 
 #[test]
+fn jpegs_are_decoded_as_by_the_peer_up_to_a_few_levels() {
+    for name in ["444", "420"] {
+        let [found, expected] =
+            ["jpg", "png"].map(|end| Picture::load(&data(&format!("jpeg_{name}.{end}"))).unwrap());
+        let differences: Vec<u8> = found.rgb.iter().zip(&expected.rgb).map(|(a, b)| a.abs_diff(*b)).collect();
+        let count = differences.iter().filter(|difference| **difference > 0).count();
+        eprintln!("{name}: max {:?}, {count} of {}", differences.iter().max(), differences.len());
+    }
+}
+
+#[test]
 fn pixels_equal_the_peer_bit_for_bit() {
     let goldens = Golden::open(data("data.safetensors"));
     let pixels = Picture::load(&data("pixels.png")).unwrap().to_pixels();

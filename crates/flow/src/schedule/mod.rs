@@ -2,9 +2,8 @@
 //!
 //! One formula serves every flow-matching model; a [`Schedule`] holds its constants. They come from a model's
 //! `scheduler_config.json` ([`SchedulerConfig`]) or from the table of the families ([`Schedule::QWEN_IMAGE`] and
-//! its neighbours). It is evaluated in f32 in the order in which DiffSynth's torch does it, because the loss
-//! weights of [`TrainingLevels`] magnify last bits near pure noise: its grids come out bit for bit. diffusers
-//! takes another order and differs by its f32 rounding, at most 3e-7 over all goldens.
+//! its neighbours). It is evaluated in f32 in the order of either peer ([`SigmaRounding`]): the grids of both come out
+//! bit for bit.
 //!
 //! Schedules of models that were trained to predict noise (DDIM, k-diffusion's Euler) are left out.
 
@@ -14,7 +13,7 @@ mod templates;
 mod training;
 
 pub use config::SchedulerConfig;
-pub use request::{GridRequest, ShiftOverride, StrengthRule};
+pub use request::{GridRequest, ShiftOverride, SigmaRounding, StrengthRule};
 pub use training::TrainingLevels;
 
 use crate::{FlowError, SigmaGrid};
@@ -66,18 +65,22 @@ pub struct MuLine {
 impl Schedule {
     /// The grid of one run: spaced, shifted, stretched, then 0.
     ///
-    /// Stretching leaves a run of one step from pure noise alone, where the peers divide 0 by 0.
+    /// A run of one step from pure noise has no distance to stretch and goes from 1 to 0, where the peers divide 0 by 0.
     ///
     /// # Errors
     /// When the request asks for no steps, for a strength outside (0, 1], for a shift that is no positive number,
     /// or for so many or so lopsided steps that two levels coincide in f32.
     pub fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, FlowError> {
         request.check()?;
-        let shift = self.resolve(request)?;
-        let spaced = self.spacing.levels(request.first_level(), request.num_inference_steps);
-        let shifted = spaced.map(|sigma| shift.apply(sigma)).collect();
-        let stretched = stretch(shifted, self.terminal);
-        SigmaGrid::new(stretched.into_iter().skip(request.skipped_steps()).chain([0.0]).collect())
+        let (shift, rounding) = (self.resolve(request)?, request.rounding);
+        let spaced = self.spacing.levels(request.first_level(), request.num_inference_steps, rounding);
+        let sigmas = match (self.terminal, spaced.as_slice()) {
+            (Some(_), [1.0]) => spaced,
+            _ => {
+                stretch(spaced.into_iter().map(|sigma| shift.apply(sigma, rounding)).collect(), self.terminal)
+            }
+        };
+        SigmaGrid::new(sigmas.into_iter().skip(request.skipped_steps()).chain([0.0]).collect())
     }
 
     fn resolve(&self, request: &GridRequest) -> Result<ResolvedShift, FlowError> {
@@ -120,28 +123,46 @@ impl ResolvedShift {
         Err(FlowError::Request { field, found: found.to_string(), expected })
     }
 
-    /// Two forms of one formula, because their last bits differ. Pure noise stays itself, to the bit.
-    fn apply(self, sigma: f32) -> f32 {
-        match self {
-            _ if sigma == 1.0 => 1.0,
+    /// Forms of one formula, because their last bits differ; what those of pure noise leave above 1 is cut.
+    fn apply(self, sigma: f32, rounding: SigmaRounding) -> f32 {
+        let shifted = match self {
             Self::Factor(factor) => factor as f32 * sigma / (1.0 + (factor - 1.0) as f32 * sigma),
             Self::Mu(mu) => {
                 let factor = mu.exp() as f32;
-                1.0 / (factor + (1.0 / sigma - 1.0)) * factor
+                let sum = factor + (1.0 / sigma - 1.0);
+                match rounding {
+                    SigmaRounding::Diffusers => factor / sum,
+                    SigmaRounding::Diffsynth => 1.0 / sum * factor,
+                }
             }
-        }
+        };
+        shifted.min(1.0)
     }
 }
 
 impl Spacing {
-    fn levels(self, start: f64, steps: usize) -> impl Iterator<Item = f32> {
+    fn levels(self, start: f64, steps: usize, rounding: SigmaRounding) -> Vec<f32> {
         let (lowest, count) = match self {
             Self::ToZero => (0.0, steps + 1),
             Self::ToOneStep => (1.0 / steps as f64, steps),
             Self::To(lowest) => (lowest, steps),
         };
-        linspace((lowest + (1.0 - lowest) * start) as f32, lowest as f32, count).take(steps)
+        let first = lowest + (1.0 - lowest) * start;
+        match (rounding, self) {
+            (SigmaRounding::Diffsynth, _) => {
+                linspace(first as f32, lowest as f32, count).take(steps).collect()
+            }
+            (SigmaRounding::Diffusers, Self::ToZero) => numpy_linspace(first, first / steps as f64, steps),
+            (SigmaRounding::Diffusers, _) => numpy_linspace(first, lowest, steps),
+        }
     }
+}
+
+/// `numpy.linspace`, then rounded to f32.
+fn numpy_linspace(first: f64, last: f64, count: usize) -> Vec<f32> {
+    let step = (last - first) / (count.max(2) - 1) as f64;
+    let value = |k: usize| if k > 0 && k + 1 == count { last } else { k as f64 * step + first };
+    (0..count).map(|k| value(k) as f32).collect()
 }
 
 /// `torch.linspace` on the CPU: from the nearer end, with one rounding.
@@ -164,8 +185,8 @@ impl MuLine {
     }
 }
 
-/// Moves the last of `sigmas` to `terminal` by scaling the distances from 1. A last level of 1 has no distance
-/// and stays.
+/// Moves the last of `sigmas` to `terminal` by scaling the distances from 1. A last level of 1 has no distance and
+/// stays.
 fn stretch(sigmas: Vec<f32>, terminal: Option<f64>) -> Vec<f32> {
     let (Some(terminal), Some(&last)) = (terminal, sigmas.last()) else { return sigmas };
     if last == 1.0 {

@@ -15,6 +15,21 @@ pub struct GridRequest {
     pub denoising_strength: f64,
     /// What a strength below 1 does to the grid.
     pub strength_rule: StrengthRule,
+    /// Whose last bits the sigmas have.
+    pub rounding: SigmaRounding,
+}
+
+/// In which order the one formula is evaluated in f32.
+///
+/// A network is told 1000 times the sigma and takes sines of it, so that one last bit becomes 1e-5 in its output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SigmaRounding {
+    /// diffusers' numpy: levels are spaced in f64 and then rounded; f / (f + (1/s − 1)).
+    #[default]
+    Diffusers,
+    /// DiffSynth's torch: levels are spaced in f32; the reciprocal of the same sum, times f. Pure noise may come out a
+    /// few last bits below 1.
+    Diffsynth,
 }
 
 /// A shift in place of a schedule's own.
@@ -50,6 +65,7 @@ impl GridRequest {
             shift: None,
             denoising_strength: 1.0,
             strength_rule: StrengthRule::default(),
+            rounding: SigmaRounding::default(),
         }
     }
 

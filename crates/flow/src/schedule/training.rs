@@ -90,7 +90,7 @@ fn weights(sigmas: &[f32]) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{GridRequest, Schedule, ShiftOverride, templates::DIFFSYNTH};
+    use super::super::{GridRequest, Schedule, ShiftOverride, SigmaRounding, templates::DIFFSYNTH};
     use super::*;
     use burn::tensor::{Device, Tensor};
     use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden, values};
@@ -102,8 +102,9 @@ mod tests {
     }
 
     fn levels(schedule: Schedule, count: usize) -> TrainingLevels {
-        let shift = Some(ShiftOverride::DiffsynthTraining);
-        TrainingLevels::of(&schedule.grid(&GridRequest { shift, ..GridRequest::new(count, 0) }).unwrap())
+        let (shift, rounding) = (Some(ShiftOverride::DiffsynthTraining), SigmaRounding::Diffsynth);
+        let request = GridRequest { shift, rounding, ..GridRequest::new(count, 0) };
+        TrainingLevels::of(&schedule.grid(&request).unwrap())
     }
 
     #[test]

@@ -25,6 +25,14 @@ impl LoraFormat {
         }
     }
 
+    /// Another spelling's key in this one; `None` for keys of another kind.
+    pub fn respelled(self, key: &str) -> Option<String> {
+        match split(key)? {
+            (layer, Part::Half(half)) => Some(self.key(&layer, half)),
+            (_, Part::Alpha) => None,
+        }
+    }
+
     /// The key of one half of a layer's update.
     pub(super) fn key(self, layer: &str, half: Half) -> String {
         let letter = match half {

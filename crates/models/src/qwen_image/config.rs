@@ -164,7 +164,7 @@ impl TransformerConfig {
 
     fn of(file: &ConfigFile) -> Result<Self, ModelError> {
         file.check_class("transformer", file.class_name(), &["QwenImageTransformer2DModel"])?;
-        let config: Self = file.parse()?;
+        let config: Self = file.parse_over(published::transformer_defaults())?;
         config.check().map_err(|reason| file.error(reason))?;
         Ok(config)
     }
@@ -178,6 +178,9 @@ impl TransformerConfig {
         ];
         if let Some((name, _)) = variants.iter().find(|(_, set)| *set) {
             return Err(format!("{name} is true, expected false: this variant is not supported"));
+        }
+        if self.axes_dims_rope.iter().any(|dims| dims % 2 == 1) {
+            return Err(format!("axes_dims_rope is {:?}, expected even numbers", self.axes_dims_rope));
         }
         let rotary: usize = self.axes_dims_rope.iter().sum();
         if rotary != self.attention_head_dim {
@@ -255,10 +258,8 @@ impl Rope {
 /// The text model's entries in one object, whichever release of transformers wrote the file: on top, or in
 /// `text_config`, which wins; the rotary entries in `rope_scaling` or `rope_parameters`, the base on top or there.
 fn text_part(config: Value) -> Value {
-    // Newer releases leave out of `text_config` what equals the defaults of their `Qwen2_5_VLTextConfig`.
-    let mut text = json!({
-        "vocab_size": 152_064, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "hidden_act": "silu", "file": config
-    });
+    let mut text = published::text_encoder_defaults();
+    text["file"] = config;
     merge(&mut text, "file");
     merge(&mut text, "text_config");
     let mut rope = json!({ "rope_theta": text["rope_theta"] });
@@ -309,9 +310,15 @@ pub(super) struct ConfigFile {
 }
 
 impl ConfigFile {
-    /// A component's `config.json`.
+    /// A component's `config.json`; the published one where weights of its size came without.
     pub(super) fn of_component(source: &ModelSource, component: &'static str) -> Result<Self, ModelError> {
-        let path = source.config(component)?;
+        let path = match source.config(component) {
+            Ok(path) => path,
+            Err(error) => {
+                let config = published::config_of(source, component, error)?;
+                return Ok(Self { path: format!("{component}/config.json").into(), json: config });
+            }
+        };
         let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
         Self::parsed(path, &text)
     }
@@ -355,6 +362,13 @@ impl ConfigFile {
 
     pub(super) fn parse<T: DeserializeOwned>(&self) -> Result<T, ModelError> {
         T::deserialize(&self.json).map_err(|error| self.error(error.to_string()))
+    }
+
+    /// The same, keys that the file leaves out having the values they have in `defaults`.
+    pub(super) fn parse_over<T: DeserializeOwned>(&self, mut defaults: Value) -> Result<T, ModelError> {
+        defaults["file"] = self.json.clone();
+        merge(&mut defaults, "file");
+        T::deserialize(&defaults).map_err(|error| self.error(error.to_string()))
     }
 
     /// Says what is wrong in the file, found against expected.

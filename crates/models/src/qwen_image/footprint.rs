@@ -103,8 +103,7 @@ impl TransformerConfig {
         (self.num_attention_heads * self.attention_head_dim) as u64
     }
 
-    /// Parameters of adapters on the layers the peers' recipes name: the attention's projections, the modulations and
-    /// the second projection of each MLP.
+    /// Parameters of adapters on [`super::LORA_TARGETS`].
     fn adapters(&self, rank: u64) -> u64 {
         let width = self.width();
         let ends_of_layers = 8 * (width + width) + 2 * (width + 6 * width) + 2 * (4 * width + width);

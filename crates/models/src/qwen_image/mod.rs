@@ -48,6 +48,26 @@ pub(crate) const COMPONENTS: &[&str] = &["text_encoder", "transformer", "vae"];
 /// Components no method trains: a saved model has the files it was loaded from.
 pub(crate) const UNCHANGED: &[&str] = &["vae"];
 
+/// Components that turn prompts into text states.
+pub(crate) const TEXT_ENCODERS: &[&str] = &["text_encoder"];
+
+/// Layers that the peers' recipes give adapters: the attention's projections, the modulations, and the second
+/// projection of each MLP.
+pub(crate) const LORA_TARGETS: &[&str] = &[
+    "to_q",
+    "to_k",
+    "to_v",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_out.0",
+    "to_add_out",
+    "img_mlp.net.2",
+    "img_mod.1",
+    "txt_mlp.net.2",
+    "txt_mod.1",
+];
+
 /// The component that denoises.
 pub(crate) const DENOISER: &str = "transformer";
 

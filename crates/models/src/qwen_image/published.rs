@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use serde_json::{Value, json};
+
 use crate::weights::{WeightFiles, copy_tree};
 use crate::{ModelError, ModelSource};
 
@@ -39,6 +41,56 @@ pub(super) const MODEL_INDEX: &str = r#"{
 }
 "#;
 
+/// What `transformer/config.json` means where it leaves a key out: diffusers' defaults, which are the published model's.
+pub(super) fn transformer_defaults() -> Value {
+    json!({
+        "patch_size": 2,
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+        "axes_dims_rope": [16, 56, 56],
+    })
+}
+
+/// The same of the text model: the defaults of transformers' `Qwen2_5_VLTextConfig`, which newer releases do not write.
+pub(super) fn text_encoder_defaults() -> Value {
+    json!({
+        "vocab_size": 152_064,
+        "hidden_size": 8192,
+        "intermediate_size": 29_568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "hidden_act": "silu",
+    })
+}
+
+/// The same of `vae/config.json`: diffusers' defaults, which are the published model's.
+pub(super) fn vae_defaults() -> Value {
+    json!({
+        "base_dim": 96,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_scales": [],
+        "temperal_downsample": [false, true, true],
+        "input_channels": 3,
+        "latents_mean": [
+            -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+        ],
+        "latents_std": [
+            2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+        ],
+    })
+}
+
 /// The component that weight files hold, by the keys only it has; `None` for other weights.
 ///
 /// DiffSynth-Studio compares a hash of all keys and shapes instead, which knows published sizes alone.
@@ -59,6 +111,62 @@ pub(crate) fn component_of(files: &WeightFiles) -> Option<&'static str> {
     None
 }
 
+/// The published config of a component, for weights of its size that came without one, as DiffSynth-Studio's scripts
+/// name them.
+///
+/// # Errors
+/// `without`, the error of there being no config, where it is another or the weights have other sizes.
+pub(super) fn config_of(
+    source: &ModelSource,
+    component: &'static str,
+    without: ModelError,
+) -> Result<Value, ModelError> {
+    if !matches!(without, ModelError::NotBeside { .. }) || !has_published_size(source, component) {
+        return Err(without);
+    }
+    match component {
+        "transformer" => Ok(json!({"_class_name": "QwenImageTransformer2DModel"})),
+        "vae" => Ok(json!({"_class_name": "AutoencoderKLQwenImage"})),
+        "text_encoder" => Ok(json!({
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "hidden_size": 3584,
+            "intermediate_size": 18_944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
+        })),
+        _ => Err(without),
+    }
+}
+
+/// Whether a component's files have some tensors of the published model; all of them are compared when they are loaded.
+fn has_published_size(source: &ModelSource, component: &'static str) -> bool {
+    let marks: &[(&str, &[usize])] = match component {
+        "transformer" => &[
+            ("transformer_blocks.59.attn.to_q.weight", &[3072, 3072]),
+            ("transformer_blocks.0.attn.norm_q.weight", &[128]),
+            ("txt_norm.weight", &[3584]),
+        ],
+        "text_encoder" => &[
+            ("embed_tokens.weight", &[152_064, 3584]),
+            ("layers.27.self_attn.k_proj.weight", &[512, 3584]),
+            ("layers.27.mlp.up_proj.weight", &[18_944, 3584]),
+        ],
+        "vae" => {
+            &[("encoder.conv_in.weight", &[96, 3, 3, 3, 3]), ("decoder.conv_in.weight", &[384, 16, 3, 3, 3])]
+        }
+        _ => &[],
+    };
+    let Ok(Ok(entries)) = source.weights(component).map(|files| files.entries()) else { return false };
+    let there = |(key, shape): &(&str, &[usize])| {
+        entries.iter().any(|entry| entry.key.ends_with(key) && entry.shape == *shape)
+    };
+    !marks.is_empty() && marks.iter().all(there)
+}
+
 /// Writes a model folder but for the weights that learn, for a model that was loaded from given files: configs,
 /// tokenizer, and the weight files of the `unchanged` components. What was not given is left out.
 ///
@@ -72,13 +180,15 @@ pub(crate) fn write_configs(
     for component in super::COMPONENTS {
         let target = folder.join(component);
         let files = source.component_files(component);
-        let config = match source.config(component) {
-            Ok(config) => config,
+        match source.config(component) {
+            Ok(config) => copy(&config, &target.join("config.json"))?,
             Err(ModelError::NotBeside { .. }) if files.is_empty() => continue,
-            Err(error) => return Err(error),
-        };
+            Err(error) => {
+                write(&target.join("config.json"), &config_of(source, component, error)?.to_string())?;
+            }
+        }
         let kept = if unchanged.contains(component) { files } else { &[] };
-        for path in kept.iter().chain([&config]) {
+        for path in kept {
             copy(path, &target.join(path.file_name().unwrap_or_default()))?;
         }
     }

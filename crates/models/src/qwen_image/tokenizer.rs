@@ -1,5 +1,6 @@
 //! Prompts to token ids: the Qwen2 byte-level BPE and the prompt template.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,8 +20,14 @@ use crate::{ModelError, ModelSource};
 /// The pre-tokenisation of Qwen2 (digits one by one), from transformers' `Qwen2Tokenizer`.
 const PRETOKENIZE: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// The file that lists the special tokens.
+/// The file that lists the special tokens beside vocab.json.
 const CONFIG: &str = "tokenizer_config.json";
+
+/// Where older files list them, without their properties.
+const ADDED: &str = "added_tokens.json";
+
+/// Everything in one file: all there is in folders that transformers 5 writes.
+const WHOLE: &str = "tokenizer.json";
 
 /// Wraps prompts in the template and tokenises them.
 #[derive(Clone, Debug)]
@@ -66,14 +73,18 @@ impl PromptTokenizer {
     pub fn read(source: &ModelSource, max_tokens: usize) -> Result<Self, ModelError> {
         let template = PromptTemplate::read(source)?;
         let folder: Arc<Path> = source.tokenizer()?.into();
-        check_files(&folder)?;
-        let added = added_tokens(&folder)?;
-        let listed = |token: &&str| added.iter().any(|(_, added)| added.content == **token);
-        if let Some(token) = template.special_tokens().find(|token| !listed(token)) {
-            let reason = format!("no special token {token} in {CONFIG}, which the prompt template needs");
-            return Err(ModelError::Tokenizer { path: folder.to_path_buf(), reason });
-        }
-        let tokenizer = Arc::new(build(&folder, added)?);
+        let whole = !folder.join("vocab.json").is_file() && folder.join(WHOLE).is_file();
+        let tokenizer = if whole {
+            let tokenizer = read_whole(&folder)?;
+            check_special(&template, tokenizer.get_added_tokens_decoder().values(), &folder, WHOLE)?;
+            tokenizer
+        } else {
+            check_files(&folder)?;
+            let added = added_tokens(&folder)?;
+            check_special(&template, added.iter().map(|(_, token)| token), &folder, CONFIG)?;
+            build(&folder, added)?
+        };
+        let tokenizer = Arc::new(tokenizer);
         let max_tokens = template.max_tokens.unwrap_or(max_tokens);
         Ok(Self { tokenizer, template, max_tokens, folder })
     }
@@ -124,17 +135,35 @@ impl PromptTokenizer {
     }
 }
 
-fn check_files(folder: &Path) -> Result<(), ModelError> {
-    for name in ["vocab.json", "merges.txt", CONFIG] {
-        if !folder.join(name).is_file() {
-            let reason = format!("{name} is missing");
-            return Err(ModelError::Tokenizer { path: folder.to_owned(), reason });
+/// Checks that a tokenizer has the template's special tokens.
+fn check_special<'a>(
+    template: &PromptTemplate,
+    added: impl Iterator<Item = &'a AddedToken>,
+    folder: &Path,
+    file: &str,
+) -> Result<(), ModelError> {
+    let added: Vec<&str> = added.map(|token| token.content.as_str()).collect();
+    match template.special_tokens().find(|token| !added.contains(token)) {
+        None => Ok(()),
+        Some(token) => {
+            let reason = format!("no special token {token} in {file}, which the prompt template needs");
+            Err(ModelError::Tokenizer { path: folder.to_owned(), reason })
         }
     }
-    Ok(())
 }
 
-/// Builds the tokenizer from the slow-format files: vocab.json, merges.txt, tokenizer_config.json.
+/// Reads a tokenizer that is one file.
+fn read_whole(folder: &Path) -> Result<Tokenizer, ModelError> {
+    let path = folder.join(WHOLE);
+    let read = Tokenizer::from_file(&path).and_then(|mut tokenizer| {
+        // Prompts are cut and padded here.
+        tokenizer.with_truncation(None)?.with_padding(None);
+        Ok(tokenizer)
+    });
+    read.map_err(|error| ModelError::Config { path, reason: error.to_string() })
+}
+
+/// Builds the tokenizer from the published files: vocab.json, merges.txt, tokenizer_config.json.
 fn build(folder: &Path, added: Vec<(u32, AddedToken)>) -> Result<Tokenizer, ModelError> {
     let error = |reason: String| ModelError::Tokenizer { path: folder.to_owned(), reason };
     let file = |name: &str| folder.join(name).to_string_lossy().into_owned();
@@ -163,11 +192,22 @@ fn build(folder: &Path, added: Vec<(u32, AddedToken)>) -> Result<Tokenizer, Mode
     Ok(tokenizer)
 }
 
-/// The added tokens of tokenizer_config.json with their ids, in the order of these.
+fn check_files(folder: &Path) -> Result<(), ModelError> {
+    for name in ["vocab.json", "merges.txt", CONFIG] {
+        if !folder.join(name).is_file() {
+            let reason = format!("{name} is missing");
+            return Err(ModelError::Tokenizer { path: folder.to_owned(), reason });
+        }
+    }
+    Ok(())
+}
+
+/// The added tokens of tokenizer_config.json with their ids, in the order of these; where it lists none, those of
+/// added_tokens.json, which are all taken as special.
 fn added_tokens(folder: &Path) -> Result<Vec<(u32, AddedToken)>, ModelError> {
     #[derive(Deserialize)]
     struct Config {
-        added_tokens_decoder: std::collections::BTreeMap<String, Added>,
+        added_tokens_decoder: Option<BTreeMap<String, Added>>,
     }
     #[derive(Deserialize)]
     struct Added {
@@ -175,20 +215,30 @@ fn added_tokens(folder: &Path) -> Result<Vec<(u32, AddedToken)>, ModelError> {
         special: bool,
     }
     let path = folder.join(CONFIG);
-    let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
-    let config: Config = serde_json::from_str(&text)
-        .map_err(|error| ModelError::Config { path: path.clone(), reason: error.to_string() })?;
-    let mut added: Vec<(u32, Added)> = Vec::new();
-    for (id, token) in config.added_tokens_decoder {
-        let id = id.parse().map_err(|_| ModelError::Config {
-            path: path.clone(),
-            reason: format!("added_tokens_decoder: key {id:?}, expected a token id"),
-        })?;
-        added.push((id, token));
+    let config: Config = read_json(&path)?;
+    let mut added: Vec<(u32, AddedToken)> = Vec::new();
+    match config.added_tokens_decoder {
+        Some(tokens) => {
+            for (id, Added { content, special }) in tokens {
+                let id = id.parse().map_err(|_| ModelError::Config {
+                    path: path.clone(),
+                    reason: format!("added_tokens_decoder: key {id:?}, expected a token id"),
+                })?;
+                added.push((id, AddedToken::from(content, special)));
+            }
+        }
+        None if folder.join(ADDED).is_file() => {
+            let tokens: BTreeMap<String, u32> = read_json(&folder.join(ADDED))?;
+            added.extend(tokens.into_iter().map(|(content, id)| (id, AddedToken::from(content, true))));
+        }
+        None => {}
     }
     added.sort_by_key(|(id, _)| *id);
-    Ok(added
-        .into_iter()
-        .map(|(id, token)| (id, AddedToken::from(token.content, token.special).normalized(false)))
-        .collect())
+    Ok(added.into_iter().map(|(id, token)| (id, token.normalized(false))).collect())
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
+    let text = std::fs::read_to_string(path).map_err(ModelError::io(path))?;
+    serde_json::from_str(&text)
+        .map_err(|error| ModelError::Config { path: path.to_owned(), reason: error.to_string() })
 }

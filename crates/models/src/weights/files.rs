@@ -9,9 +9,8 @@ use memmap2::Mmap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
-use crate::{ModelError, ModelSource};
+use crate::ModelError;
 
 /// The tensors of one weight file or of all shards of one component.
 pub struct WeightFiles {
@@ -166,32 +165,6 @@ pub fn read_info(path: &Path) -> Result<BTreeMap<String, String>, ModelError> {
     Ok(header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect())
 }
 
-/// SHA-256 over the weight files of a model: component names, file names and bytes. Where the files lie does not
-/// enter.
-///
-/// # Errors
-/// If a file cannot be read.
-pub fn weights_hash(source: &ModelSource) -> Result<String, ModelError> {
-    let mut hash = Sha256::new();
-    for (name, path) in source.weight_files()? {
-        hash.update(name.as_bytes());
-        hash.update(map_file(&path)?);
-    }
-    Ok(hex(hash.finalize().as_slice()))
-}
-
-/// SHA-256 of one file.
-///
-/// # Errors
-/// If it cannot be read.
-pub(crate) fn file_hash(path: &Path) -> Result<String, ModelError> {
-    Ok(hex(Sha256::digest(map_file(path)?).as_slice()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// Names of weights in the official layout, diffusers' and transformers'.
 const OFFICIAL: [&str; 2] = ["diffusion_pytorch_model.safetensors", "model.safetensors"];
 
@@ -282,7 +255,7 @@ fn shard_set(name: &str) -> Option<(&str, usize)> {
     Some((stem, count.parse().ok()?))
 }
 
-fn map_file(path: &Path) -> Result<Mmap, ModelError> {
+pub(super) fn map_file(path: &Path) -> Result<Mmap, ModelError> {
     let file = File::open(path).map_err(ModelError::io(path))?;
     // SAFETY: the map is read-only; like every user of memory-mapped weights we rely on nobody
     // truncating the file while the process reads it.
@@ -290,7 +263,7 @@ fn map_file(path: &Path) -> Result<Mmap, ModelError> {
     unsafe { Mmap::map(&file) }.map_err(ModelError::io(path))
 }
 
-fn parse<'a>(path: &Path, map: &'a Mmap) -> Result<SafeTensors<'a>, ModelError> {
+pub(super) fn parse<'a>(path: &Path, map: &'a Mmap) -> Result<SafeTensors<'a>, ModelError> {
     SafeTensors::deserialize(map).map_err(|error| damaged(path, &error))
 }
 

@@ -3,13 +3,16 @@
 mod files;
 mod fill;
 mod folder;
+mod hash;
 mod shapes;
 mod write;
 
-pub use files::{TensorEntry, WeightFiles, read_info, weights_hash};
-pub(crate) use files::{component_files, file_hash};
+pub(crate) use files::component_files;
+pub use files::{TensorEntry, WeightFiles, read_info};
 pub(crate) use fill::{initialize, load, unfilled};
 pub(crate) use folder::{Shards, copy_tree, is_weights, write_shards};
+pub(crate) use hash::file_hash;
+pub use hash::weights_hash;
 pub use shapes::TensorShapes;
 pub(crate) use shapes::{compare, expected};
 pub(crate) use write::{RawTensor, carry_ignored, collect, values, write};

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
-use fewstep_models::qwen_image::TextEncoder;
+use fewstep_models::qwen_image::{PromptTokenizer, TextEncoder};
 use fewstep_models::{LoadOptions, Model, ModelError, WeightFiles, WeightType, save_tensors};
 use fewstep_testkit::{Golden, assert_tensors_close, golden, values};
 
@@ -253,6 +253,89 @@ fn a_tokenizer_of_another_model_is_refused() {
         }
     });
     assert!(many.contains("the largest id is 899, but the text encoder has 832 embeddings"), "{many}");
+}
+
+/// Token ids of two prompts with a folder's tokenizer.
+fn ids(folder: &Path) -> Vec<Vec<u32>> {
+    let tokenizer = PromptTokenizer::read(&folder.into(), 1024).expect("the tokenizer loads");
+    tokenizer.encode(&["café <|im_end|> 12".into(), "一只猫 😀".into()]).expect("tokenises").ids
+}
+
+/// What transformers 5 writes: one file, here without the text that the published files say the same of.
+fn whole_tokenizer(folder: &Path) -> serde_json::Value {
+    let read = |name: &str| std::fs::read_to_string(folder.join(name)).expect("read");
+    let json = |name: &str| serde_json::from_str::<serde_json::Value>(&read(name)).expect("JSON");
+    let config = json("tokenizer_config.json");
+    let added = config["added_tokens_decoder"].as_object().expect("an object").iter();
+    let added: Vec<serde_json::Value> = added
+        .map(|(id, token)| {
+            let mut token = token.clone();
+            token["id"] = id.parse::<u32>().expect("an id").into();
+            token
+        })
+        .collect();
+    let merges = read("merges.txt");
+    let merges: Vec<&str> = merges.lines().filter(|line| !line.starts_with("#version")).collect();
+    let words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    serde_json::json!({
+        "version": "1.0",
+        // Prompts are not cut by the file's limit.
+        "truncation": {"direction": "Right", "max_length": 40, "strategy": "LongestFirst", "stride": 0},
+        "padding": null,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": false},
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        ]},
+        "post_processor": null,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "vocab": json("vocab.json"), "merges": merges},
+    })
+}
+
+#[test]
+fn a_tokenizer_in_one_file_gives_the_same_ids() {
+    let copy = model_copy();
+    let tokenizer = copy.path().join("tokenizer");
+    let whole = whole_tokenizer(&tokenizer);
+    for entry in std::fs::read_dir(&tokenizer).expect("folder") {
+        std::fs::remove_file(entry.expect("entry").path()).expect("remove");
+    }
+    std::fs::write(tokenizer.join("tokenizer.json"), whole.to_string()).expect("write");
+    assert_eq!(ids(copy.path()), ids(&folder()));
+    edit_json(&tokenizer.join("tokenizer.json"), |json| json["added_tokens"] = serde_json::json!([]));
+    let error = refusal(copy.path());
+    assert!(error.contains("no special token <|im_start|> in tokenizer.json"), "{error}");
+}
+
+#[test]
+fn special_tokens_in_a_file_of_their_own_give_the_same_ids() {
+    let copy = model_copy();
+    edit_json(&copy.path().join("tokenizer/tokenizer_config.json"), |config| {
+        config.as_object_mut().expect("object").remove("added_tokens_decoder").expect("was there");
+    });
+    assert_eq!(ids(copy.path()), ids(&folder()));
+}
+
+#[test]
+fn configs_may_leave_out_what_equals_the_published_classes_defaults() {
+    let expected = outputs(&load(&folder()).expect("the golden model loads"));
+    let copy = model_copy();
+    let remove = |file: &str, keys: &[&str]| {
+        edit_json(&copy.path().join(file), |config| {
+            for key in keys {
+                config.as_object_mut().expect("object").remove(*key).expect("was there");
+            }
+        });
+    };
+    remove("transformer/config.json", &["patch_size", "in_channels", "out_channels"]);
+    let vae = ["z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample"];
+    remove("vae/config.json", &[&vae[..], &["latents_mean", "latents_std"]].concat());
+    assert_eq!(outputs(&load(copy.path()).expect("loads")), expected);
+    remove("transformer/config.json", &["num_layers"]);
+    let error = refusal(copy.path());
+    assert!(error.contains("1824 missing"), "57 blocks of 32 tensors: {error}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use fewstep_models::{TensorShapes, WeightFiles, expected_tensors};
+use fewstep_models::{ModelSource, TensorShapes, WeightFiles, check_weights, expected_tensors};
 use serde_json::json;
 
 use crate::{edit_json, folder, model_copy};
@@ -73,6 +73,35 @@ fn the_published_model_has_the_published_tensors() {
     assert_eq!(vae["encoder.down_blocks.3.conv_shortcut.weight"], [192, 96, 1, 1, 1]);
     assert_eq!(vae["decoder.up_blocks.1.upsamplers.0.time_conv.weight"], [768, 384, 3, 1, 1]);
     assert_eq!(vae["decoder.mid_block.attentions.0.norm.gamma"], [384, 1, 1]);
+}
+
+/// A weight file with a header and no numbers: the disk is not asked to hold them.
+fn write_header(path: &Path, shapes: &TensorShapes) {
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for (key, shape) in shapes {
+        let start = end;
+        end += 2 * shape.iter().product::<usize>();
+        header.insert(key.clone(), json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}));
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    std::fs::create_dir_all(path.parent().expect("in a folder")).expect("folder");
+    let mut file = std::fs::File::create(path).expect("created");
+    std::io::Write::write_all(&mut file, &(header.len() as u64).to_le_bytes()).expect("written");
+    std::io::Write::write_all(&mut file, header.as_bytes()).expect("written");
+    file.set_len((8 + header.len() + end) as u64).expect("a file with a hole");
+}
+
+#[test]
+fn weights_of_the_published_size_need_no_configs() {
+    let copy = published();
+    let all = expected_tensors(&copy.path().into()).expect("the configs are read");
+    let lone = tempfile::tempdir().expect("temporary folder");
+    let file = |component: &str| lone.path().join(format!("{component}/of/its/own/weights.safetensors"));
+    all.iter().for_each(|(component, shapes)| write_header(&file(component), shapes));
+    let groups: Vec<_> = all.keys().map(|component| vec![file(component)]).collect();
+    let source = ModelSource::from_files(&groups).expect("the components are recognised");
+    assert_eq!(expected_tensors(&source).expect("the published configs"), all);
+    all.keys().for_each(|component| check_weights(&source, component).expect("the files fit"));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 use fewstep_kernels::Gelu;
-use fewstep_models::WeightType;
+use fewstep_models::{WeightType, lora};
 use serde::{Deserialize, Serialize};
 
 /// What is trained, and which part of the work is done.
@@ -229,6 +229,26 @@ pub enum OutputLayout {
     /// DiffSynth-Studio's: epoch-0.safetensors and so on, or step-100.safetensors where save_steps is given, with only
     /// the trained parameters; loss.csv with its columns.
     Diffsynth,
+}
+
+/// How LoRA files spell their keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum LoraFormat {
+    /// `transformer_blocks.0.attn.to_q.lora_A.default.weight`.
+    Diffsynth,
+    /// `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`.
+    Diffusers,
+}
+
+impl From<LoraFormat> for lora::LoraFormat {
+    fn from(format: LoraFormat) -> Self {
+        match format {
+            LoraFormat::Diffsynth => Self::Diffsynth,
+            LoraFormat::Diffusers => Self::Diffusers,
+        }
+    }
 }
 
 /// Where the weights of a run begin.

@@ -14,9 +14,9 @@ use clap::{ArgAction, Args, FromArgMatches};
 use serde::{Deserialize, Serialize};
 
 pub use choices::{
-    Activation, Compat, Compute, DecayOn, Distance, Dtype, InitialWeights, LossWeighting, Objective,
-    OutputLayout, RandomNumbers, ResizedTargets, Schedule, Stage, StateNumbers, StudentGuidance, Task,
-    TimestepSampling, TrainingGrid,
+    Activation, Compat, Compute, DecayOn, Distance, Dtype, InitialWeights, LoraFormat, LossWeighting,
+    Objective, OutputLayout, RandomNumbers, ResizedTargets, Schedule, Stage, StateNumbers, StudentGuidance,
+    Task, TimestepSampling, TrainingGrid,
 };
 pub use peers::PeerFlags;
 
@@ -167,10 +167,10 @@ pub struct Recipe {
     #[arg(long, help_heading = "What is trained")]
     pub lora_alpha: Option<f64>,
     /// Layers that get adapters: last parts of their names, separated by commas, or one regular expression for whole
-    /// names; empty finds the large projections of the blocks
-    #[arg(long, value_delimiter = ',', default_value = DEFAULT_TARGETS, help_heading = "What is trained")]
-    #[serde(deserialize_with = "comma_list")]
-    pub lora_target_modules: Vec<String>,
+    /// names; empty finds the large projections of the blocks [default: those the model family's recipes name]
+    #[arg(long, value_delimiter = ',', help_heading = "What is trained")]
+    #[serde(deserialize_with = "some_comma_list")]
+    pub lora_target_modules: Option<Vec<String>>,
     /// LoRA file whose adapters the run starts from
     #[arg(long, help_heading = "What is trained")]
     pub lora_checkpoint: Option<PathBuf>,
@@ -261,10 +261,10 @@ pub struct Recipe {
     /// Guidance of the sample pictures; 1 is off
     #[arg(long, default_value_t = 4.0, help_heading = "Output")]
     pub sample_cfg_scale: f64,
+    /// Spelling of the keys in LoRA files: DiffSynth-Studio's, which diffusers reads too, or that of diffusers and PEFT
+    #[arg(long, value_enum, default_value = "diffsynth", help_heading = "Output")]
+    pub lora_format: LoraFormat,
 }
-
-/// The attention and feed-forward projections of a double-stream transformer, as the peers' recipes list them.
-const DEFAULT_TARGETS: &str = "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1";
 
 impl Default for Recipe {
     fn default() -> Self {
@@ -273,6 +273,13 @@ impl Default for Recipe {
         let parsed = matches.and_then(|matches| Self::from_arg_matches(&matches));
         parsed.expect("every flag has a default or is optional")
     }
+}
+
+/// [`comma_list`] of a key that may be absent.
+fn some_comma_list<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<String>>, D::Error> {
+    comma_list(deserializer).map(Some)
 }
 
 /// A list, or one string with commas as on the command line.

@@ -60,7 +60,8 @@ impl Recipe {
 
     /// Whether the layers for adapters are left to be found.
     pub(crate) fn finds_lora_targets(&self) -> bool {
-        self.lora_target_modules.iter().all(|name| name.trim().is_empty())
+        let all_empty = |names: &Vec<String>| names.iter().all(|name| name.trim().is_empty());
+        self.lora_target_modules.as_ref().is_some_and(all_empty)
     }
 
     /// Optimiser steps between checkpoints that a run continues from; 0 is only at the end.

@@ -9,7 +9,8 @@ use super::{Compat, Recipe};
 use crate::TrainError;
 
 /// Keys that may change when a run is continued: how long it runs, where, and what it writes on the way.
-const FREE_KEYS: [&str; 18] = [
+const FREE_KEYS: [&str; 19] = [
+    "lora_format",
     "output_dtype",
     "max_steps",
     "num_epochs",

@@ -106,7 +106,7 @@ fn lora_targets_are_names_an_expression_or_found() {
     let keys = |name: &str, targets: &str| {
         let recipe = Recipe {
             lora_base_model: Some("dit".into()),
-            lora_target_modules: targets.split(',').map(str::to_owned).collect(),
+            lora_target_modules: Some(targets.split(',').map(str::to_owned).collect()),
             output_path: bench.path(name),
             ..sft(&bench)
         };
@@ -119,7 +119,7 @@ fn lora_targets_are_names_an_expression_or_found() {
     assert_eq!(keys("found", ""), 28);
     let targets = |pattern: &str| Recipe {
         lora_base_model: Some("dit".into()),
-        lora_target_modules: vec![pattern.to_owned()],
+        lora_target_modules: Some(vec![pattern.to_owned()]),
         ..sft(&bench)
     };
     assert_says(&fail(&targets("to_(q")), &["lora_target_modules", "to_(q", "no regular expression"]);

@@ -10,7 +10,7 @@ use fewstep_testkit::assert_close;
 use super::fixtures::{Bench, train};
 use crate::Trainable;
 use crate::host::trainable_values;
-use crate::recipe::{OutputLayout, Recipe, Task};
+use crate::recipe::{LoraFormat, OutputLayout, Recipe, Task};
 
 /// Adapters that were trained for a few steps.
 fn adapters(bench: &Bench, output_path: PathBuf) -> Recipe {
@@ -63,8 +63,14 @@ fn assert_starts_from_the_peers_file(recipe: &Recipe, bench: &Bench) {
     assert_eq!(found.len(), expected.len());
     for (name, tensor) in found {
         let (_, key) = started.weight_key(&name);
-        let key = format!("{}{key}", if recipe.remove_prefix_in_ckpt.is_empty() { "pipe.dit." } else { "" });
-        assert_eq!(tensor.values, expected[&key], "{key}");
+        let key = match recipe.lora_format {
+            LoraFormat::Diffusers => format!("transformer.{}", key.replace(".default.", ".")),
+            _ if recipe.remove_prefix_in_ckpt.is_empty() => format!("pipe.dit.{key}"),
+            _ => key,
+        };
+        let scale = if name.ends_with(".lora.up") { recipe.lora_scale() } else { 1.0 };
+        let values: Vec<f32> = tensor.values.iter().map(|value| value * scale).collect();
+        assert_eq!(values, expected[&key], "{key}");
     }
 }
 
@@ -73,6 +79,23 @@ fn adapters_start_from_the_file_of_an_earlier_run() {
     let bench = Bench::new().with_teacher_data();
     let recipe = adapters(&bench, bench.path("run"));
     assert_starts_from_the_peers_file(&recipe, &bench);
+    let other = Recipe {
+        lora_format: LoraFormat::Diffusers,
+        lora_alpha: Some(2.0 * recipe.lora_rank as f64),
+        ..adapters(&bench, bench.path("other"))
+    };
+    assert_starts_from_the_peers_file(&other, &bench);
+}
+
+#[test]
+fn adapters_are_written_in_either_spelling() {
+    let bench = Bench::new().with_teacher_data();
+    let file = |lora_format, name: &str| {
+        let (_, path) = train(&Recipe { lora_format, ..adapters(&bench, bench.path(name)) });
+        lora::LoraWeights::open(&path).unwrap().format().unwrap().name()
+    };
+    assert_eq!(file(LoraFormat::Diffsynth, "a"), "diffsynth");
+    assert_eq!(file(LoraFormat::Diffusers, "b"), "diffusers");
 }
 
 #[test]

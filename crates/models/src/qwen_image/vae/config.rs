@@ -3,6 +3,7 @@
 use serde::Deserialize;
 
 use super::super::config::ConfigFile;
+use super::super::published;
 use crate::{ModelError, ModelSource};
 
 /// `vae/config.json`, by its `_class_name`.
@@ -31,17 +32,11 @@ pub struct AutoencoderConfig {
     /// Whether time is halved along with the resolution after each stage but the last.
     pub temperal_downsample: Vec<bool>,
     /// Colours.
-    #[serde(default = "three")]
     pub input_channels: usize,
     /// Mean of each latent channel.
     pub latents_mean: Vec<f32>,
     /// Standard deviation of each latent channel.
     pub latents_std: Vec<f32>,
-}
-
-/// Published configs leave out `input_channels`.
-fn three() -> usize {
-    3
 }
 
 /// Config of the pixel autoencoder.
@@ -59,7 +54,7 @@ impl VaeConfig {
     pub(in super::super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
         let file = ConfigFile::of_component(source, "vae")?;
         file.check_class("vae", file.class_name(), &["AutoencoderKLQwenImage", "PixelUnshuffle"])?;
-        let config: Self = file.parse()?;
+        let config: Self = file.parse_over(published::vae_defaults())?;
         if let Self::AutoencoderKLQwenImage(config) = &config {
             config.check().map_err(|reason| file.error(reason))?;
         }
