@@ -1,8 +1,9 @@
-//! Weight files: memory-mapped safetensors, single or sharded, read into modules and written from them.
+//! Weight files: safetensors, single or sharded, read into modules and written from them.
 
 mod files;
 mod fill;
 mod folder;
+mod header;
 mod shapes;
 mod write;
 
