@@ -124,7 +124,8 @@ fn a_concept_without_a_picture_is_named() {
     let path = folder.path().join(Style::Fluent3d.file_name());
     fs::write(&path, empty).unwrap();
     let error = EmojiSet::open(folder.path()).err().unwrap().to_string();
-    assert_eq!(error, format!("{}, row 1: no picture of concept 1F600", path.display()));
+    let reason = "picture 1F600.webp: specified file not found in archive";
+    assert_eq!(error, format!("{}, row 1: {reason}", path.display()));
 }
 
 #[test]

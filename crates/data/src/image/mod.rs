@@ -1,8 +1,8 @@
 //! Pictures in memory: loading with PIL's mode conversions, pixel scaling, and DiffSynth's crop and resize.
 
-mod jpeg;
 mod resample;
 mod size;
+mod whole;
 
 use std::io::{BufRead, BufReader, Cursor, Seek};
 use std::path::Path;
@@ -67,8 +67,8 @@ impl Picture {
             reason: reason.to_string(),
         };
         let decoder = limited_decoder(Cursor::new(bytes), path)?;
-        if jpeg::is_cut_off(bytes) {
-            let reason = "the jpeg has no end: the file is cut off".into();
+        if whole::is_cut_off(bytes) {
+            let reason = "the file is cut off".into();
             return Err(DataError::Picture { path: path.into(), reason });
         }
         Ok(convert(DynamicImage::from_decoder(decoder).map_err(broken)?))

@@ -213,7 +213,7 @@ fn broken_files_are_named_with_their_row() {
     );
     assert_eq!(
         error("m.json", b"[{\"a\": 1, \"a\": 2}]"),
-        "./m.json, row 1: column `a` appears twice at line 1 column 13"
+        "./m.json, row 1: column `a` appears twice at line 1 column 17"
     );
     assert_eq!(error("m.json", b"[{}] {}"), "./m.json: trailing characters at line 1 column 6");
     assert_eq!(
