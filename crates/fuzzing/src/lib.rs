@@ -2,10 +2,12 @@
 //!
 //! Each function is one target. It panics when a reader panics, accepts what it should refuse, or says something else
 //! about the same bytes when asked twice. `tests/seeds.rs` runs all of them over the files in `fuzz/seeds`, which holds a
-//! few of every kind and what fuzzing has found.
+//! few of every kind and what fuzzing has found, and over changed copies of these.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)] // A target fails by panicking.
+
+mod mutate;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,6 +22,8 @@ use fewstep_train::Recipe;
 use safetensors::SafeTensors;
 use serde_json::json;
 use tempfile::TempDir;
+
+pub use mutate::Mutations;
 
 /// A target by its name.
 pub type Target = (&'static str, fn(&[u8]));
