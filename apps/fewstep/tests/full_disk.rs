@@ -76,7 +76,7 @@ fn training_without_room_for_a_checkpoint_exits_with_1_and_continues_from_the_la
         "{text}"
     );
     assert_eq!(folder_files(&checkpoint), before);
-    assert_eq!(unfinished(folder.path()), [PathBuf::new(); 0]);
+    assert!(unfinished(folder.path()).is_empty());
 
     let text = said(&fewstep(&train_args(folder.path(), 4)).output().unwrap(), 0);
     assert!(text.contains("continuing after step 2"), "{text}");
@@ -97,7 +97,7 @@ fn a_generation_without_room_exits_with_1_and_continues() {
         text.contains("bytes are needed; what was complete before is untouched\nhint: raise the limit"),
         "{text}"
     );
-    assert_eq!(unfinished(folder.path()), [PathBuf::new(); 0]);
+    assert!(unfinished(folder.path()).is_empty());
     said(&fewstep(&args).output().unwrap(), 0);
     assert_eq!(folder_files(Path::new(&output)).len(), 2 * 2 + 2);
 }

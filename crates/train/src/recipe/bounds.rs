@@ -18,8 +18,8 @@ impl Recipe {
     pub(super) fn check_integers(&self) -> Result<(), TrainError> {
         let keys = serde_json::to_value(self).expect("plain fields always serialise");
         let too_large = |value: &&serde_json::Value| value.is_u64() && !value.is_i64();
-        let fields = keys.as_object().into_iter().flatten();
-        match fields.map(|(key, value)| (key, value)).find(|(_, value)| too_large(value)) {
+        let mut fields = keys.as_object().into_iter().flatten();
+        match fields.find(|(_, value)| too_large(value)) {
             Some((key, found)) => Err(too_much(key, found, i64::MAX)),
             None => Ok(()),
         }
