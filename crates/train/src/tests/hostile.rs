@@ -91,13 +91,13 @@ fn stored_latents_that_are_a_link_out_of_the_data_set_are_refused() {
 #[test]
 fn stored_text_states_of_another_width_are_refused() {
     let bench = Bench::new().with_teacher_data();
-    let path = bench.path("data/latents/2.safetensors");
+    let path = bench.path("data/latents/1.safetensors");
     let files = fewstep_models::WeightFiles::open(&path).unwrap();
     let (shape, values) = files.read("latents").unwrap();
     let tensors = [("latents".to_owned(), shape, values), ("text".to_owned(), vec![2, 5], vec![0.5; 10])];
     fewstep_models::save_tensors(&path, tensors, fewstep_models::WeightType::F32, &Default::default())
         .unwrap();
-    assert_says(&fail(&bench.recipe()), &["2.safetensors", "text", "[2, 5]", "hint:"]);
+    assert_says(&fail(&bench.recipe()), &["1.safetensors", "text", "[2, 5]", "hint:"]);
 }
 
 #[test]
