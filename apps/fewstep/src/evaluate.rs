@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use fewstep_data::image::Picture;
-use fewstep_data::metadata::Metadata;
+use fewstep_data::metadata::{ImageRow, Metadata};
 use fewstep_models::conventions::name_of;
 use fewstep_models::{DTYPES, Model, ModelSource, Pipeline, Request, lora};
 use fewstep_report::{
@@ -21,7 +21,7 @@ use fewstep_report::{
 use crate::args::with_defaults;
 use crate::conventions::LoadArgs;
 use crate::model_args::ModelArgs;
-use crate::parse::{Student, student};
+use crate::parse::{Student, guidance, student};
 use crate::progress::Progress;
 
 /// Flags of `evaluate`.
@@ -46,7 +46,7 @@ pub struct EvaluateArgs {
     #[arg(long, default_value_t = 1)]
     pub images_per_prompt: usize,
     /// Seed of the first picture; the next ones count up
-    #[arg(long, default_value_t = 1_000_000)]
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(..1 << 62))]
     pub seed: u64,
     /// Picture height in pixels
     #[arg(long)]
@@ -58,7 +58,7 @@ pub struct EvaluateArgs {
     #[arg(long, default_value_t = 50)]
     pub teacher_num_inference_steps: usize,
     /// Guidance scale of the teacher
-    #[arg(long, default_value_t = 4.0)]
+    #[arg(long, default_value_t = 4.0, value_parser = guidance)]
     pub teacher_cfg_scale: f32,
     /// Sampling steps at which the undistilled model is shown
     #[arg(long, default_value_t = 4)]
@@ -184,14 +184,15 @@ fn read_prompts(args: &EvaluateArgs) -> Result<Prompts> {
     let base = args.dataset_base_path.as_deref().unwrap_or(folder);
     let mut prompts = Prompts { texts: Vec::new(), real: Vec::new(), truth: Vec::new() };
     let mut index_of: BTreeMap<String, usize> = BTreeMap::new();
-    for row in metadata.image_rows()?.into_iter().take(args.limit.unwrap_or(usize::MAX)) {
+    for row in metadata.rows.iter().take(args.limit.unwrap_or(usize::MAX)) {
+        let ImageRow { image, prompt } = row.captioned()?;
         let next = index_of.len();
-        let index = *index_of.entry(row.image.clone()).or_insert(next);
+        let index = *index_of.entry(image).or_insert(next);
         if index == next {
-            prompts.real.push(Picture::load(&base.join(&row.image))?);
+            prompts.real.push(Picture::load(&row.image_file("image", base)?)?);
         }
         for _ in 0..args.images_per_prompt {
-            prompts.texts.push(row.prompt.clone());
+            prompts.texts.push(prompt.clone());
             prompts.truth.push(index);
         }
     }

@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 use crate::args::with_defaults;
 use crate::conventions::LoadArgs;
 use crate::model_args::ModelArgs;
-use crate::parse::{lora_file, solver};
+use crate::parse::{guidance, lora_file, solver};
 use crate::progress::Progress;
 use crate::prompts::{PromptRow, read_prompts};
 
@@ -62,7 +62,7 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 50)]
     pub num_inference_steps: usize,
     /// Guidance scale; 1 is off
-    #[arg(long, default_value_t = 4.0)]
+    #[arg(long, default_value_t = 4.0, value_parser = guidance)]
     pub cfg_scale: f32,
     /// Integrator: euler or heun
     #[arg(long, default_value = "euler", value_parser = solver)]
@@ -95,7 +95,7 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 4)]
     pub student_num_inference_steps: usize,
     /// Guidance scale the student shall run with: written to metadata.csv
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = guidance)]
     pub student_cfg_scale: f32,
     /// How the model computes.
     #[command(flatten)]

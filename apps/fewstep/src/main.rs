@@ -8,6 +8,7 @@ use fewstep::{INTERRUPTED, WRONG_USAGE, demo, download, evaluate, generate, insp
 
 fn main() -> ExitCode {
     fewstep_kernels::tune_allocator();
+    outlive_file_limit();
     let (cli, matches) = Cli::parse();
     let terminal = Terminal::new(false);
     let outcome = match &cli.command {
@@ -24,6 +25,17 @@ fn main() -> ExitCode {
     };
     outcome.unwrap_or_else(|error| fail(&error))
 }
+
+/// A file that outgrows its limit (`ulimit -f`) shall be an error like a full disk, not the end of the process.
+#[cfg(unix)]
+fn outlive_file_limit() {
+    use std::sync::{Arc, atomic::AtomicBool};
+    // Where the signal cannot be taken it ends the process, which leaves every file as a kill does.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::new(AtomicBool::new(false)));
+}
+
+#[cfg(not(unix))]
+fn outlive_file_limit() {}
 
 /// Prints an error with its causes; libraries put a `hint:` line last where one helps.
 fn fail(error: &anyhow::Error) -> ExitCode {

@@ -9,6 +9,9 @@ use fewstep_hub::Source;
 use fewstep_models::lora::LoraFormat;
 use fewstep_models::{LoraFile, WeightType};
 
+/// Guidance that no picture survives; recipes have the same limit.
+const MAX_CFG_SCALE: f32 = 10_000.0;
+
 /// A student to evaluate.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Student {
@@ -30,6 +33,12 @@ pub fn lora_file(text: &str) -> Result<LoraFile, String> {
 fn number(text: &str) -> Result<f32, String> {
     let parsed = text.parse::<f32>().ok().filter(|alpha| alpha.is_finite());
     parsed.ok_or_else(|| format!("alpha {text:?}, expected a number as in FILE:0.5"))
+}
+
+/// A guidance scale: 1 is off.
+pub fn guidance(text: &str) -> Result<f32, String> {
+    let parsed = text.parse::<f32>().ok().filter(|scale| (0.0..=MAX_CFG_SCALE).contains(scale));
+    parsed.ok_or_else(|| format!("expected a number from 0 to {MAX_CFG_SCALE}"))
 }
 
 /// `NAME=PATH`.
@@ -101,6 +110,14 @@ mod tests {
         assert_eq!(lora_file("dir/a.safetensors:-0.5"), file("dir/a.safetensors", -0.5));
         assert_eq!(lora_file("C:/a.safetensors"), file("C:/a.safetensors", 1.0));
         assert!(lora_file("a.safetensors:half").is_err());
+    }
+
+    #[test]
+    fn guidance_is_a_number_that_can_be_sampled_with() {
+        assert_eq!(guidance("4.5"), Ok(4.5));
+        for text in ["NaN", "inf", "-1", "1e30", "four", ""] {
+            assert_eq!(guidance(text), Err("expected a number from 0 to 10000".into()), "{text}");
+        }
     }
 
     #[test]

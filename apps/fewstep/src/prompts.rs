@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use fewstep_data::bounded;
 use fewstep_data::metadata::{Metadata, Row};
 
 /// A prompt and what its file says about drawing it.
@@ -25,7 +26,7 @@ pub struct PromptRow {
 /// If the file cannot be read, a seed is no integer, or there is no prompt.
 pub fn read_prompts(path: &Path) -> Result<Vec<PromptRow>> {
     let prompts = if path.extension().is_some_and(|extension| extension == "txt") {
-        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        let text = bounded::read_text(path).with_context(|| path.display().to_string())?;
         text.lines().map(|line| PromptRow { prompt: line.to_owned(), ..PromptRow::default() }).collect()
     } else {
         Metadata::read(path)?.rows.iter().map(prompt_row).collect::<Result<Vec<PromptRow>>>()?

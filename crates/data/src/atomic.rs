@@ -7,12 +7,14 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::disk::explained;
+
 /// Replaces the file at `path` by `bytes`; see [`write_with`].
 ///
 /// # Errors
 /// As [`write_with`].
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    write_with(path, |file| file.write_all(bytes))
+    write_sized(path, bytes.len() as u64, |file| file.write_all(bytes))
 }
 
 /// Replaces the file at `path` by what `fill` writes, creating missing folders.
@@ -23,6 +25,22 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// # Errors
 /// Whatever `fill` or the file system reports. The temporary file is gone by then.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+    replace(path, fill).map_err(|error| explained(error, None))
+}
+
+/// As [`write_with`], for a file of so many bytes, which the error names where there is no room for them.
+///
+/// # Errors
+/// As [`write_with`].
+pub fn write_sized(
+    path: &Path,
+    bytes: u64,
+    fill: impl FnOnce(&mut File) -> io::Result<()>,
+) -> io::Result<()> {
+    replace(path, fill).map_err(|error| explained(error, Some(bytes)))
+}
+
+fn replace(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
     let folder = folder_of(path);
     fs::create_dir_all(folder)?;
     let temporary = Temporary::beside(folder, path)?;
@@ -53,7 +71,8 @@ fn folder_of(path: &Path) -> &Path {
 /// As [`write_with`].
 pub fn copy(source: &Path, target: &Path) -> io::Result<()> {
     let mut source = File::open(source)?;
-    write_with(target, |file| io::copy(&mut source, file).map(|_| ()))
+    let bytes = source.metadata()?.len();
+    write_sized(target, bytes, |file| io::copy(&mut source, file).map(|_| ()))
 }
 
 /// A folder in the making, under a hidden name beside its own.
@@ -171,6 +190,47 @@ mod tests {
         assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::StorageFull);
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(names(folder.path()), ["file.txt"]);
+    }
+
+    /// Refuses whatever comes after so many bytes, as a full disk does.
+    struct Disk<'a> {
+        file: &'a mut File,
+        room: usize,
+    }
+
+    impl Write for Disk<'_> {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let fits = bytes.len().min(self.room);
+            if fits == 0 && !bytes.is_empty() {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.room -= fits;
+            self.file.write(&bytes[..fits])
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            self.file.flush()
+        }
+    }
+
+    #[test]
+    fn a_disk_that_is_full_after_any_number_of_bytes_leaves_the_old_file_and_says_what_is_needed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file.bin");
+        let new: Vec<u8> = (0..=255).collect();
+        write(&path, b"old").unwrap();
+        for room in 0..new.len() {
+            let full = write_sized(&path, 256, |file| Disk { file, room }.write_all(&new)).unwrap_err();
+            assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+            let message = full.to_string();
+            let expected =
+                "256 bytes are needed; what was complete before is untouched\nhint: free some space";
+            assert!(message.contains(expected), "{message}");
+            assert_eq!(fs::read(&path).unwrap(), b"old", "{room}");
+            assert_eq!(names(folder.path()), ["file.bin"], "{room}");
+        }
+        write_sized(&path, 256, |file| Disk { file, room: new.len() }.write_all(&new)).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), new);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::image::Size;
+use crate::image::{MAX_PIXELS, MAX_SIDE_PX, Size};
 
 /// Errors of reading and writing data sets. Where a way out is known, the message's last line is a `hint:`.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +94,22 @@ pub enum DataError {
         /// Where it was looked for.
         image: PathBuf,
     },
+    /// A file of a data set that is a link to somewhere else, or lies below one.
+    #[error(
+        "{}: leads by a link to {}, outside of the dataset base path {}\nhint: copy it below the dataset base path, or name \
+         a folder above both as the base path",
+        path.display(),
+        target.display(),
+        base.display()
+    )]
+    Outside {
+        /// The file as it is named.
+        path: PathBuf,
+        /// Where it really is.
+        target: PathBuf,
+        /// The data set's folder.
+        base: PathBuf,
+    },
     /// A row of distillation data whose picture is not of the size it would be trained at.
     #[error(
         "{}, row {row}: {} is {found} px, but this run trains at {expected} px and would resize it; distillation needs the \
@@ -126,14 +142,27 @@ pub enum DataError {
         division: usize,
     },
     /// A picture with too many pixels to be decoded safely.
-    #[error("{}: found a picture of {found} px, expected at most {limit} px on each side", path.display())]
+    #[error(
+        "{}: found a picture of {found} px, expected at most {MAX_SIDE_PX} px on each side and {MAX_PIXELS} px in \
+         all\nhint: scale it down",
+        path.display()
+    )]
     TooLarge {
         /// The picture.
         path: PathBuf,
         /// Its size as its header states it.
         found: Size,
-        /// The largest side decoded.
-        limit: usize,
+    },
+    /// A picture so narrow that it would have to grow out of all bounds to cover its target.
+    #[error(
+        "a picture of {found} px scaled until it covers {target} px has more than {MAX_PIXELS} px\nhint: crop it to a \
+         shape that is less narrow"
+    )]
+    TooNarrow {
+        /// The picture's size.
+        found: Size,
+        /// The size it shall have.
+        target: Size,
     },
     /// A file that is no picture, or a damaged one.
     #[error("{}: no readable picture: {reason}", path.display())]

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{DataError, atomic};
+use crate::{DataError, atomic, bounded};
 
 /// The file's name inside a data set's folder.
 pub const FILE_NAME: &str = "provenance.json";
@@ -87,7 +87,7 @@ impl Provenance {
         if !path.exists() {
             return Ok(None);
         }
-        let text = std::fs::read_to_string(&path).map_err(DataError::io(&path))?;
+        let text = bounded::read_text(&path).map_err(DataError::io(&path))?;
         let parsed = serde_json::from_str(&text);
         parsed.map(Some).map_err(|error| DataError::Provenance { path, reason: error.to_string() })
     }

@@ -1,11 +1,16 @@
 //! What can be wrong with a schedule that came from a user or a file.
 
+use crate::MAX_STEPS;
+
 /// A schedule or a grid that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FlowError {
-    /// No steps were asked for.
-    #[error("num_inference_steps: found 0, expected at least 1")]
-    NoSteps,
+    /// No steps were asked for, or more than any sampler takes.
+    #[error("num_inference_steps: found {found}, expected 1 to {MAX_STEPS}")]
+    Steps {
+        /// The steps asked for.
+        found: usize,
+    },
     /// The scheduler config is not the JSON object it should be.
     #[error("scheduler config: {0}")]
     Json(#[from] serde_json::Error),

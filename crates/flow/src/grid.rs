@@ -4,6 +4,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::FlowError;
 
+/// The most sampling steps of a run: ten for each noise level that published models were trained on.
+pub const MAX_STEPS: usize = 10_000;
+
+/// Checks a number of sampling steps, so that nobody allocates for a billion of them.
+pub(crate) fn check_steps(found: usize) -> Result<(), FlowError> {
+    match (1..=MAX_STEPS).contains(&found) {
+        true => Ok(()),
+        false => Err(FlowError::Steps { found }),
+    }
+}
+
 /// Noise levels s_1 > … > s_N > s_{N+1} = 0 of a run with N steps; s_1 is at most 1.
 ///
 /// A student is trained for one grid. It is stored with data sets and weights as a plain list of numbers; equality is
@@ -42,11 +53,9 @@ impl SigmaGrid {
     /// Equal steps from 1 to 0.
     ///
     /// # Errors
-    /// When `steps` is 0.
+    /// When `steps` is 0 or more than [`MAX_STEPS`].
     pub fn uniform(steps: usize) -> Result<Self, FlowError> {
-        if steps == 0 {
-            return Err(FlowError::NoSteps);
-        }
+        check_steps(steps)?;
         Self::new((0..=steps).map(|k| 1.0 - k as f32 / steps as f32).collect())
     }
 
@@ -123,6 +132,14 @@ mod tests {
         let grid = SigmaGrid::uniform(4).unwrap();
         assert_eq!(grid.pairs().collect::<Vec<_>>(), [(1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)]);
         assert_eq!(grid.steps(), 4);
+    }
+
+    #[test]
+    fn a_number_of_steps_nobody_takes_is_refused_before_anything_is_allocated() {
+        for found in [0, MAX_STEPS + 1, usize::MAX] {
+            let error = SigmaGrid::uniform(found).unwrap_err().to_string();
+            assert_eq!(error, format!("num_inference_steps: found {found}, expected 1 to 10000"));
+        }
     }
 
     #[test]

@@ -33,5 +33,5 @@ pub mod sampler;
 pub mod schedule;
 
 pub use error::FlowError;
-pub use grid::SigmaGrid;
+pub use grid::{MAX_STEPS, SigmaGrid};
 pub use sampler::{Solver, sample, trajectory};

@@ -15,6 +15,7 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
     agent: ureq::Agent,
+    endpoint: String,
     token: Option<String>,
 }
 
@@ -30,8 +31,8 @@ pub(crate) struct Response {
 }
 
 impl Client {
-    /// A client of the service at `endpoint`. `token` goes to the hosts it is asked to call and to no other they
-    /// redirect to. The usual variables name a proxy; it cannot reach this machine's own servers and is not asked to.
+    /// A client of the service at `endpoint`. `token` goes to addresses of that service and to no other, whether it
+    /// redirects to them or names them in an answer. The usual variables name a proxy; it cannot reach this machine's own servers and is not asked to.
     pub(crate) fn new(endpoint: &str, token: Option<String>) -> Self {
         let is_local = ["http://127.0.0.1", "http://localhost"].iter().any(|host| endpoint.starts_with(host));
         let config = ureq::Agent::config_builder()
@@ -43,7 +44,12 @@ impl Client {
             .timeout_per_read(Some(SILENCE_LIMIT))
             .user_agent(concat!("fewstep/", env!("CARGO_PKG_VERSION")))
             .build();
-        Self { agent: config.into(), token }
+        Self { agent: config.into(), endpoint: endpoint.to_owned(), token }
+    }
+
+    /// Whether an address is one of the service's own.
+    pub(crate) fn is_own(&self, url: &str) -> bool {
+        url.strip_prefix(&self.endpoint).is_some_and(|path| path.starts_with('/'))
     }
 
     /// Asks for an address, or for the bytes `[first, last]` of it.
@@ -51,7 +57,7 @@ impl Client {
     /// The range always has an end: ModelScope ignores one without.
     pub(crate) fn get(&self, url: &str, range: Option<[u64; 2]>) -> Result<Response, HubError> {
         let mut request = self.agent.get(url);
-        if let Some(token) = &self.token {
+        if let Some(token) = self.token.as_ref().filter(|_| self.is_own(url)) {
             request = request.header("Authorization", format!("Bearer {token}"));
         }
         if let Some([first, last]) = range {

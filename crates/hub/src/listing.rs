@@ -10,6 +10,9 @@ use crate::{HubError, Settings, Source};
 /// Large repositories list some thousand files in a few hundred bytes each.
 const LIMIT_BYTES: u64 = 64 << 20;
 
+/// Of a thousand files each; a page that leads to itself would be read without end.
+const MAX_PAGES: usize = 1000;
+
 /// A file of a repository.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct RemoteFile {
@@ -69,10 +72,18 @@ fn hugging_face(client: &Client, first_page: String) -> Result<Vec<RemoteFile>, 
         size: u64,
     }
     let mut files = Vec::new();
-    let mut page = Some(first_page);
+    let (mut page, mut pages) = (Some(first_page), 0);
     while let Some(url) = page {
         let response = client.get(&url, None)?;
         page = response.next_page.clone();
+        if let Some(next) = page.as_ref().filter(|next| !client.is_own(next)) {
+            let reason = format!("its next page is at {next}, expected an address of the same service");
+            return Err(HubError::Listing { url, reason });
+        }
+        pages += 1;
+        if pages > MAX_PAGES {
+            return Err(HubError::Listing { url, reason: format!("it goes on after {MAX_PAGES} pages") });
+        }
         let entries: Vec<Entry> = parse(&url, &response.into_bytes(&url, LIMIT_BYTES)?)?;
         for entry in entries.into_iter().filter(|entry| entry.r#type == "file") {
             let (size_bytes, sha256) = match entry.lfs {

@@ -122,7 +122,7 @@ impl Plan {
     pub fn missing_bytes(&self) -> u64 {
         let files: BTreeMap<&Path, u64> =
             self.groups.iter().flatten().map(|file| (file.path.as_path(), file.missing_bytes())).collect();
-        files.values().sum()
+        files.values().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes))
     }
 }
 

@@ -322,3 +322,78 @@ fn a_full_disk_is_an_error_with_the_bytes_that_are_missing() {
     let error = fetch(settings(&server, Source::HuggingFace, folder.path()), WEIGHTS).unwrap_err();
     assert!(matches!(error, HubError::DiskFull { missing_bytes: 1000, .. }), "{error}");
 }
+
+fn list(server: &ModelServer, token: Option<&str>) -> Result<(), HubError> {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = settings(server, Source::HuggingFace, folder.path());
+    let hub = Hub::new(Settings { token: token.map(str::to_owned), ..settings });
+    hub.plan(&[Origin::parse("owner/name").unwrap()]).map(|_| ())
+}
+
+#[test]
+fn a_listing_that_goes_on_elsewhere_is_refused_and_gets_no_token_there() {
+    let other = ModelServer::start(&files(b"x"));
+    for address in [other.endpoint(), "http://localhost:1", "ENDPOINT.evil.example", "ENDPOINT@evil.example"]
+    {
+        let next = format!("{address}/api/models/owner/name/tree/main?cursor=2");
+        let server = ModelServer::with_listing("[]", &next);
+        let error = list(&server, Some("secret")).unwrap_err();
+        assert!(matches!(&error, HubError::Listing { .. }), "{error}");
+        assert!(error.to_string().contains("expected an address of the same service"), "{error}");
+        assert_eq!(server.requests()[0].authorization.as_deref(), Some("Bearer secret"));
+    }
+    assert_eq!(other.requests(), []);
+}
+
+#[test]
+fn a_listing_that_leads_to_itself_ends() {
+    let server = ModelServer::with_listing("[]", "ENDPOINT/api/models/owner/name/tree/main?cursor=1");
+    let error = list(&server, None).unwrap_err().to_string();
+    assert!(error.contains("it goes on after 1000 pages"), "{error}");
+}
+
+#[test]
+fn listings_of_nonsense_are_errors() {
+    let entry = |path: &str, size: &str| format!(r#"[{{"type": "file", "path": "{path}", "size": {size}}}]"#);
+    for (json, expected) in [
+        ("[".repeat(100_000), "no valid list of files"),
+        (entry("x", "-1"), "no valid list of files"),
+        (entry("x", "99999999999999999999"), "no valid list of files"),
+        (entry("/etc/passwd", "1"), "expected a path inside the repository"),
+        (entry("a/../../x", "1"), "expected a path inside the repository"),
+        (entry(r"..\\x", "1"), "expected a path inside the repository"),
+    ] {
+        let error = list(&ModelServer::with_listing(&json, ""), None).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn sizes_that_add_up_to_more_than_there_is_are_counted_without_overflow() {
+    let entries = [1, 2].map(|at| format!(r#"{{"type": "file", "path": "{at}", "size": {}}}"#, u64::MAX));
+    let server = ModelServer::with_listing(&format!("[{}]", entries.join(",")), "");
+    let folder = tempfile::tempdir().unwrap();
+    let hub = Hub::new(settings(&server, Source::HuggingFace, folder.path()));
+    assert_eq!(hub.plan(&[Origin::parse("owner/name").unwrap()]).unwrap().missing_bytes(), u64::MAX);
+}
+
+#[test]
+fn a_redirect_that_leads_to_itself_ends() {
+    let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
+    let server = ModelServer::start(&files(&weights));
+    server.fail(&[Fault::RedirectToItself]);
+    let error = fetch(settings(&server, Source::HuggingFace, folder.path()), WEIGHTS).unwrap_err();
+    assert!(matches!(&error, HubError::Network { .. }), "{error}");
+    assert!(server.file_requests().len() < 100, "{}", server.file_requests().len());
+}
+
+#[test]
+fn a_body_without_end_is_cut_at_the_listed_size() {
+    let (weights, folder) = (weights(), tempfile::tempdir().unwrap());
+    let server = ModelServer::start(&files(&weights));
+    server.fail(&[Fault::WithoutEnd; 5]);
+    let error = fetch(settings(&server, Source::HuggingFace, folder.path()), WEIGHTS).unwrap_err();
+    assert!(matches!(&error, HubError::Range { expected: 1000, .. }), "{error}");
+    assert_eq!(fs::read(folder.path().join(PART)).unwrap().len(), 0);
+    assert!(!folder.path().join(TARGET).exists());
+}

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use fewstep_data::image::MAX_SIDE_PX;
+
 /// Errors of loading, saving and running models.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -75,6 +77,16 @@ pub enum ModelError {
         shard: PathBuf,
         /// The index or the other shard that names it.
         by: PathBuf,
+    },
+    /// A tensor that two weight files of one component hold.
+    #[error("{} and {} both hold the tensor {key}\nhint: keep the shards of one set in the folder and remove the others", first.display(), second.display())]
+    SameTensor {
+        /// Its key.
+        key: String,
+        /// The file opened first.
+        first: PathBuf,
+        /// The file opened later.
+        second: PathBuf,
     },
     /// A folder holds weights in several variants.
     #[error("{}: found {}, expected one weight file or the shards of one\nhint: remove the others, or name the files by --model-paths", path.display(), files.join(", "))]
@@ -170,6 +182,14 @@ pub enum ModelError {
         /// The division factor of the family.
         factor: usize,
     },
+    /// A picture size nobody has the memory for.
+    #[error("{axis} {found} px, expected at most {MAX_SIDE_PX}")]
+    TooLarge {
+        /// "height" or "width".
+        axis: &'static str,
+        /// The size asked for, in pixels.
+        found: usize,
+    },
     /// A LoRA that was trained on other weights.
     #[error(
         "{}: trained on a base with hash {expected}, {base} has hash {found}\nhint: give the model the adapter was \
@@ -195,6 +215,16 @@ pub enum ModelError {
         missing: Vec<String>,
         /// Keys that are neither half of a pair nor an alpha.
         unknown: Vec<String>,
+    },
+    /// A LoRA layer that would add nothing, or nothing finite.
+    #[error("{}: the update of {layer} is scaled by {scale}, expected a number other than 0\nhint: its alpha is wrong; an alpha of 0 is read as the rank by some scripts and switches the layer off in others", path.display())]
+    LoraScale {
+        /// The file.
+        path: PathBuf,
+        /// The layer.
+        layer: String,
+        /// alpha / rank, or alpha / √rank.
+        scale: f32,
     },
     /// A LoRA of layers the model does not have.
     #[error(

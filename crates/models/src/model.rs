@@ -5,6 +5,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use fewstep_data::image::MAX_SIDE_PX;
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::guided;
 use fewstep_flow::schedule::GridRequest;
@@ -164,7 +165,7 @@ impl Model {
     /// `[C, H, W]` of the latents of a picture size in pixels.
     ///
     /// # Errors
-    /// If a side is no multiple of [`Model::division_factor`].
+    /// If a side is no multiple of [`Model::division_factor`], or longer than pictures are.
     pub fn latent_shape(&self, height: usize, width: usize) -> Result<[usize; 3], ModelError> {
         token_grid([height, width], self.division_factor())?;
         match self {
@@ -222,12 +223,9 @@ impl Model {
     }
 
     /// J, the width of the text states that the denoiser reads.
-    ///
-    /// # Panics
-    /// If the denoiser was not loaded.
     pub fn text_width(&self) -> usize {
         match self {
-            Model::QwenImage(model) => model.denoiser().text_width(),
+            Model::QwenImage(model) => model.text_width(),
         }
     }
 
@@ -325,9 +323,12 @@ pub fn check_weights(source: &ModelSource, component: &'static str) -> Result<()
 /// Height and width of a picture in units of `factor` pixels.
 ///
 /// # Errors
-/// If a side is no multiple of it.
+/// If a side is no multiple of it, or longer than pictures are.
 pub(crate) fn token_grid([height, width]: [usize; 2], factor: usize) -> Result<[usize; 2], ModelError> {
     for (axis, found) in [("height", height), ("width", width)] {
+        if found > MAX_SIDE_PX {
+            return Err(ModelError::TooLarge { axis, found });
+        }
         if found == 0 || !found.is_multiple_of(factor) {
             return Err(ModelError::Size { axis, found, factor });
         }

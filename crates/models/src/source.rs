@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use fewstep_data::bounded;
+
 use crate::weights::{WeightFiles, component_files};
 use crate::{ModelError, qwen_image};
 
@@ -121,7 +123,7 @@ impl ModelSource {
             Place::Folder(folder) => folder,
         };
         let path = required(folder, "model_index.json")?;
-        let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
+        let text = bounded::read_text(&path).map_err(ModelError::io(&path))?;
         let index: serde_json::Value = serde_json::from_str(&text)
             .map_err(|error| ModelError::Config { path: path.clone(), reason: error.to_string() })?;
         let class = index["_class_name"].as_str().unwrap_or("(none)").to_owned();
@@ -174,7 +176,7 @@ impl ModelSource {
                 }
             }
         };
-        let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
+        let text = bounded::read_text(&path).map_err(ModelError::io(&path))?;
         Ok((path, text))
     }
 

@@ -17,7 +17,7 @@ const WORKLOAD: Workload =
     Workload { height: 192, width: 192, batch_size: 2, text_tokens: 32, lora_rank: None };
 
 fn file_parameters(component: &Path) -> u64 {
-    let entries = WeightFiles::open(component).unwrap().entries().unwrap();
+    let entries = WeightFiles::open(component).unwrap().entries();
     entries.iter().map(TensorEntry::elements).sum::<usize>() as u64
 }
 
@@ -67,7 +67,7 @@ fn a_forward_multiplies_every_matrix_by_its_tokens() {
         _ if key.contains("txt_") || key.contains("add_") => text,
         _ => image,
     };
-    let entries = WeightFiles::open(&teacher().join("transformer")).unwrap().entries().unwrap();
+    let entries = WeightFiles::open(&teacher().join("transformer")).unwrap().entries();
     let matrices = entries.iter().filter(|entry| entry.shape.len() == 2);
     let products: usize = matrices.map(|entry| rows(&entry.key) * entry.elements()).sum();
     // Five blocks of width 256: every token's scores with every other, and as many products with the values.

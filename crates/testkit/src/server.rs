@@ -28,6 +28,10 @@ pub enum Fault {
     Status(u16),
     /// Redirects to the same path of the host `localhost`, another name than the endpoint's.
     RedirectToLocalhost,
+    /// Redirects to itself.
+    RedirectToItself,
+    /// Sends zeros behind the file until the client closes, under no `Content-Length`.
+    WithoutEnd,
 }
 
 /// A request as it arrived.
@@ -46,6 +50,8 @@ struct State {
     files: BTreeMap<String, Vec<u8>>,
     /// Checksums that the listing states instead of the true ones.
     false_checksums: BTreeMap<String, String>,
+    /// What the listing says instead of the files, with the address of its next page.
+    listing: Option<(String, String)>,
     faults: Mutex<VecDeque<Fault>>,
     requests: Mutex<Vec<ServedRequest>>,
 }
@@ -65,13 +71,23 @@ impl ModelServer {
 
     /// A server whose listing states other checksums for some files.
     pub fn with_checksums(files: &[(&str, &[u8])], checksums: &[(&str, &str)]) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let state = Arc::new(State {
+        Self::of(State {
             files: files.iter().map(|(path, bytes)| ((*path).into(), bytes.to_vec())).collect(),
             false_checksums: checksums.iter().map(|(path, hash)| ((*path).into(), (*hash).into())).collect(),
             ..State::default()
-        });
+        })
+    }
+
+    /// A server of Hugging Face's kind that lists this JSON on every page, with `next_page` as the address of the next
+    /// one, where `ENDPOINT` stands for its own; empty for none.
+    pub fn with_listing(json: &str, next_page: &str) -> Self {
+        Self::of(State { listing: Some((json.to_owned(), next_page.to_owned())), ..State::default() })
+    }
+
+    fn of(state: State) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let state = Arc::new(state);
         let (shared, own) = (state.clone(), endpoint.clone());
         std::thread::spawn(move || {
             for stream in listener.incoming() {
@@ -91,10 +107,14 @@ impl ModelServer {
         self.state.faults.lock().unwrap().extend(faults);
     }
 
+    /// All requests so far.
+    pub fn requests(&self) -> Vec<ServedRequest> {
+        self.state.requests.lock().unwrap().clone()
+    }
+
     /// The requests for files so far, listings left out.
     pub fn file_requests(&self) -> Vec<ServedRequest> {
-        let requests = self.state.requests.lock().unwrap();
-        requests.iter().filter(|request| request.path.contains("/resolve/")).cloned().collect()
+        self.requests().into_iter().filter(|request| request.path.contains("/resolve/")).collect()
     }
 }
 
@@ -115,8 +135,12 @@ fn answer(mut stream: &TcpStream, state: &State, endpoint: &str) {
             |bytes| file_reply(state, endpoint, bytes, &request),
         )
     };
+    let endless = !reply.windows(14).any(|bytes| bytes == b"Content-Length");
     // The client may close first; that is its right.
-    let _ = stream.write_all(&reply);
+    let mut sent = stream.write_all(&reply);
+    while endless && sent.is_ok() {
+        sent = stream.write_all(&[0; 1 << 16]);
+    }
 }
 
 fn read_request(stream: &TcpStream) -> ServedRequest {
@@ -145,6 +169,10 @@ fn checksum(state: &State, path: &str, bytes: &[u8]) -> String {
 
 /// Two files a page; large files, which are those named `.safetensors`, have a checksum.
 fn hugging_face_listing(state: &State, query: &str, endpoint: &str) -> Vec<u8> {
+    if let Some((body, next)) = &state.listing {
+        let link = if next.is_empty() { String::new() } else { format!("Link: <{next}>; rel=\"next\"\r\n") };
+        return json(&link.replace("ENDPOINT", endpoint), body);
+    }
     let start: usize = query.split("cursor=").nth(1).map_or(0, |cursor| cursor.parse().unwrap());
     let entry = |(path, bytes): (&String, &Vec<u8>)| {
         let size = bytes.len();
@@ -184,9 +212,15 @@ fn file_reply(state: &State, endpoint: &str, bytes: &[u8], request: &ServedReque
     if let Some(Fault::Status(status)) = fault {
         return head(&format!("{status} Refused"), 0, "");
     }
-    if let Some(Fault::RedirectToLocalhost) = fault {
-        let address = endpoint.replace("127.0.0.1", "localhost");
-        return head("302 Found", 0, &format!("Location: {address}{}\r\n", request.path));
+    let redirect = |to: &str| head("302 Found", 0, &format!("Location: {to}{}\r\n", request.path));
+    match fault {
+        Some(Fault::RedirectToLocalhost) => return redirect(&endpoint.replace("127.0.0.1", "localhost")),
+        Some(Fault::RedirectToItself) => {
+            state.faults.lock().unwrap().push_front(Fault::RedirectToItself);
+            return redirect(endpoint);
+        }
+        Some(Fault::WithoutEnd) => return [b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", bytes].concat(),
+        _ => {}
     }
     let range = request.range.as_deref().filter(|_| !matches!(fault, Some(Fault::IgnoreRange)));
     let (status, headers, body) = match range {

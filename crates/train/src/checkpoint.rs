@@ -48,6 +48,16 @@ pub(crate) struct Snapshot {
     pub(crate) averages: Option<HostTensors>,
 }
 
+impl Snapshot {
+    /// Bytes of its numbers, about what its files need.
+    fn bytes(&self) -> u64 {
+        let tensors = self.weights.values().chain(self.averages.iter().flat_map(BTreeMap::values));
+        let moments = self.moments.values().map(|moments| moments.first.len() + moments.second.len());
+        let numbers: usize = tensors.map(|tensor| tensor.values.len()).chain(moments).sum();
+        (size_of::<f32>() * numbers) as u64
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct Manifest {
     progress: Progress,
@@ -78,6 +88,19 @@ impl Checkpoints {
     /// # Errors
     /// If a file cannot be written; older checkpoints are untouched then.
     pub(crate) fn save(&self, snapshot: Snapshot) -> Result<PathBuf, TrainError> {
+        let (step, needed_bytes) = (snapshot.progress.step, snapshot.bytes());
+        self.save_new(snapshot).map_err(|reason| {
+            let reason = Box::new(reason);
+            TrainError::NotSaved {
+                step,
+                needed_bytes,
+                reason,
+                newest: self.list().ok().and_then(|mut all| all.pop()),
+            }
+        })
+    }
+
+    fn save_new(&self, snapshot: Snapshot) -> Result<PathBuf, TrainError> {
         let path = self.folder.join(format!("step-{:08}", snapshot.progress.step));
         let part = self.folder.join(format!(".step-{:08}.part", snapshot.progress.step));
         let written = write(&part, snapshot).and_then(|()| publish(&part, &path));

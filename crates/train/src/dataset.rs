@@ -100,7 +100,7 @@ impl Dataset {
     /// If a picture or stored file is missing, damaged or of another shape.
     pub(crate) fn prepare(rows: &[SourceRow], with: Preparation<'_>) -> Result<Self, TrainError> {
         let mut pictures = PictureTable::new(with);
-        let mut prompts = PromptTable::default();
+        let mut prompts = PromptTable::new(with.model.text_width());
         prompts.add("", None)?;
         let mut samples = Vec::with_capacity(rows.len());
         for row in rows {

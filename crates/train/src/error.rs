@@ -35,6 +35,16 @@ pub enum TrainError {
         /// The range.
         expected: &'static str,
     },
+    /// A recipe value that asks for more than any run needs.
+    #[error("{key} is {found}, expected at most {limit}")]
+    TooMuch {
+        /// The key.
+        key: String,
+        /// Its value.
+        found: String,
+        /// The largest value.
+        limit: String,
+    },
     /// Only one of two keys that need each other is given.
     #[error("{given} is given without {missing}\nhint: give both or neither")]
     Half {
@@ -102,6 +112,23 @@ pub enum TrainError {
         path: PathBuf,
         /// One reason each.
         reasons: Vec<String>,
+    },
+    /// A checkpoint that could not be written.
+    #[error(
+        "the checkpoint of step {step}, about {needed_bytes} bytes, was not written: {}; {}\nhint: make room and run the \
+         same command again, it continues there",
+        first_line(reason),
+        newest.as_ref().map_or("there is none before it".into(), |path| format!("{} is whole", path.display()))
+    )]
+    NotSaved {
+        /// The optimiser step.
+        step: u64,
+        /// Bytes of its numbers.
+        needed_bytes: u64,
+        /// What went wrong.
+        reason: Box<TrainError>,
+        /// The newest checkpoint there is.
+        newest: Option<PathBuf>,
     },
     /// There is nothing to train on.
     #[error("{}: no rows to train on", path.display())]
@@ -176,6 +203,11 @@ pub enum TrainError {
     Flow(#[from] FlowError),
 }
 
+/// An error without its hint, where another one follows.
+fn first_line(error: &TrainError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
 impl TrainError {
     /// Whether the recipe itself is at fault, so that nothing was tried.
     pub fn is_usage(&self) -> bool {
@@ -183,6 +215,7 @@ impl TrainError {
             self,
             Self::Recipe { .. }
                 | Self::Value { .. }
+                | Self::TooMuch { .. }
                 | Self::Half { .. }
                 | Self::Component { .. }
                 | Self::Unsupported { .. }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_data::buckets::batches;
+use fewstep_data::check_inside;
 use fewstep_data::image::{Picture, Size};
 use fewstep_models::{Condition, Model, WeightFiles};
 
@@ -35,7 +36,10 @@ impl Stored {
         // Not `with_extension`, which would cut a stem with a dot in it.
         let path = base.join("latents").join(format!("{}.safetensors", stem.to_string_lossy()));
         match path.is_file() {
-            true => Ok(Some(Self { files: WeightFiles::open(&path)?, path })),
+            true => {
+                check_inside(base, &path)?;
+                Ok(Some(Self { files: WeightFiles::open(&path)?, path }))
+            }
             false => Ok(None),
         }
     }
@@ -144,8 +148,9 @@ impl Encoding {
 }
 
 /// Distinct prompts and, where stored, their text states.
-#[derive(Default)]
 pub(crate) struct PromptTable {
+    /// J, the width of text states.
+    width: usize,
     /// The prompts.
     pub(crate) texts: Vec<String>,
     index: HashMap<String, usize>,
@@ -153,13 +158,18 @@ pub(crate) struct PromptTable {
 }
 
 impl PromptTable {
+    /// An empty table of text states of this width.
+    pub(crate) fn new(width: usize) -> Self {
+        Self { width, texts: Vec::new(), index: HashMap::new(), stored: Vec::new() }
+    }
+
     /// Index of a prompt.
     pub(crate) fn add(&mut self, text: &str, stored: Option<&Stored>) -> Result<usize, TrainError> {
         if let Some(index) = self.index.get(text) {
             return Ok(*index);
         }
         let stored = stored.filter(|stored| stored.files.contains("text"));
-        self.stored.push(stored.map(|stored| stored.text()).transpose()?);
+        self.stored.push(stored.map(|stored| stored.text(self.width)).transpose()?);
         self.index.insert(text.to_owned(), self.texts.len());
         self.texts.push(text.to_owned());
         Ok(self.texts.len() - 1)
@@ -183,13 +193,16 @@ impl PromptTable {
 }
 
 impl Stored {
-    fn text(&self) -> Result<HostTensor, TrainError> {
+    /// The text states, of which there is at least one.
+    fn text(&self, width: usize) -> Result<HostTensor, TrainError> {
         let text = self.read("text")?;
-        if text.shape.len() != 2 {
-            let (path, found) = (self.path.clone(), text.shape);
-            return Err(TrainError::Shape { path, what: "text", found, expected: vec![0, 0] });
+        match text.shape[..] {
+            [tokens, found] if found == width && tokens > 0 => Ok(text),
+            _ => {
+                let (path, found) = (self.path.clone(), text.shape);
+                Err(TrainError::Shape { path, what: "text", found, expected: vec![1, width] })
+            }
         }
-        Ok(text)
     }
 }
 

@@ -61,7 +61,7 @@ fn component(source: &ModelSource, path: &Path, class: &Value, footprint: &Footp
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let Some((component, expected)) = footprint.parameters.get_key_value(&*name) else { return Ok(told) };
     if let Ok(files) = WeightFiles::open(path) {
-        merge(&mut told, summary(&files.entries()?));
+        merge(&mut told, summary(&files.entries()));
     }
     let weights = match check_weights(source, component) {
         Ok(()) => "as the config says".to_owned(),

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 /// A weight file or the folder of its shards.
 pub(super) fn tensors(path: &Path) -> Result<Value> {
-    let entries = WeightFiles::open(path)?.entries()?;
+    let entries = WeightFiles::open(path)?.entries();
     let info = if path.is_file() { read_info(path)? } else { BTreeMap::new() };
     let mut told = json!({"kind": if path.is_file() { "weight file" } else { "weight files" }});
     merge(&mut told, summary(&entries));
@@ -34,7 +34,7 @@ pub(super) fn summary(entries: &[TensorEntry]) -> Value {
 /// A LoRA file.
 pub(super) fn lora(lora: &LoraWeights) -> Result<Value> {
     let layers = lora.layers();
-    let entries = WeightFiles::open(lora.path())?.entries()?;
+    let entries = WeightFiles::open(lora.path())?.entries();
     let ranks: BTreeSet<usize> = layers.values().map(|layer| layer.rank).collect();
     let mut told = json!({
         "kind": "LoRA",

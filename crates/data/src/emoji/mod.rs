@@ -6,19 +6,21 @@
 
 mod training_folder;
 
-use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use zip::ZipArchive;
 
-use crate::DataError;
 use crate::image::Picture;
+use crate::{DataError, bounded};
 
 /// The side of every picture of the set.
 pub const SIDE_PX: usize = 64;
+
+/// The largest file of a picture: its pixels without compression, and room for headers.
+const MAX_PICTURE_BYTES: u64 = (4 * SIDE_PX * SIDE_PX + 4096) as u64;
 
 /// The file of labels inside the set's folder.
 pub const CONCEPTS_FILE: &str = "concepts.jsonl";
@@ -188,45 +190,50 @@ impl EmojiSet {
 }
 
 fn read_concepts(path: &Path) -> Result<Vec<Concept>, DataError> {
-    let text = fs::read_to_string(path).map_err(DataError::io(path))?;
-    let parse = |(line, row): (&str, usize)| {
-        let fault = |fault: serde_json::Error| malformed(path, Some(row), fault.to_string());
-        serde_json::from_str(line).map_err(fault)
-    };
-    text.lines().zip(1..).map(parse).collect()
+    let text = bounded::read_text(path).map_err(DataError::io(path))?;
+    text.lines()
+        .zip(1..)
+        .map(|(line, row)| concept(line).map_err(|reason| malformed(path, Some(row), reason)))
+        .collect()
 }
 
-/// One picture for each concept, in the concepts' order.
+fn concept(line: &str) -> Result<Concept, String> {
+    let concept: Concept = serde_json::from_str(line).map_err(|fault| fault.to_string())?;
+    // It becomes part of file names.
+    let plain = |byte: u8| byte.is_ascii_digit() || (b'A'..=b'F').contains(&byte) || byte == b'-';
+    match !concept.hex.is_empty() && concept.hex.bytes().all(plain) {
+        true => Ok(concept),
+        false => Err(format!("hex is {:?}, expected code points such as 1F34E-200D", concept.hex)),
+    }
+}
+
+/// One picture for each concept, in the concepts' order. What else an archive holds is not read.
 fn read_pictures(path: &Path, concepts: &[Concept]) -> Result<Vec<Picture>, DataError> {
     let file = File::open(path).map_err(DataError::io(path))?;
-    let mut archive =
-        ZipArchive::new(BufReader::new(file)).map_err(|fault| malformed(path, None, fault.to_string()))?;
-    let mut pictures = read_all(path, &mut archive)?;
-    let take = |(concept, row): (&Concept, usize)| {
-        let missing = || malformed(path, Some(row), format!("no picture of concept {}", concept.hex));
-        pictures.remove(&concept.hex).ok_or_else(missing)
-    };
-    concepts.iter().zip(1..).map(take).collect()
+    let archive = ZipArchive::new(BufReader::new(file));
+    let mut archive = archive.map_err(|fault| malformed(path, None, fault.to_string()))?;
+    concepts.iter().zip(1..).map(|(concept, row)| read_picture(path, &mut archive, (concept, row))).collect()
 }
 
-fn read_all(
+fn read_picture(
     path: &Path,
     archive: &mut ZipArchive<impl Read + Seek>,
-) -> Result<HashMap<String, Picture>, DataError> {
-    let mut pictures = HashMap::new();
-    for index in 0..archive.len() {
-        let mut entry = archive.by_index(index).map_err(|fault| malformed(path, None, fault.to_string()))?;
-        let name = entry.name().to_string();
-        let mut bytes = Vec::new();
-        entry.read_to_end(&mut bytes).map_err(DataError::io(path))?;
-        let picture = Picture::decode(&bytes, &path.join(&name))?;
-        if (picture.width, picture.height) != (SIDE_PX, SIDE_PX) {
-            let reason = format!("{name} is {} px, expected {SIDE_PX}x{SIDE_PX}", picture.size());
-            return Err(malformed(path, None, reason));
-        }
-        pictures.insert(name.trim_end_matches(".webp").into(), picture);
+    (concept, row): (&Concept, usize),
+) -> Result<Picture, DataError> {
+    let name = format!("{}.webp", concept.hex);
+    let fault = |reason: String| malformed(path, Some(row), format!("picture {name}: {reason}"));
+    let entry = archive.by_name(&name).map_err(|error| fault(error.to_string()))?;
+    let mut bytes = Vec::new();
+    // One byte more than allowed tells an entry that unpacks to more than it says.
+    entry.take(MAX_PICTURE_BYTES + 1).read_to_end(&mut bytes).map_err(|error| fault(error.to_string()))?;
+    if bytes.len() as u64 > MAX_PICTURE_BYTES {
+        return Err(fault(format!("unpacks to more than {MAX_PICTURE_BYTES} bytes")));
     }
-    Ok(pictures)
+    let picture = Picture::decode(&bytes, &path.join(&name))?;
+    match (picture.width, picture.height) {
+        (SIDE_PX, SIDE_PX) => Ok(picture),
+        _ => Err(fault(format!("found {} px, expected {SIDE_PX}x{SIDE_PX}", picture.size()))),
+    }
 }
 
 fn malformed(path: &Path, row: Option<usize>, reason: String) -> DataError {

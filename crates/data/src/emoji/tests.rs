@@ -1,4 +1,5 @@
 use std::collections::HashSet;
+use std::fs;
 use std::path::PathBuf;
 
 use super::*;
@@ -123,7 +124,8 @@ fn a_concept_without_a_picture_is_named() {
     let path = folder.path().join(Style::Fluent3d.file_name());
     fs::write(&path, empty).unwrap();
     let error = EmojiSet::open(folder.path()).err().unwrap().to_string();
-    assert_eq!(error, format!("{}, row 1: no picture of concept 1F600", path.display()));
+    let reason = "picture 1F600.webp: specified file not found in archive";
+    assert_eq!(error, format!("{}, row 1: {reason}", path.display()));
 }
 
 #[test]
@@ -137,4 +139,48 @@ fn an_unknown_group_is_answered_with_the_groups_there_are() {
         "{error}"
     );
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// A set of one concept whose pictures are these bytes.
+fn set_of(bytes: &[u8], hex: &str) -> Result<EmojiSet, String> {
+    use std::io::Write;
+    let folder = tempfile::tempdir().unwrap();
+    let line = format!(r#"{{"hex": "{hex}", "en": "x", "zh": "x", "group": "g"}}"#);
+    fs::write(folder.path().join(CONCEPTS_FILE), line).unwrap();
+    for style in Style::ALL {
+        let mut zip = zip::ZipWriter::new(File::create(folder.path().join(style.file_name())).unwrap());
+        zip.start_file(format!("{hex}.webp"), zip::write::SimpleFileOptions::default()).unwrap();
+        zip.write_all(bytes).unwrap();
+        zip.finish().unwrap();
+    }
+    EmojiSet::open(folder.path()).map_err(|error| error.to_string())
+}
+
+#[test]
+fn an_entry_that_unpacks_to_more_than_a_picture_is_refused() {
+    let error = set_of(&vec![0; 50_000_000], "1F34E").err().unwrap();
+    assert!(error.contains("fluent-3d.zip, row 1: picture 1F34E.webp: unpacks to more than"), "{error}");
+}
+
+#[test]
+fn a_concept_whose_name_leads_out_of_the_folder_is_refused() {
+    for hex in ["../../x", "/x", "a", ""] {
+        let error = set_of(b"x", hex).err().unwrap();
+        assert!(error.contains("concepts.jsonl, row 1: hex is") && error.contains("1F34E-200D"), "{error}");
+    }
+}
+
+#[test]
+fn an_archive_that_is_none_or_cut_off_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/emoji");
+    for name in [CONCEPTS_FILE.to_owned(), Style::FluentFlat.file_name(), Style::Noto.file_name()] {
+        fs::copy(bundled.join(&name), folder.path().join(&name)).unwrap();
+    }
+    let whole = fs::read(bundled.join(Style::Fluent3d.file_name())).unwrap();
+    for damaged in [&b"no archive"[..], &whole[..whole.len() / 2], &whole[..whole.len() - 30]] {
+        fs::write(folder.path().join(Style::Fluent3d.file_name()), damaged).unwrap();
+        let error = EmojiSet::open(folder.path()).err().unwrap().to_string();
+        assert!(error.contains("fluent-3d.zip: "), "{error}");
+    }
 }

@@ -1,12 +1,12 @@
 //! The bundled set written out as the kind of data set that users bring.
 
 use std::collections::BTreeSet;
-use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::{EmojiSet, Item, Language};
 use crate::DataError;
+use crate::atomic::NewFolder;
 use crate::metadata::{ImageRow, write_image_csv};
 
 impl EmojiSet {
@@ -25,19 +25,14 @@ impl EmojiSet {
         groups: &[&str],
     ) -> Result<(), DataError> {
         refuse_taken(folder)?;
-        let partial = hidden_beside(folder);
         let chosen = self.of_groups(groups)?;
-        let write = || {
-            remove_folder(&partial)?;
-            for part in [Part::Training, Part::HeldOut] {
-                let of_part =
-                    |item: &Item<'_>| chosen[item.concept] && item.held_out == (part == Part::HeldOut);
-                let items: Vec<_> = self.items().filter(of_part).collect();
-                self.write_part(&partial, part, &items, languages)?;
-            }
-            fs::rename(&partial, folder).map_err(DataError::io(folder))
-        };
-        write().inspect_err(|_| drop(fs::remove_dir_all(&partial)))
+        let made = NewFolder::begin(folder).map_err(DataError::io(folder))?;
+        for part in [Part::Training, Part::HeldOut] {
+            let of_part = |item: &Item<'_>| chosen[item.concept] && item.held_out == (part == Part::HeldOut);
+            let items: Vec<_> = self.items().filter(of_part).collect();
+            self.write_part(made.part(), part, &items, languages)?;
+        }
+        made.publish().map_err(DataError::io(folder))
     }
 
     /// For each concept whether it has one of the groups.
@@ -95,20 +90,7 @@ impl Part {
     }
 }
 
-/// Where the folder is prepared: `.name.part` in the same place.
-fn hidden_beside(folder: &Path) -> PathBuf {
-    let mut hidden = OsString::from(".");
-    hidden.push(folder.file_name().unwrap_or_default());
-    hidden.push(".part");
-    folder.with_file_name(hidden)
-}
-
 fn refuse_taken(folder: &Path) -> Result<(), DataError> {
     let taken = fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some());
     if taken { Err(DataError::FolderTaken { path: folder.into() }) } else { Ok(()) }
-}
-
-/// Removes what an interrupted run left.
-fn remove_folder(folder: &Path) -> Result<(), DataError> {
-    if folder.exists() { fs::remove_dir_all(folder).map_err(DataError::io(folder)) } else { Ok(()) }
 }

@@ -2,21 +2,27 @@
 
 mod resample;
 mod size;
+mod whole;
 
-use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Cursor, Seek};
 use std::path::Path;
 
 use ::image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
-use crate::{DataError, atomic};
+use crate::{DataError, atomic, bounded};
 pub use size::{Resize, Size, refuse_resize};
 
 /// The largest side of a picture that is decoded. A file of a few bytes may claim any size.
 pub const MAX_SIDE_PX: usize = 16_384;
 
-/// What a decoder may allocate; a picture of [`MAX_SIDE_PX`] squared with four bytes a pixel just fits.
-const MAX_DECODER_BYTES: u64 = 4 * (MAX_SIDE_PX * MAX_SIDE_PX) as u64;
+/// The largest area of a picture that is decoded, in pixels: PIL's, which raises `DecompressionBombError` beyond.
+pub const MAX_PIXELS: usize = 178_956_970;
+
+/// The largest picture file: a picture of [`MAX_PIXELS`] with eight bytes a pixel that could not be compressed.
+const MAX_FILE_BYTES: u64 = 8 * MAX_PIXELS as u64;
+
+/// What a decoder may allocate besides the picture: rows, and profiles and texts, which png compresses.
+const MAX_DECODER_BYTES: u64 = 32 << 20;
 
 /// An 8-bit RGB picture.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,13 +47,13 @@ pub enum Rounding {
 impl Picture {
     /// Reads a png, jpeg or webp file, recognised by its content, as `PIL.Image.open(path).convert("RGB")` would.
     ///
-    /// Transparency is dropped, not blended, and 16-bit grey is cut off at 255: both are PIL's habits. Jpeg decoders may
-    /// differ by one level from PIL's, and EXIF orientation is not applied.
+    /// Transparency is dropped, not blended, 16-bit grey is cut off at 255, EXIF orientation is not applied, and of an
+    /// animation the first picture is taken: all are PIL's habits. Jpeg decoders may differ by one level from PIL's.
     ///
     /// # Errors
-    /// When the file is missing, no picture, damaged, or larger than [`MAX_SIDE_PX`].
+    /// When the file is missing, no picture, damaged or cut off, or larger than [`MAX_SIDE_PX`] or [`MAX_PIXELS`].
     pub fn load(path: &Path) -> Result<Self, DataError> {
-        let bytes = fs::read(path).map_err(DataError::io(path))?;
+        let bytes = bounded::read(path, MAX_FILE_BYTES).map_err(DataError::io(path))?;
         Self::decode(&bytes, path)
     }
 
@@ -61,6 +67,10 @@ impl Picture {
             reason: reason.to_string(),
         };
         let decoder = limited_decoder(Cursor::new(bytes), path)?;
+        if whole::is_cut_off(bytes) {
+            let reason = "the file is cut off".into();
+            return Err(DataError::Picture { path: path.into(), reason });
+        }
         Ok(convert(DynamicImage::from_decoder(decoder).map_err(broken)?))
     }
 
@@ -69,8 +79,16 @@ impl Picture {
     /// # Errors
     /// As [`Self::load`], except that damage behind the header goes unnoticed.
     pub fn size_of(path: &Path) -> Result<Size, DataError> {
-        let file = File::open(path).map_err(DataError::io(path))?;
+        let file = bounded::open(path, MAX_FILE_BYTES).map_err(DataError::io(path))?;
         Ok(dimensions(limited_decoder(BufReader::new(file), path)?.as_ref()))
+    }
+
+    /// As [`Self::size_of`], from the bytes of a file; `path` only names it in errors.
+    ///
+    /// # Errors
+    /// As [`Self::size_of`].
+    pub fn size_in(bytes: &[u8], path: &Path) -> Result<Size, DataError> {
+        Ok(dimensions(limited_decoder(Cursor::new(bytes), path)?.as_ref()))
     }
 
     /// The picture's size.
@@ -137,11 +155,7 @@ impl Picture {
     ///
     /// Scaling is PIL's antialiased bilinear filter, bit for bit.
     pub fn crop_and_resize(&self, target: Size) -> Self {
-        let by_width = target.width as f64 / self.width as f64;
-        let by_height = target.height as f64 / self.height as f64;
-        let scaled = |side: usize| (side as f64 * by_width.max(by_height)).round_ties_even() as usize;
-        let covering = Size { height: scaled(self.height), width: scaled(self.width) };
-        resample::bilinear(self, covering).crop_centre(target)
+        resample::bilinear(self, self.size().covering(target)).crop_centre(target)
     }
 
     fn crop_centre(&self, target: Size) -> Self {
@@ -160,15 +174,15 @@ fn limited_decoder<'a>(
 ) -> Result<Box<dyn ImageDecoder + 'a>, DataError> {
     let broken =
         |reason: ::image::ImageError| DataError::Picture { path: path.into(), reason: reason.to_string() };
-    let reader = ImageReader::new(reader).with_guessed_format().map_err(DataError::io(path))?;
-    let mut decoder = reader.into_decoder().map_err(broken)?;
-    let found = dimensions(&decoder);
-    if found.width.max(found.height) > MAX_SIDE_PX {
-        return Err(DataError::TooLarge { path: path.into(), found, limit: MAX_SIDE_PX });
-    }
+    let mut reader = ImageReader::new(reader).with_guessed_format().map_err(DataError::io(path))?;
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(MAX_DECODER_BYTES);
-    decoder.set_limits(limits).map_err(broken)?;
+    reader.limits(limits);
+    let decoder = reader.into_decoder().map_err(broken)?;
+    let found = dimensions(&decoder);
+    if found.width.max(found.height) > MAX_SIDE_PX || found.width * found.height > MAX_PIXELS {
+        return Err(DataError::TooLarge { path: path.into(), found });
+    }
     Ok(Box::new(decoder))
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use super::Picture;
+use super::{MAX_PIXELS, Picture};
 use crate::DataError;
 use crate::metadata::Metadata;
 
@@ -19,6 +19,16 @@ pub struct Size {
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}x{}", self.width, self.height)
+    }
+}
+
+impl Size {
+    /// The size in the same proportions that just covers `target`.
+    pub(super) fn covering(self, target: Size) -> Size {
+        let by_width = target.width as f64 / self.width as f64;
+        let by_height = target.height as f64 / self.height as f64;
+        let scaled = |side: usize| (side as f64 * by_width.max(by_height)).round_ties_even() as usize;
+        Size { height: scaled(self.height), width: scaled(self.width) }
     }
 }
 
@@ -45,10 +55,11 @@ impl Resize {
     /// The training size of a picture, as DiffSynth's `ImageCropAndResize.get_height_width` computes it.
     ///
     /// # Errors
-    /// When a side rounds down to nothing.
+    /// When a side rounds down to nothing, or the picture is so narrow that scaled to cover its target it would have
+    /// more than [`MAX_PIXELS`].
     pub fn target_size(self, picture: Size) -> Result<Size, DataError> {
         let (max_pixels, division) = match self {
-            Self::Exact { height, width } => return Ok(Size { height, width }),
+            Self::Exact { height, width } => return coverable(picture, Size { height, width }),
             Self::MaxPixels { max_pixels, division } => (max_pixels, division),
         };
         let area = picture.height * picture.width;
@@ -59,6 +70,15 @@ impl Resize {
             return Err(DataError::TooSmall { found: picture, division });
         }
         Ok(target)
+    }
+}
+
+/// The target, where covering it takes no picture out of all bounds.
+fn coverable(picture: Size, target: Size) -> Result<Size, DataError> {
+    let covering = picture.covering(target);
+    match covering.height.checked_mul(covering.width) {
+        Some(area) if area <= MAX_PIXELS => Ok(target),
+        _ => Err(DataError::TooNarrow { found: picture, target }),
     }
 }
 

@@ -1,3 +1,4 @@
+use std::fs;
 use std::path::PathBuf;
 
 use fewstep_testkit::{Golden, assert_close, golden};
@@ -137,7 +138,8 @@ fn a_picture_that_claims_a_huge_size_is_refused_before_decoding() {
     assert_eq!(
         error,
         format!(
-            "{}: found a picture of 65536x65536 px, expected at most 16384 px on each side",
+            "{}: found a picture of 65536x65536 px, expected at most 16384 px on each side and 178956970 px in all\n\
+             hint: scale it down",
             path.display()
         )
     );
@@ -192,4 +194,55 @@ fn distillation_refuses_a_picture_that_would_be_rounded_down() {
     refuse_resize(&metadata, folder.path(), dynamic(10)).unwrap();
     let error = refuse_resize(&metadata, folder.path(), dynamic(32)).unwrap_err().to_string();
     assert!(error.contains("metadata.csv, row 1: a picture of 30x20 px rounds down to nothing"), "{error}");
+}
+
+/// PIL's reading is in a file beside; the decoders of jpeg may differ by little (goldens/make/odd_pictures.py).
+#[test]
+fn pictures_that_readers_disagree_on_are_read_as_by_pil() {
+    for (name, tolerance) in [
+        ("cmyk.jpg", 3),
+        ("turned.jpg", 1),
+        ("grey.jpg", 1),
+        ("progressive.jpg", 1),
+        ("frames.webp", 0),
+        ("frames.png", 0),
+    ] {
+        let path = data("odd").join(name);
+        let (found, expected) = (
+            Picture::load(&path).unwrap(),
+            Picture::load(&data("odd").join(format!("{name}.rgb.png"))).unwrap(),
+        );
+        assert_eq!(found.size(), expected.size(), "{name}");
+        assert_eq!(Picture::size_of(&path).unwrap(), expected.size(), "{name}");
+        let largest = found.rgb.iter().zip(&expected.rgb).map(|(a, b)| a.abs_diff(*b)).max();
+        assert!(largest <= Some(tolerance), "{name}: differs by {largest:?}, expected at most {tolerance}");
+    }
+}
+
+#[test]
+fn a_picture_cut_off_anywhere_is_an_error() {
+    for name in ["odd/turned.jpg", "odd/progressive.jpg", "odd/grey.jpg", "odd/frames.webp", "mode_P.png"] {
+        let bytes = fs::read(data(name)).unwrap();
+        Picture::decode(&bytes, Path::new(name)).unwrap();
+        // Readers need not look at a few bytes at the end: a checksum, or half of a marker.
+        for length in (0..bytes.len() - 16).step_by(7) {
+            let error = Picture::decode(&bytes[..length], Path::new(name)).map(|_| length).unwrap_err();
+            assert!(error.to_string().starts_with(&format!("{name}: no readable picture: ")), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_strip_that_would_cover_its_target_by_growing_out_of_bounds_is_refused() {
+    let target = Resize::Exact { height: 1024, width: 1024 };
+    let error = target.target_size(Size { height: 1, width: 16_384 }).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "a picture of 16384x1 px scaled until it covers 1024x1024 px has more than 178956970 px\n\
+         hint: crop it to a shape that is less narrow"
+    );
+    assert_eq!(
+        target.target_size(Size { height: 64, width: 4096 }).unwrap(),
+        Size { height: 1024, width: 1024 }
+    );
 }

@@ -3,15 +3,20 @@
 //! A csv, json or jsonl file becomes [`Row`]s of named text values; typed access checks one value and, where it is wrong,
 //! names the file, the row and the column.
 
+mod json;
 mod read;
 mod rows;
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::DataError;
+use crate::inside::{check_inside, is_below};
+use crate::{DataError, bounded};
 pub use fewstep_flow::noise::RandDevice;
 pub use rows::{DistillRow, ImageRow, write_distill_csv, write_image_csv};
+
+/// The largest metadata file: a few million rows.
+const MAX_BYTES: u64 = 1 << 30;
 
 /// The rows of one metadata file.
 #[derive(Clone, Debug)]
@@ -39,8 +44,18 @@ impl Metadata {
     /// # Errors
     /// When the file cannot be read, is not UTF-8, or breaks its format's rules.
     pub fn read(path: &Path) -> Result<Self, DataError> {
+        let bytes = bounded::read(path, MAX_BYTES).map_err(DataError::io(path))?;
+        Self::parse(path, bytes)
+    }
+
+    /// As [`Self::read`], from the bytes of a file; `path` tells the format by its extension and names the file in
+    /// errors.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn parse(path: &Path, bytes: Vec<u8>) -> Result<Self, DataError> {
         let file: Arc<Path> = path.into();
-        let records = read::records(path)?;
+        let records = read::records(path, bytes)?;
         let rows =
             records.into_iter().zip(1..).map(|(values, number)| Row { number, values, file: file.clone() });
         Ok(Self { rows: rows.collect(), path: file })
@@ -51,7 +66,7 @@ impl Metadata {
     /// # Errors
     /// For the first row that lacks one of them, or whose picture lies outside the base folder.
     pub fn image_rows(&self) -> Result<Vec<ImageRow>, DataError> {
-        self.rows.iter().map(ImageRow::from_row).collect()
+        self.rows.iter().map(Row::captioned).collect()
     }
 
     /// Every row as teacher data: picture, prompt and the teacher's noise.
@@ -114,22 +129,31 @@ impl Row {
         number.ok_or_else(|| self.wrong(column, text, NUMBER))
     }
 
+    /// The row's picture and prompt.
+    ///
+    /// # Errors
+    /// When it lacks one of them, or the picture lies outside the base folder.
+    pub fn captioned(&self) -> Result<ImageRow, DataError> {
+        ImageRow::from_row(self)
+    }
+
     /// The value of a column that names a picture, as written: relative to the data set's base folder.
     ///
     /// # Errors
-    /// When it is missing, empty, absolute, or leads out of the base folder.
+    /// When it is missing, empty, absolute, leads out of the base folder, or has a backslash in it.
     pub fn image(&self, column: &str) -> Result<&str, DataError> {
         let text = self.text(column)?;
-        if stays_inside(Path::new(text)) { Ok(text) } else { Err(self.wrong(column, text, RELATIVE_PATH)) }
+        if is_below(text) { Ok(text) } else { Err(self.wrong(column, text, RELATIVE_PATH)) }
     }
 
     /// The picture a column names, below `base`.
     ///
     /// # Errors
-    /// As [`Self::image`], and when there is no such file.
+    /// As [`Self::image`], and when there is no such file, or a link leads out of `base` to it.
     pub fn image_file(&self, column: &str, base: &Path) -> Result<PathBuf, DataError> {
         let file = base.join(self.image(column)?);
         if file.is_file() {
+            check_inside(base, &file).map_err(|fault| fault.at_row(self.path(), self.number))?;
             return Ok(file);
         }
         let (path, column) = (self.path().into(), column.into());
@@ -163,27 +187,15 @@ const NUMBER: Kind =
     Kind { expected: "a number from 0", hint: "write it like 1 or 4.5; cfg_scale 1 is guidance off" };
 const RELATIVE_PATH: Kind = Kind {
     expected: "a path relative to the dataset base path that does not leave it",
-    hint: "move the picture below the dataset base path, or name a folder above both as the base path",
+    hint: "move the picture below the dataset base path, or name a folder above both as the base path; folders are \
+           parted by /",
 };
 const RAND_DEVICE: Kind =
     Kind { expected: "cpu or cuda", hint: "it names the generator that drew the teacher's noise" };
-const STEPS: Kind =
-    Kind { expected: "an integer from 1", hint: "it is the number of sampling steps the student shall take" };
-
-/// Whether a relative path stays below its base at every component. Links in the file system are the user's own.
-fn stays_inside(path: &Path) -> bool {
-    let mut depth = 0_i64;
-    let below = path.components().all(|component| {
-        depth += match component {
-            Component::Normal(_) => 1,
-            Component::CurDir => 0,
-            Component::ParentDir => -1,
-            Component::RootDir | Component::Prefix(_) => return false,
-        };
-        depth >= 0
-    });
-    below && depth > 0
-}
+const STEPS: Kind = Kind {
+    expected: "an integer from 1 to 10000",
+    hint: "it is the number of sampling steps the student shall take",
+};
 
 #[cfg(test)]
 mod tests;

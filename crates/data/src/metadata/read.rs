@@ -1,17 +1,19 @@
 //! The three formats of metadata files, each read whole into records of named text values.
 
-use std::fs;
+use std::collections::HashSet;
 use std::path::Path;
 
-use serde_json::{Map, Value};
-
+use super::json;
 use crate::DataError;
 
 /// The named values of one row.
-type Record = Vec<(String, String)>;
+pub(super) type Record = Vec<(String, String)>;
 
-/// Reads a file in the format its extension names.
-pub(super) fn records(path: &Path) -> Result<Vec<Record>, DataError> {
+/// The most columns of a row: each row has its own copy of their names.
+const MAX_COLUMNS: usize = 1000;
+
+/// Reads the bytes of a file in the format its extension names.
+pub(super) fn records(path: &Path, bytes: Vec<u8>) -> Result<Vec<Record>, DataError> {
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     let parse = match extension.as_str() {
         "csv" => csv_records,
@@ -19,7 +21,6 @@ pub(super) fn records(path: &Path) -> Result<Vec<Record>, DataError> {
         "jsonl" => jsonl_records,
         _ => return Err(DataError::Format { path: path.into(), found: extension }),
     };
-    let bytes = fs::read(path).map_err(DataError::io(path))?;
     let text =
         String::from_utf8(bytes).map_err(|fault| malformed(path, None, format!("not UTF-8: {fault}")))?;
     // Spreadsheets write a byte order mark; it is no part of the first column's name.
@@ -29,11 +30,7 @@ pub(super) fn records(path: &Path) -> Result<Vec<Record>, DataError> {
 fn csv_records(path: &Path, text: &str) -> Result<Vec<Record>, DataError> {
     let mut reader = csv::Reader::from_reader(text.as_bytes());
     let header = reader.headers().map_err(|fault| malformed(path, None, fault.to_string()))?.clone();
-    if let Some(twice) =
-        header.iter().enumerate().find(|(at, name)| header.iter().take(*at).any(|other| other == *name))
-    {
-        return Err(malformed(path, None, format!("column `{}` appears twice in the header", twice.1)));
-    }
+    check_header(&header).map_err(|reason| malformed(path, None, reason))?;
     let named =
         |record: csv::StringRecord| header.iter().zip(&record).map(|(n, v)| (n.into(), v.into())).collect();
     let rows = reader.records().zip(1..);
@@ -41,6 +38,22 @@ fn csv_records(path: &Path, text: &str) -> Result<Vec<Record>, DataError> {
         record.map(named).map_err(|fault| malformed(path, Some(row), csv_reason(&fault)))
     })
     .collect()
+}
+
+fn check_header(header: &csv::StringRecord) -> Result<(), String> {
+    check_columns(header.len())?;
+    let mut seen = HashSet::new();
+    match header.iter().find(|name| !seen.insert(*name)) {
+        Some(twice) => Err(format!("column `{twice}` appears twice in the header")),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn check_columns(found: usize) -> Result<(), String> {
+    match found <= MAX_COLUMNS {
+        true => Ok(()),
+        false => Err(format!("found {found} columns, expected at most {MAX_COLUMNS}")),
+    }
 }
 
 /// The csv crate's own message also numbers the records, from another start than ours.
@@ -56,45 +69,12 @@ fn csv_reason(fault: &csv::Error) -> String {
 }
 
 fn json_records(path: &Path, text: &str) -> Result<Vec<Record>, DataError> {
-    let value: Value =
-        serde_json::from_str(text).map_err(|fault| malformed(path, None, fault.to_string()))?;
-    let Value::Array(rows) = value else {
-        return Err(malformed(path, None, format!("found {}, expected a list of objects", kind(&value))));
-    };
-    rows.into_iter()
-        .zip(1..)
-        .map(|(row, number)| object(row).map_err(|reason| malformed(path, Some(number), reason)))
-        .collect()
+    json::list(text).map_err(|(row, reason)| malformed(path, row, reason))
 }
 
 fn jsonl_records(path: &Path, text: &str) -> Result<Vec<Record>, DataError> {
     let lines = text.lines().filter(|line| !line.trim().is_empty()).zip(1..);
-    let parse = |line| serde_json::from_str(line).map_err(|fault| fault.to_string()).and_then(object);
-    lines.map(|(line, row)| parse(line).map_err(|reason| malformed(path, Some(row), reason))).collect()
-}
-
-fn object(value: Value) -> Result<Record, String> {
-    match value {
-        Value::Object(fields) => Ok(fields_as_text(fields)),
-        other => Err(format!("found {}, expected an object", kind(&other))),
-    }
-}
-
-fn fields_as_text(fields: Map<String, Value>) -> Record {
-    let present = fields.into_iter().filter(|(_, value)| !value.is_null());
-    let text = |value| if let Value::String(text) = value { text } else { value.to_string() };
-    present.map(|(name, value)| (name, text(value))).collect()
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "true or false",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a text",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
+    lines.map(|(line, row)| json::object(line).map_err(|reason| malformed(path, Some(row), reason))).collect()
 }
 
 fn malformed(path: &Path, row: Option<usize>, reason: String) -> DataError {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use fewstep_flow::MAX_STEPS;
 use fewstep_flow::noise::RandDevice;
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +29,7 @@ pub struct DistillRow {
     pub seed: u64,
     /// The generator of the initial noise.
     pub rand_device: RandDevice,
-    /// The student's sampling steps, at least 1.
+    /// The student's sampling steps, at least 1 and at most [`MAX_STEPS`].
     pub num_inference_steps: usize,
     /// The student's guidance; 1 is off.
     pub cfg_scale: f32,
@@ -62,7 +63,7 @@ fn steps(row: &Row, column: &str) -> Result<usize, DataError> {
     let found = row.integer(column)?;
     usize::try_from(found)
         .ok()
-        .filter(|steps| *steps > 0)
+        .filter(|steps| (1..=MAX_STEPS).contains(steps))
         .ok_or_else(|| row.wrong(column, &found.to_string(), STEPS))
 }
 

@@ -147,24 +147,30 @@ fn an_unknown_generator_and_no_steps_are_named() {
     );
     assert_eq!(
         distill_error("b.png,second,0,cpu,0,1"),
-        "./m.csv, row 2, column `num_inference_steps`: found `0`, expected an integer from 1\n\
+        "./m.csv, row 2, column `num_inference_steps`: found `0`, expected an integer from 1 to 10000\n\
          hint: it is the number of sampling steps the student shall take"
+    );
+    assert!(
+        distill_error("b.png,second,0,cpu,1000000000,1").contains("found `1000000000`, expected an integer")
     );
 }
 
 #[test]
 fn a_picture_outside_the_base_folder_is_refused() {
-    for image in ["", ".", "/etc/a.png", "../a.png", "a/../../a.png", "a/.."] {
+    for image in
+        ["", ".", "/etc/a.png", "../a.png", "a/../../a.png", "a/..", "..\\a.png", "C:\\a.png", "a\0.png"]
+    {
         assert_eq!(
             distill_error(&format!("{image},second,0,cpu,4,1")),
             format!(
                 "./m.csv, row 2, column `image`: found `{image}`, expected a path relative to the dataset base path that does not leave it\n\
-                 hint: move the picture below the dataset base path, or name a folder above both as the base path"
+                 hint: move the picture below the dataset base path, or name a folder above both as the base path; \
+                 folders are parted by /"
             )
         );
     }
     for image in ["a.png", "./a.png", "a/../b.png", "猫 1.png"] {
-        assert!(stays_inside(Path::new(image)), "{image}");
+        assert!(is_below(image), "{image}");
     }
 }
 
@@ -193,9 +199,23 @@ fn broken_files_are_named_with_their_row() {
         "./m.csv, row 2: found 3 values, expected 2 as in the header\nhint: put values with commas into double quotes"
     );
     assert_eq!(error("m.csv", b"image,seed,image\n"), "./m.csv: column `image` appears twice in the header");
-    assert_eq!(error("m.json", b"{}"), "./m.json: found an object, expected a list of objects");
-    assert_eq!(error("m.json", b"[{}, 3]"), "./m.json, row 2: found a number, expected an object");
-    assert_eq!(error("m.jsonl", b"{}\n[]\n"), "./m.jsonl, row 2: found a list, expected an object");
+    assert_eq!(
+        error("m.json", b"{}"),
+        "./m.json: invalid type: map, expected a list of objects at line 1 column 0"
+    );
+    assert_eq!(
+        error("m.json", b"[{}, 3]"),
+        "./m.json, row 2: invalid type: integer `3`, expected an object at line 1 column 6"
+    );
+    assert_eq!(
+        error("m.jsonl", b"{}\n[]\n"),
+        "./m.jsonl, row 2: invalid type: sequence, expected an object at line 1 column 0"
+    );
+    assert_eq!(
+        error("m.json", b"[{\"a\": 1, \"a\": 2}]"),
+        "./m.json, row 1: column `a` appears twice at line 1 column 17"
+    );
+    assert_eq!(error("m.json", b"[{}] {}"), "./m.json: trailing characters at line 1 column 6");
     assert_eq!(
         error("m.jsonl", b"{}\n{\"a\"\n"),
         "./m.jsonl, row 2: EOF while parsing an object at line 1 column 4"
@@ -203,4 +223,71 @@ fn broken_files_are_named_with_their_row() {
     assert!(error("m.csv", b"image\n\xff\n").starts_with("./m.csv: not UTF-8: "));
     let missing = Metadata::read(Path::new("nowhere/m.csv")).unwrap_err().to_string();
     assert!(missing.starts_with("nowhere/m.csv: No such file"), "{missing}");
+}
+
+#[test]
+fn rows_without_end_are_refused_by_their_columns() {
+    let wide = format!("image{}\na\n", ",x".repeat(1_000_000));
+    assert_eq!(read("m.csv", wide).unwrap_err(), "./m.csv: found 1000001 columns, expected at most 1000");
+    let fields: Vec<String> = (0..2000).map(|at| format!("\"{at}\":0")).collect();
+    let error = read("m.jsonl", format!("{{{}}}\n", fields.join(","))).unwrap_err();
+    assert!(error.starts_with("./m.jsonl, row 1: found 1001 columns, expected at most 1000"), "{error}");
+}
+
+#[test]
+fn json_nested_without_end_is_refused_and_not_followed() {
+    let deep = |open: &str, count| open.repeat(count);
+    for (name, text) in [
+        ("m.json", deep("[", 1_000_000)),
+        ("m.json", format!("[{}", deep("{\"a\":", 1_000_000))),
+        ("m.jsonl", deep("{\"a\":", 1_000_000)),
+    ] {
+        let error = read(name, text).unwrap_err();
+        assert!(
+            error.contains("recursion limit exceeded") || error.contains("expected an object"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_gigantic_cell_is_one_value() {
+    let prompt = "x".repeat(10_000_000);
+    let metadata = read("m.csv", format!("image,prompt\na.png,\"{prompt}\"\n")).unwrap();
+    assert_eq!(metadata.rows[0].text("prompt").unwrap().len(), prompt.len());
+}
+
+#[cfg(unix)]
+#[test]
+fn links_are_followed_inside_the_base_folder_and_refused_out_of_it() {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir().unwrap();
+    let (base, outside) = (folder.path().join("base"), folder.path().join("outside"));
+    for (folder, name) in [(&base, "real"), (&outside, "secret")] {
+        fs::create_dir_all(folder).unwrap();
+        fs::write(folder.join(name), "x").unwrap();
+    }
+    symlink("real", base.join("inner.png")).unwrap();
+    symlink(outside.join("secret"), base.join("outer.png")).unwrap();
+    symlink("../outside", base.join("folder")).unwrap();
+    let file = |image: &str| {
+        let path = base.join("m.csv");
+        fs::write(&path, format!("image,prompt\n{image},x\n")).unwrap();
+        Metadata::read(&path).unwrap().image_files(&base)
+    };
+    assert_eq!(file("inner.png").unwrap(), [base.join("inner.png")]);
+    for image in ["outer.png", "folder/secret", "folder/../outside/secret"] {
+        let error = without_folder(&file(image).unwrap_err(), &fs::canonicalize(folder.path()).unwrap());
+        assert!(error.contains("m.csv, row 1: "), "{error}");
+        assert!(
+            error.contains("leads by a link to ./outside/secret, outside of the dataset base path"),
+            "{error}"
+        );
+        assert!(error.contains("\nhint: copy it below"), "{error}");
+    }
+    // The base itself may be a link.
+    symlink(&base, folder.path().join("link")).unwrap();
+    assert!(Metadata::read(&base.join("m.csv")).unwrap().rows[0].image_file("image", &base).is_err());
+    fs::write(base.join("m.csv"), "image,prompt\nreal,x\n").unwrap();
+    Metadata::read(&base.join("m.csv")).unwrap().image_files(&folder.path().join("link")).unwrap();
 }

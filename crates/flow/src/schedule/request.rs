@@ -1,6 +1,7 @@
 //! What one run asks of a schedule.
 
 use crate::FlowError;
+use crate::grid::check_steps;
 
 /// The run that a grid is for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -70,9 +71,7 @@ impl GridRequest {
     }
 
     pub(super) fn check(&self) -> Result<(), FlowError> {
-        if self.num_inference_steps == 0 {
-            return Err(FlowError::NoSteps);
-        }
+        check_steps(self.num_inference_steps)?;
         if self.denoising_strength > 0.0 && self.denoising_strength <= 1.0 {
             return Ok(());
         }

@@ -201,7 +201,10 @@ fn euler_rollouts_equal_diffsynth() {
 fn what_no_schedule_has_is_refused_by_name() {
     let refusal = |request| Schedule::QWEN_IMAGE.grid(&request).unwrap_err().to_string();
     let run = GridRequest::new(4, 256);
-    assert!(matches!(Schedule::QWEN_IMAGE.grid(&GridRequest::new(0, 256)), Err(FlowError::NoSteps)));
+    for found in [0, 1_000_000_000] {
+        let refused = Schedule::QWEN_IMAGE.grid(&GridRequest::new(found, 256));
+        assert!(matches!(refused, Err(FlowError::Steps { found: named }) if named == found), "{refused:?}");
+    }
     for denoising_strength in [0.0, 1.5, f64::NAN] {
         assert_eq!(
             refusal(GridRequest { denoising_strength, ..run }),

@@ -56,11 +56,11 @@ impl LoraWeights {
     /// alpha is that of the layer's tensor `.alpha`, else that of the metadata diffusers writes, else the rank.
     ///
     /// # Errors
-    /// If the file is damaged or no LoRA, holds keys of another kind or half of a pair, or its shapes do not fit each
-    /// other.
+    /// If the file is damaged or no LoRA, holds keys of another kind or half of a pair, its shapes do not fit each
+    /// other, or an alpha is 0 or not finite.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let (files, info) = (WeightFiles::open(path)?, read_info(path)?);
-        let entries = files.entries()?;
+        let entries = files.entries();
         let found = group(path, &entries)?;
         let config = PeftConfig::read(path, &info)?;
         config.check_patterns(path, found.keys().map(String::as_str))?;
@@ -72,6 +72,9 @@ impl LoraWeights {
                 Some(alpha) => alpha / read.rank as f32,
                 None => config.scale(&layer, read.rank),
             };
+            if scale == 0.0 || !scale.is_finite() {
+                return Err(ModelError::LoraScale { path: path.to_owned(), layer, scale });
+            }
             layers.insert(layer, LoraLayer { scale, ..read });
         }
         Ok(Self { files, info, layers })
@@ -144,13 +147,7 @@ impl LoraWeights {
     /// If a value is not finite.
     pub(super) fn read(&self, name: &str) -> Result<Factors, ModelError> {
         let layer = &self.layers[name];
-        let read = |key: &String| {
-            let (_, values) = self.files.read(key)?;
-            match values.iter().all(|value| value.is_finite()) {
-                true => Ok(values),
-                false => Err(ModelError::NotFinite { path: self.path().to_owned(), key: key.clone() }),
-            }
-        };
+        let read = |key| self.files.read(key).map(|(_, values)| values);
         Ok(Factors { down: read(&layer.down_key)?, up: read(&layer.up_key)? })
     }
 }
@@ -220,8 +217,42 @@ fn shape(path: &Path, key: &str, found: &[usize], expected: &[usize]) -> ModelEr
 fn scalar(files: &WeightFiles, key: &str) -> Result<f32, ModelError> {
     let (found, values) = files.read(key)?;
     match values[..] {
-        [value] if value.is_finite() => Ok(value),
-        [_] => Err(ModelError::NotFinite { path: files.path().to_owned(), key: key.to_owned() }),
+        [value] => Ok(value),
         _ => Err(shape(files.path(), key, &found, &[])),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::save_tensors;
+
+    /// What is wrong with a file of one layer of this alpha and metadata.
+    fn refusal(alpha: Option<f32>, metadata: &str) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lora.safetensors");
+        let matrix = |part: &str| (format!("to_q.lora_{part}.weight"), vec![2, 2], vec![0.5; 4]);
+        let alpha = alpha.map(|alpha| ("to_q.alpha".to_owned(), vec![], vec![alpha]));
+        let info = BTreeMap::from([("lora_adapter_metadata".to_owned(), metadata.to_owned())]);
+        let tensors = [matrix("A"), matrix("B")].into_iter().chain(alpha);
+        save_tensors(&path, tensors, WeightType::F32, &info).unwrap();
+        LoraWeights::open(&path).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_alpha_that_scales_to_nothing_or_to_no_number_is_refused() {
+        let zero = refusal(Some(0.0), "{}");
+        assert!(zero.contains("lora.safetensors: the update of to_q is scaled by 0, expected"), "{zero}");
+        assert!(zero.contains("\nhint: its alpha is wrong"), "{zero}");
+        for alpha in [f32::NAN, f32::INFINITY] {
+            let error = refusal(Some(alpha), "{}");
+            assert!(error.contains("tensor to_q.alpha holds a value that is not finite"), "{error}");
+        }
+        let huge = refusal(None, r#"{"lora_alpha": 1e300}"#);
+        assert!(huge.contains("the update of to_q is scaled by inf"), "{huge}");
+        let none = refusal(None, r#"{"lora_alpha": 0}"#);
+        assert!(none.contains("the update of to_q is scaled by 0"), "{none}");
+        let deep = refusal(None, &"[".repeat(100_000));
+        assert!(deep.contains("metadata lora_adapter_metadata: ") && deep.len() < 500, "{deep}");
     }
 }

@@ -75,7 +75,7 @@ pub fn fuse(fusion: &Fusion) -> Result<(), ModelError> {
         info: &info,
     };
     let planned: Vec<TensorEntry> =
-        source.base.entries()?.into_iter().map(|entry| planned(entry, fusion.dtype)).collect();
+        source.base.entries().into_iter().map(|entry| planned(entry, fusion.dtype)).collect();
     write_shards(&shards, &planned, &mut |entry| source.fused(entry))?;
     folder.publish().map_err(ModelError::io(&fusion.output))
 }
@@ -91,7 +91,7 @@ impl Source {
     /// Opens all files and checks that they fit each other.
     fn open(fusion: &Fusion) -> Result<Self, ModelError> {
         let base = WeightFiles::open(&fusion.model.join(DENOISER))?;
-        let shapes: BTreeMap<String, [usize; 2]> = base.entries()?.iter().filter_map(layer_shape).collect();
+        let shapes: BTreeMap<String, [usize; 2]> = base.entries().iter().filter_map(layer_shape).collect();
         let available: Vec<String> = shapes.keys().cloned().collect();
         let mut loras = Vec::new();
         for file in &fusion.loras {
@@ -133,14 +133,17 @@ impl Source {
         let updates: Vec<&(LoraWeights, f32)> =
             self.loras.iter().filter(|(lora, _)| lora.layers().contains_key(layer)).collect();
         let bytes = self.base.bytes(&entry.key)?;
-        let Some(dtype) = WeightType::from_name(&entry.dtype) else { return Ok(Cow::Borrowed(bytes)) };
+        let Some(dtype) = WeightType::from_name(&entry.dtype) else { return Ok(Cow::Owned(bytes)) };
         if updates.is_empty() && bytes.len() == entry.bytes {
-            return Ok(Cow::Borrowed(bytes));
+            return Ok(Cow::Owned(bytes));
         }
         let (_, mut weight) = self.base.read(&entry.key)?;
         for (lora, alpha) in updates {
             let update = update(lora, layer, *alpha)?;
             weight.iter_mut().zip(update).for_each(|(weight, update)| *weight += update);
+            if !weight.iter().all(|weight| weight.is_finite()) {
+                return Err(ModelError::NotFinite { path: lora.path().to_owned(), key: layer.to_owned() });
+            }
         }
         Ok(Cow::Owned(dtype.encode(&weight)))
     }

@@ -86,11 +86,19 @@ pub(super) fn split(key: &str) -> Option<(String, Part)> {
 }
 
 /// A layer's name without what stands before it.
-fn layer(mut name: &str) -> String {
+fn layer(name: &str) -> String {
+    let name = without_prefixes(name);
+    match name.strip_prefix(FLAT_PREFIX) {
+        Some(flat) => without_prefixes(&dotted(flat)).to_owned(),
+        None => name.to_owned(),
+    }
+}
+
+fn without_prefixes(mut name: &str) -> &str {
     while let Some(rest) = PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix)) {
         name = rest;
     }
-    name.strip_prefix(FLAT_PREFIX).map_or_else(|| name.to_owned(), dotted)
+    name
 }
 
 /// Parts of layer names with an underscore of their own, a longer one before its beginning.
@@ -168,6 +176,12 @@ mod tests {
         for layer in layers {
             assert_eq!(dotted(&layer.replace('.', "_")), layer);
         }
+    }
+
+    #[test]
+    fn a_prefix_with_underscores_is_no_part_of_the_layer_either() {
+        let spelled = split("lora_unet_transformer_transformer_blocks_0_attn_to_q.lora_up.weight");
+        assert_eq!(spelled, Some(("transformer_blocks.0.attn.to_q".to_owned(), Part::Half(Half::Up))));
     }
 
     #[test]

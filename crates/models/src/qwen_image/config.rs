@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use fewstep_data::bounded;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::published;
 use super::vae::VaeConfig;
+use super::{published, ranges};
 use crate::{ModelError, ModelSource};
 
 /// The configs of all components with weights, checked against each other.
@@ -143,6 +144,9 @@ pub struct PromptTemplate {
     pub max_tokens: Option<usize>,
 }
 
+/// The most tokens a template may drop or a prompt may have: far more than text models read.
+const MAX_TEMPLATE_TOKENS: usize = 1 << 20;
+
 impl Default for PromptTemplate {
     /// The published model's (diffusers' `QwenImagePipeline`).
     fn default() -> Self {
@@ -179,13 +183,22 @@ impl TransformerConfig {
         if let Some((name, _)) = variants.iter().find(|(_, set)| *set) {
             return Err(format!("{name} is true, expected false: this variant is not supported"));
         }
-        if self.axes_dims_rope.iter().any(|dims| dims % 2 == 1) {
-            return Err(format!("axes_dims_rope is {:?}, expected even numbers", self.axes_dims_rope));
-        }
-        let rotary: usize = self.axes_dims_rope.iter().sum();
-        if rotary != self.attention_head_dim {
+        ranges::check(&[
+            ("num_layers", self.num_layers, ranges::LAYERS),
+            ("attention_head_dim", self.attention_head_dim, ranges::WIDTH),
+            ("num_attention_heads", self.num_attention_heads, ranges::WIDTH),
+            ("joint_attention_dim", self.joint_attention_dim, ranges::WIDTH),
+            ("in_channels", self.in_channels, ranges::WIDTH),
+            ("out_channels", self.out_channels, ranges::WIDTH),
+            ("patch_size", self.patch_size, ranges::WIDTH),
+        ])?;
+        let width = self.num_attention_heads * self.attention_head_dim;
+        ranges::check(&[("num_attention_heads × attention_head_dim", width, ranges::WIDTH)])?;
+        let axes = self.axes_dims_rope;
+        let rotary = axes.iter().try_fold(0_usize, |sum, dims| sum.checked_add(*dims));
+        if rotary != Some(self.attention_head_dim) || axes.iter().any(|dims| dims % 2 != 0) {
             return Err(format!(
-                "axes_dims_rope add up to {rotary}, expected attention_head_dim {}",
+                "axes_dims_rope are {axes:?}, expected even numbers that add up to attention_head_dim {}",
                 self.attention_head_dim
             ));
         }
@@ -218,8 +231,17 @@ impl TextEncoderConfig {
     }
 
     fn check(&self) -> Result<(), String> {
+        ranges::check(&[
+            ("vocab_size", self.vocab_size, ranges::VOCABULARY),
+            ("hidden_size", self.hidden_size, ranges::WIDTH),
+            ("intermediate_size", self.intermediate_size, ranges::WIDTH),
+            ("num_hidden_layers", self.num_hidden_layers, ranges::LAYERS),
+            ("num_attention_heads", self.num_attention_heads, ranges::WIDTH),
+            ("num_key_value_heads", self.num_key_value_heads, ranges::WIDTH),
+        ])?;
+        ranges::check_positive(&[("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope.rope_theta)])?;
         let (heads, groups) = (self.num_attention_heads, self.num_key_value_heads);
-        if heads == 0 || groups == 0 || heads % groups != 0 || !self.hidden_size.is_multiple_of(2 * heads) {
+        if heads % groups != 0 || !self.hidden_size.is_multiple_of(2 * heads) {
             return Err(format!(
                 "hidden_size {}, num_attention_heads {heads}, num_key_value_heads {groups}: expected heads of an \
                  even size and groups that divide the heads",
@@ -242,10 +264,13 @@ impl Rope {
             return Err(format!("rotary embedding of type {kind}, expected default or mrope"));
         }
         match &self.mrope_section {
-            Some(sections) if sections.iter().sum::<usize>() != pairs => Err(format!(
-                "mrope_section {sections:?} adds up to {}, expected half of the head dim, {pairs}",
-                sections.iter().sum::<usize>()
-            )),
+            Some(sections)
+                if sections.iter().try_fold(0_usize, |sum, dims| sum.checked_add(*dims)) != Some(pairs) =>
+            {
+                Err(format!(
+                    "mrope_section is {sections:?}, expected to add up to half of the head dim, {pairs}"
+                ))
+            }
             _ => Ok(()),
         }
     }
@@ -287,6 +312,14 @@ impl PromptTemplate {
         }
         let file = ConfigFile::shared(source, "model_index.json", published::MODEL_INDEX)?;
         let template = file.parse::<Index>()?.prompt_template.unwrap_or_default();
+        let tokens = [template.drop_tokens, template.max_tokens.unwrap_or(1)];
+        if tokens[0] > MAX_TEMPLATE_TOKENS || !(1..=MAX_TEMPLATE_TOKENS).contains(&tokens[1]) {
+            let reason = format!(
+                "prompt_template: drop_tokens {} and max_tokens {}, expected 0 or 1 to {MAX_TEMPLATE_TOKENS}",
+                tokens[0], tokens[1]
+            );
+            return Err(file.error(reason));
+        }
         if template.text.matches("{}").count() != 1 {
             let reason = format!("prompt_template.text {:?}, expected exactly one {{}}", template.text);
             return Err(file.error(reason));
@@ -319,7 +352,7 @@ impl ConfigFile {
                 return Ok(Self { path: format!("{component}/config.json").into(), json: config });
             }
         };
-        let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
+        let text = bounded::read_text(&path).map_err(ModelError::io(&path))?;
         Self::parsed(path, &text)
     }
 

@@ -9,6 +9,7 @@ mod config;
 mod footprint;
 mod latents;
 mod published;
+mod ranges;
 mod rotary;
 mod text_encoder;
 mod tokenizer;
@@ -231,6 +232,15 @@ impl QwenImage {
         self.transformer.as_ref().expect("the denoiser was loaded")
     }
 
+    /// J, the width of the text states.
+    pub(crate) fn text_width(&self) -> usize {
+        match (&self.transformer, &self.text_encoder) {
+            (Some(transformer), _) => transformer.text_width(),
+            (None, Some(encoder)) => encoder.width(),
+            (None, None) => unreachable!("every choice of components has one of the two"),
+        }
+    }
+
     /// The velocity of [`crate::Denoiser`].
     pub(crate) fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {
         let [_, channels, height, width] = noisy.dims();
@@ -294,7 +304,7 @@ impl QwenImage {
 
     /// Transformer tokens of a picture size.
     pub(crate) fn image_tokens(&self, height: usize, width: usize) -> usize {
-        (height / self.division_factor()) * (width / self.division_factor())
+        (height / self.division_factor()).saturating_mul(width / self.division_factor())
     }
 
     /// The sigma grid of one run.

@@ -160,7 +160,7 @@ fn has_published_size(source: &ModelSource, component: &'static str) -> bool {
         }
         _ => &[],
     };
-    let Ok(Ok(entries)) = source.weights(component).map(|files| files.entries()) else { return false };
+    let Ok(entries) = source.weights(component).map(|files| files.entries()) else { return false };
     let there = |(key, shape): &(&str, &[usize])| {
         entries.iter().any(|entry| entry.key.ends_with(key) && entry.shape == *shape)
     };

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use fewstep_data::bounded;
 use serde::Deserialize;
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::unicode::NFC;
@@ -102,13 +103,20 @@ impl PromptTokenizer {
     /// Tokenises prompts; each has at least one token after the dropped ones.
     ///
     /// # Errors
-    /// If the tokenizer refuses a prompt.
+    /// If the tokenizer refuses a prompt, or the template drops all of its tokens.
     pub fn encode(&self, prompts: &[String]) -> Result<PromptTokens, ModelError> {
         let limit = self.template.drop_tokens + self.max_tokens;
         let mut ids = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let mut tokens = self.all_tokens(prompt)?;
             tokens.truncate(limit);
+            let drop = self.template.drop_tokens;
+            if tokens.len() <= drop {
+                let found = tokens.len();
+                return Err(self.error(format!(
+                    "a prompt in its template has {found} tokens, of which prompt_template.drop_tokens drops {drop}"
+                )));
+            }
             ids.push(tokens);
         }
         Ok(PromptTokens { ids, drop_tokens: self.template.drop_tokens })
@@ -155,6 +163,7 @@ fn check_special<'a>(
 /// Reads a tokenizer that is one file.
 fn read_whole(folder: &Path) -> Result<Tokenizer, ModelError> {
     let path = folder.join(WHOLE);
+    bounded::open(&path, bounded::MAX_TEXT_BYTES).map_err(ModelError::io(&path))?;
     let read = Tokenizer::from_file(&path).and_then(|mut tokenizer| {
         // Prompts are cut and padded here.
         tokenizer.with_truncation(None)?.with_padding(None);
@@ -174,6 +183,12 @@ fn build(folder: &Path, added: Vec<(u32, AddedToken)>) -> Result<Tokenizer, Mode
         .map_err(|reason| error(reason.to_string()))?;
     let byte_level = ByteLevel::new(false, true, false);
     let mut tokenizer = Tokenizer::new(bpe);
+    // What no token stands for would be left out of prompts without a word.
+    if let Some(byte) =
+        ByteLevel::alphabet().iter().find(|byte| tokenizer.token_to_id(&byte.to_string()).is_none())
+    {
+        return Err(error(format!("vocab.json has no token {byte:?}, expected one for every byte")));
+    }
     tokenizer.with_normalizer(Some(NFC));
     tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![
         PreTokenizerWrapper::Split(split),
@@ -194,10 +209,12 @@ fn build(folder: &Path, added: Vec<(u32, AddedToken)>) -> Result<Tokenizer, Mode
 
 fn check_files(folder: &Path) -> Result<(), ModelError> {
     for name in ["vocab.json", "merges.txt", CONFIG] {
-        if !folder.join(name).is_file() {
+        let path = folder.join(name);
+        if !path.is_file() {
             let reason = format!("{name} is missing");
             return Err(ModelError::Tokenizer { path: folder.to_owned(), reason });
         }
+        bounded::open(&path, bounded::MAX_TEXT_BYTES).map_err(ModelError::io(&path))?;
     }
     Ok(())
 }
@@ -238,7 +255,7 @@ fn added_tokens(folder: &Path) -> Result<Vec<(u32, AddedToken)>, ModelError> {
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
-    let text = std::fs::read_to_string(path).map_err(ModelError::io(path))?;
+    let text = bounded::read_text(path).map_err(ModelError::io(path))?;
     serde_json::from_str(&text)
         .map_err(|error| ModelError::Config { path: path.to_owned(), reason: error.to_string() })
 }

@@ -1,23 +1,38 @@
-//! Reading: which file holds which key, checked and memory-mapped.
+//! Reading: which file holds which key, its header checked, its numbers read when they are asked for.
+//!
+//! Files are read and not memory-mapped: one that another program shortens meanwhile is then an error and not the end of
+//! the process (SIGBUS).
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
+use fewstep_data::bounded;
 use half::{bf16, f16};
-use memmap2::Mmap;
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use rayon::prelude::*;
 use serde::Serialize;
 
+use super::WeightType;
+use super::header::Header;
 use crate::ModelError;
 
 /// The tensors of one weight file or of all shards of one component.
 pub struct WeightFiles {
     path: PathBuf,
-    maps: Vec<(PathBuf, Mmap)>,
-    /// Key → index into `maps`.
-    keys: BTreeMap<String, usize>,
+    files: Vec<(PathBuf, Mutex<File>)>,
+    tensors: BTreeMap<String, Place>,
+}
+
+/// Where a tensor is.
+struct Place {
+    /// Index into the files.
+    file: usize,
+    /// Of its bytes.
+    range: Range<u64>,
+    entry: TensorEntry,
 }
 
 /// What the header of a file says of one tensor.
@@ -42,7 +57,7 @@ impl TensorEntry {
 
 impl std::fmt::Debug for WeightFiles {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "WeightFiles({}, {} tensors)", self.path.display(), self.keys.len())
+        write!(f, "WeightFiles({}, {} tensors)", self.path.display(), self.tensors.len())
     }
 }
 
@@ -50,9 +65,10 @@ impl WeightFiles {
     /// Opens a safetensors file, or the shards of a component's folder.
     ///
     /// # Errors
-    /// If there is no such file, a shard named by an index is missing, or a header is damaged.
+    /// If there is no such file, a shard named by an index is missing, a header is damaged, or two files hold a tensor
+    /// of one name.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        let mut opened = Self { path: path.to_owned(), maps: Vec::new(), keys: BTreeMap::new() };
+        let mut opened = Self::none(path.to_owned());
         opened.add_all(path)?;
         Ok(opened)
     }
@@ -62,12 +78,15 @@ impl WeightFiles {
     /// # Errors
     /// As [`WeightFiles::open`], or if there are none.
     pub(crate) fn open_all(paths: &[PathBuf]) -> Result<Self, ModelError> {
-        let first = paths.first().cloned().unwrap_or_default();
-        let mut opened = Self { path: first, maps: Vec::new(), keys: BTreeMap::new() };
+        let mut opened = Self::none(paths.first().cloned().unwrap_or_default());
         for path in paths {
             opened.add_all(path)?;
         }
         Ok(opened)
+    }
+
+    fn none(path: PathBuf) -> Self {
+        Self { path, files: Vec::new(), tensors: BTreeMap::new() }
     }
 
     fn add_all(&mut self, path: &Path) -> Result<(), ModelError> {
@@ -76,12 +95,15 @@ impl WeightFiles {
     }
 
     fn add(&mut self, path: PathBuf) -> Result<(), ModelError> {
-        let map = map_file(&path)?;
-        let tensors = parse(&path, &map)?;
-        for key in tensors.names() {
-            self.keys.insert(key.to_owned(), self.maps.len());
+        let (file, header) = open_file(&path)?;
+        for (entry, range) in header.tensors {
+            let place = Place { file: self.files.len(), range, entry: entry.clone() };
+            if let Some(other) = self.tensors.insert(entry.key.clone(), place) {
+                let first = self.files[other.file].0.clone();
+                return Err(ModelError::SameTensor { key: entry.key, first, second: path });
+            }
         }
-        self.maps.push((path, map));
+        self.files.push((path, Mutex::new(file)));
         Ok(())
     }
 
@@ -92,67 +114,91 @@ impl WeightFiles {
 
     /// The files, in the order they were opened.
     pub(crate) fn files(&self) -> Vec<PathBuf> {
-        self.maps.iter().map(|(path, _)| path.clone()).collect()
+        self.files.iter().map(|(path, _)| path.clone()).collect()
     }
 
     /// All keys, sorted.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
-        self.keys.keys().map(String::as_str)
+        self.tensors.keys().map(String::as_str)
     }
 
     /// Whether a key is present.
     pub fn contains(&self, key: &str) -> bool {
-        self.keys.contains_key(key)
+        self.tensors.contains_key(key)
     }
 
     /// What the headers say of every tensor, in the order of the keys.
+    pub fn entries(&self) -> Vec<TensorEntry> {
+        self.tensors.values().map(|place| place.entry.clone()).collect()
+    }
+
+    /// The shape of a tensor.
     ///
     /// # Errors
-    /// If a header is damaged.
-    pub fn entries(&self) -> Result<Vec<TensorEntry>, ModelError> {
-        let mut entries = Vec::with_capacity(self.keys.len());
-        for (path, map) in &self.maps {
-            for (key, view) in parse(path, map)?.iter() {
-                let (dtype, shape) = (format!("{:?}", view.dtype()), view.shape().to_vec());
-                entries.push(TensorEntry { key: key.to_owned(), dtype, shape, bytes: view.data().len() });
-            }
-        }
-        entries.sort_by(|a, b| a.key.cmp(&b.key));
-        Ok(entries)
+    /// If the key is absent.
+    pub fn shape(&self, key: &str) -> Result<&[usize], ModelError> {
+        Ok(&self.place(key)?.entry.shape)
     }
 
     /// A tensor's bytes as they stand in the file, little-endian.
     ///
     /// # Errors
-    /// If the key is absent.
-    pub(crate) fn bytes(&self, key: &str) -> Result<&[u8], ModelError> {
-        Ok(self.view(key)?.1.data())
+    /// If the key is absent, or the file cannot be read or has become shorter.
+    pub(crate) fn bytes(&self, key: &str) -> Result<Vec<u8>, ModelError> {
+        self.part(key, 0..self.place(key)?.entry.bytes)
+    }
+
+    /// Some of a tensor's bytes, counted from its first.
+    ///
+    /// # Errors
+    /// As [`WeightFiles::bytes`].
+    pub(crate) fn part(&self, key: &str, part: Range<usize>) -> Result<Vec<u8>, ModelError> {
+        let place = self.place(key)?;
+        assert!(part.end <= place.entry.bytes, "{part:?} of {} bytes", place.entry.bytes);
+        let (path, file) = &self.files[place.file];
+        // A thread that panicked while it held the file left it readable: every read seeks first.
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bytes = vec![0; part.len()];
+        let start = SeekFrom::Start(place.range.start + part.start as u64);
+        let read = file.seek(start).and_then(|_| file.read_exact(&mut bytes));
+        read.map(|()| bytes).map_err(ModelError::io(path))
     }
 
     /// Shape and values of a tensor, as f32.
     ///
     /// # Errors
-    /// If the key is absent or its type is no floating point type.
+    /// If the key is absent, its type is no floating point type, a value is not finite, or the file cannot be read.
     pub fn read(&self, key: &str) -> Result<(Vec<usize>, Vec<f32>), ModelError> {
-        let (path, view) = self.view(key)?;
-        let values = to_f32(view.dtype(), view.data()).ok_or_else(|| ModelError::DataType {
-            path: path.to_owned(),
+        let place = self.place(key)?;
+        let (path, entry) = (|| self.files[place.file].0.clone(), &place.entry);
+        let dtype = WeightType::from_name(&entry.dtype).ok_or_else(|| ModelError::DataType {
+            path: path(),
             key: key.to_owned(),
-            found: format!("{:?}", view.dtype()),
+            found: entry.dtype.clone(),
         })?;
-        Ok((view.shape().to_vec(), values))
+        let (values, finite) = to_f32(dtype, &self.bytes(key)?);
+        match finite {
+            true => Ok((entry.shape.clone(), values)),
+            false => Err(ModelError::NotFinite { path: path(), key: key.to_owned() }),
+        }
     }
 
-    /// A tensor and the file it is in.
-    fn view(&self, key: &str) -> Result<(&Path, TensorView<'_>), ModelError> {
-        let missing = || ModelError::Keys {
+    fn place(&self, key: &str) -> Result<&Place, ModelError> {
+        self.tensors.get(key).ok_or_else(|| ModelError::Keys {
             path: self.path.clone(),
             missing: vec![key.to_owned()],
             unknown: Vec::new(),
-        };
-        let (path, map) = &self.maps[*self.keys.get(key).ok_or_else(missing)?];
-        Ok((path, parse(path, map)?.tensor(key).map_err(|_| missing())?))
+        })
     }
+}
+
+/// Opens one safetensors file and checks its header.
+fn open_file(path: &Path) -> Result<(File, Header), ModelError> {
+    let file = File::open(path).map_err(ModelError::io(path))?;
+    let bytes = file.metadata().map_err(ModelError::io(path))?.len();
+    let header = Header::read(&file, bytes);
+    let header = header.map_err(|reason| ModelError::Safetensors { path: path.to_owned(), reason })?;
+    Ok((file, header))
 }
 
 /// The `__metadata__` of a safetensors file; empty where it has none.
@@ -160,9 +206,7 @@ impl WeightFiles {
 /// # Errors
 /// If the file cannot be read or its header is damaged.
 pub fn read_info(path: &Path) -> Result<BTreeMap<String, String>, ModelError> {
-    let map = map_file(path)?;
-    let (_, header) = SafeTensors::read_metadata(&map).map_err(|error| damaged(path, &error))?;
-    Ok(header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect())
+    Ok(open_file(path)?.1.info)
 }
 
 /// Names of weights in the official layout, diffusers' and transformers'.
@@ -216,17 +260,27 @@ fn is_index(name: &str) -> bool {
 
 fn indexed_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let config = |reason: String| ModelError::Config { path: index.to_owned(), reason };
-    let text = std::fs::read_to_string(index).map_err(ModelError::io(index))?;
+    let text = bounded::read_text(index).map_err(ModelError::io(index))?;
     let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| config(error.to_string()))?;
     let shards = json["weight_map"].as_object().ok_or_else(|| config("no object `weight_map`".into()))?;
-    let mut files: Vec<PathBuf> =
-        shards.values().filter_map(|name| Some(folder.join(name.as_str()?))).collect();
+    let named = |(key, name): (&String, &serde_json::Value)| match name.as_str() {
+        Some(name) if is_file_name(name) => Ok(folder.join(name)),
+        _ => Err(config(format!(
+            "weight_map: {key:?} is in {name}, expected the name of a file beside the index"
+        ))),
+    };
+    let mut files: Vec<PathBuf> = shards.iter().map(named).collect::<Result<_, _>>()?;
     files.sort();
     files.dedup();
     match files.iter().find(|file| !file.exists()) {
         Some(shard) => Err(ModelError::MissingShard { shard: shard.clone(), by: index.to_owned() }),
         None => Ok(files),
     }
+}
+
+/// Whether a name leads to no other folder.
+fn is_file_name(name: &str) -> bool {
+    !name.contains(['/', '\\', '\0']) && Path::new(name).file_name().is_some_and(|file| file == name)
 }
 
 /// Files named as all shards `x-00001-of-00003.safetensors` of one set.
@@ -255,31 +309,109 @@ fn shard_set(name: &str) -> Option<(&str, usize)> {
     Some((stem, count.parse().ok()?))
 }
 
-pub(super) fn map_file(path: &Path) -> Result<Mmap, ModelError> {
-    let file = File::open(path).map_err(ModelError::io(path))?;
-    // SAFETY: the map is read-only; like every user of memory-mapped weights we rely on nobody
-    // truncating the file while the process reads it.
-    #[allow(unsafe_code)]
-    unsafe { Mmap::map(&file) }.map_err(ModelError::io(path))
-}
-
-pub(super) fn parse<'a>(path: &Path, map: &'a Mmap) -> Result<SafeTensors<'a>, ModelError> {
-    SafeTensors::deserialize(map).map_err(|error| damaged(path, &error))
-}
-
-fn damaged(path: &Path, error: &safetensors::SafeTensorError) -> ModelError {
-    ModelError::Safetensors { path: path.to_owned(), reason: error.to_string() }
-}
-
-/// Little-endian numbers of a floating point type as f32; `None` for other types.
-fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
-    let pairs = || bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+/// Little-endian numbers as f32, and whether all are finite.
+fn to_f32(dtype: WeightType, bytes: &[u8]) -> (Vec<f32>, bool) {
+    let bits = |pair: &[u8]| u16::from_le_bytes([pair[0], pair[1]]);
     match dtype {
-        Dtype::F32 => {
-            Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        WeightType::F32 => convert(bytes, 4, |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        WeightType::F16 => convert(bytes, 2, |pair| f16::from_bits(bits(pair)).to_f32()),
+        WeightType::BF16 => convert(bytes, 2, |pair| bf16::from_bits(bits(pair)).to_f32()),
+    }
+}
+
+/// Numbers converted and checked at once, in pieces that stay in the cache in between.
+fn convert(bytes: &[u8], width: usize, number: impl Fn(&[u8]) -> f32 + Sync) -> (Vec<f32>, bool) {
+    /// 64 KiB as f32.
+    const PIECE: usize = 1 << 14;
+    let mut values = vec![0.0; bytes.len() / width];
+    let pieces = values.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE * width));
+    let finite = pieces.map(|(values, bytes)| {
+        for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(width)) {
+            *value = number(bytes);
         }
-        Dtype::F16 => Some(pairs().map(|bits| f16::from_bits(bits).to_f32()).collect()),
-        Dtype::BF16 => Some(pairs().map(|bits| bf16::from_bits(bits).to_f32()).collect()),
-        _ => None,
+        // Without an early end, so that the compiler makes vector instructions of it.
+        values.iter().fold(true, |finite, value| finite & value.is_finite())
+    });
+    let finite = finite.reduce(|| true, |one, other| one & other);
+    (values, finite)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::save_tensors;
+
+    fn file(folder: &Path, name: &str, keys: &[&str]) -> PathBuf {
+        let path = folder.join(name);
+        let tensors = keys.iter().map(|key| ((*key).to_owned(), vec![3], vec![1.0, -2.0, 3.5]));
+        save_tensors(&path, tensors, WeightType::F32, &BTreeMap::new()).unwrap();
+        path
+    }
+
+    #[test]
+    fn a_value_that_is_not_finite_is_named_wherever_it_stands() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let count = 100_000; // more than one piece
+        for dtype in [WeightType::F32, WeightType::F16, WeightType::BF16] {
+            for (at, bad) in [(0, f32::NAN), (count / 2, f32::INFINITY), (count - 1, f32::NEG_INFINITY)] {
+                let mut values: Vec<f32> = (0..count).map(|at| (at % 7) as f32).collect();
+                let good = ("good".to_owned(), vec![count], values.clone());
+                values[at] = bad;
+                let tensors = [good.clone(), ("layer.weight".to_owned(), vec![count], values)];
+                save_tensors(&path, tensors, dtype, &BTreeMap::new()).unwrap();
+                let files = WeightFiles::open(&path).unwrap();
+                assert_eq!(files.read("good").unwrap(), (good.1, good.2));
+                let error = files.read("layer.weight").unwrap_err().to_string();
+                let expected = "model.safetensors: tensor layer.weight holds a value that is not finite";
+                assert!(error.contains(expected), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_shrinks_after_it_was_opened_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(folder.path(), "model.safetensors", &["a"]);
+        let files = WeightFiles::open(&path).unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(20).unwrap();
+        let error = files.read("a").unwrap_err();
+        assert!(matches!(&error, ModelError::Io { path: named, .. } if *named == path), "{error}");
+    }
+
+    #[test]
+    fn a_tensor_in_two_shards_is_named_with_both() {
+        let folder = tempfile::tempdir().unwrap();
+        file(folder.path(), "model-00001-of-00002.safetensors", &["a", "b"]);
+        file(folder.path(), "model-00002-of-00002.safetensors", &["b", "c"]);
+        let error = WeightFiles::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("00001-of-00002") && error.contains("00002-of-00002"), "{error}");
+        assert!(error.contains("both hold the tensor b\nhint: "), "{error}");
+    }
+
+    #[test]
+    fn an_index_names_files_beside_it_and_no_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let inner = folder.path().join("transformer");
+        file(folder.path(), "outside.safetensors", &["a"]);
+        file(&inner, "inside.safetensors", &["a"]);
+        let index = inner.join("model.safetensors.index.json");
+        let open = |name: &str| {
+            std::fs::write(&index, format!(r#"{{"weight_map": {{"a": {name}}}}}"#)).unwrap();
+            WeightFiles::open(&inner).map_err(|error| error.to_string())
+        };
+        assert!(open(r#""inside.safetensors""#).unwrap().contains("a"));
+        let absolute = format!("{:?}", folder.path().join("outside.safetensors"));
+        let names =
+            [r#""../outside.safetensors""#, &absolute, r#""..""#, r#""""#, r#""a\\b""#, r#""a\u0000b""#, "7"];
+        for name in names {
+            let error = open(name).unwrap_err();
+            assert!(error.contains("index.json: weight_map: \"a\" is in "), "{error}");
+            assert!(error.ends_with("expected the name of a file beside the index"), "{error}");
+        }
+        let missing = open(r#""gone.safetensors""#).unwrap_err();
+        assert!(missing.contains("gone.safetensors: is missing, named by"), "{missing}");
+        std::fs::write(&index, "[".repeat(100_000)).unwrap();
+        assert!(WeightFiles::open(&inner).unwrap_err().to_string().contains("recursion limit exceeded"));
     }
 }

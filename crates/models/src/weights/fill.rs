@@ -22,7 +22,7 @@ pub(crate) fn unfilled<const D: usize>(shape: [usize; D], device: &Device) -> Pa
 /// Loads every parameter of a component.
 ///
 /// # Errors
-/// As [`compare`], or names a tensor with values that are not finite.
+/// As [`compare`] and [`WeightFiles::read`].
 pub(crate) fn load<M: Module>(module: M, files: &WeightFiles, keys: &KeyMap) -> Result<M, ModelError> {
     compare(files, &expected(&module, keys), keys)?;
     let mut loader = Loader { files, keys, spellings: spellings(files, keys), error: None };
@@ -37,20 +37,10 @@ struct Loader<'a> {
     error: Option<ModelError>,
 }
 
-impl Loader<'_> {
-    fn read(&self, key: &str) -> Result<Vec<f32>, ModelError> {
-        let (_, values) = self.files.read(key)?;
-        if values.iter().any(|value| !value.is_finite()) {
-            return Err(ModelError::NotFinite { path: self.files.path().to_owned(), key: key.to_owned() });
-        }
-        Ok(values)
-    }
-}
-
 impl NamedMapper for Loader<'_> {
     fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match self.read(&self.spellings[&self.keys.key(name)]) {
-            Ok(values) => fill(parameter, values),
+        match self.files.read(&self.spellings[&self.keys.key(name)]) {
+            Ok((_, values)) => fill(parameter, values),
             Err(error) => {
                 self.error.get_or_insert(error);
                 parameter

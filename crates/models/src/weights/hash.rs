@@ -1,10 +1,11 @@
 //! Hashes that tell weights apart.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::files::{map_file, parse};
+use super::WeightFiles;
 use crate::{ModelError, ModelSource};
 
 /// Models up to this size are hashed whole: about a second.
@@ -35,7 +36,7 @@ fn hash_of(files: &[(String, PathBuf)], whole_bytes: u64) -> Result<String, Mode
     for ((name, path), size) in files.iter().zip(sizes) {
         hash.update(name.as_bytes());
         if whole {
-            hash.update(map_file(path)?);
+            hash_file(path, &mut hash)?;
         } else {
             hash.update(size.to_le_bytes());
             sample(path, &mut hash)?;
@@ -46,15 +47,11 @@ fn hash_of(files: &[(String, PathBuf)], whole_bytes: u64) -> Result<String, Mode
 
 /// Hashes what a file's header says, and blocks of every tensor.
 fn sample(path: &Path, hash: &mut Sha256) -> Result<(), ModelError> {
-    let map = map_file(path)?;
-    let file = parse(path, &map)?;
-    let mut tensors: Vec<_> = file.iter().collect();
-    tensors.sort_by_key(|(key, _)| *key);
-    for (key, tensor) in tensors {
-        hash.update(format!("{key} {:?} {:?}\n", tensor.dtype(), tensor.shape()));
-        let bytes = tensor.data();
-        for start in block_starts(bytes.len()) {
-            hash.update(&bytes[start..bytes.len().min(start + BLOCK_BYTES)]);
+    let file = WeightFiles::open(path)?;
+    for entry in file.entries() {
+        hash.update(format!("{} {} {:?}\n", entry.key, entry.dtype, entry.shape));
+        for start in block_starts(entry.bytes) {
+            hash.update(file.part(&entry.key, start..entry.bytes.min(start + BLOCK_BYTES))?);
         }
     }
     Ok(())
@@ -73,7 +70,14 @@ fn block_starts(bytes: usize) -> Vec<usize> {
 /// # Errors
 /// If it cannot be read.
 pub(crate) fn file_hash(path: &Path) -> Result<String, ModelError> {
-    Ok(hex(Sha256::digest(map_file(path)?).as_slice()))
+    let mut hash = Sha256::new();
+    hash_file(path, &mut hash)?;
+    Ok(hex(hash.finalize().as_slice()))
+}
+
+fn hash_file(path: &Path, hash: &mut Sha256) -> Result<(), ModelError> {
+    let copied = File::open(path).and_then(|mut file| std::io::copy(&mut file, hash));
+    copied.map(|_| ()).map_err(ModelError::io(path))
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -1,9 +1,10 @@
-//! Weight files: memory-mapped safetensors, single or sharded, read into modules and written from them.
+//! Weight files: safetensors, single or sharded, read into modules and written from them.
 
 mod files;
 mod fill;
 mod folder;
 mod hash;
+mod header;
 mod shapes;
 mod write;
 

@@ -26,12 +26,15 @@ pub(crate) fn compare(files: &WeightFiles, expected: &TensorShapes, keys: &KeyMa
     let spellings = spellings(files, keys);
     let missing: Vec<String> = expected.keys().filter(|key| !spellings.contains_key(*key)).cloned().collect();
     let unused = spellings.iter().filter(|(key, _)| !expected.contains_key(*key) && !keys.ignores(key));
-    let unknown: Vec<String> = unused.map(|(_, in_file)| in_file.clone()).collect();
+    let mut unknown: Vec<String> = unused.map(|(_, in_file)| in_file.clone()).collect();
+    // Two spellings of one tensor, of which only one could be loaded.
+    let twice = |key: &&str| spellings[&keys.canonical(key)] != **key;
+    unknown.extend(files.keys().filter(twice).map(str::to_owned));
     let path = || files.path().to_owned();
     if !missing.is_empty() || !unknown.is_empty() {
         return Err(ModelError::Keys { path: path(), missing, unknown });
     }
-    for found in files.entries()? {
+    for found in files.entries() {
         match expected.get(&keys.canonical(&found.key)) {
             Some(shape) if *shape != found.shape => {
                 let (key, found, expected) = (found.key, found.shape, shape.clone());

@@ -125,7 +125,8 @@ pub(crate) fn write_streamed<'a>(
 ) -> Result<(), ModelError> {
     let header = header(entries, info);
     let mut failed = None;
-    let written = fewstep_data::atomic::write_with(path, |file| {
+    let bytes = size_of::<u64>() + header.len() + entries.iter().map(|entry| entry.bytes).sum::<usize>();
+    let written = fewstep_data::atomic::write_sized(path, bytes as u64, |file| {
         let mut file = BufWriter::new(file);
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(header.as_bytes())?;

@@ -1,5 +1,6 @@
 //! The Qwen-Image components against numbers of diffusers and DiffSynth-Studio (goldens/qwen_image).
 
+mod hostile;
 mod loading;
 mod shapes;
 mod vae;

@@ -3,6 +3,7 @@
 //! Keys the peers have carry the peers' names. A flag given on the command line wins over the TOML file, which wins
 //! over the default; [`Recipe::resolve`] does that overlay.
 
+mod bounds;
 mod choices;
 mod peers;
 mod resolve;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;
+use fewstep_data::bounded;
 
 use super::{Compat, Recipe};
 use crate::TrainError;
@@ -41,9 +42,10 @@ impl Recipe {
     /// names one, and those over the defaults.
     ///
     /// # Errors
-    /// If the file cannot be read, has an unknown key or a malformed value.
+    /// If the file cannot be read, has an unknown key or a malformed value, or a flag's number is none of TOML's.
     pub fn resolve(&self, matches: &ArgMatches, config: Option<&Path>) -> Result<Recipe, TrainError> {
         let mut given = config.map(read_table).transpose()?.unwrap_or_default();
+        self.check_integers()?;
         for (key, value) in to_table(self) {
             if matches.value_source(&key) == Some(ValueSource::CommandLine) {
                 given.insert(key, value);
@@ -58,6 +60,14 @@ impl Recipe {
     /// If the file cannot be read, has an unknown key or a malformed value.
     pub fn read(path: &Path) -> Result<Recipe, TrainError> {
         Ok(over_compat(read_table(path)?))
+    }
+
+    /// As [`Recipe::read`], from a file's text; `path` only names it in errors.
+    ///
+    /// # Errors
+    /// If the text has an unknown key or a malformed value.
+    pub fn parse(path: &Path, text: &str) -> Result<Recipe, TrainError> {
+        Ok(over_compat(parse_table(path, text)?))
     }
 
     /// The recipe as TOML, every key that has a value.
@@ -81,11 +91,15 @@ impl Recipe {
 
 /// The keys of a recipe file, all known and with valid values.
 fn read_table(path: &Path) -> Result<toml::Table, TrainError> {
-    let text = std::fs::read_to_string(path).map_err(TrainError::io(path))?;
+    let text = bounded::read_text(path).map_err(TrainError::io(path))?;
+    parse_table(path, &text)
+}
+
+fn parse_table(path: &Path, text: &str) -> Result<toml::Table, TrainError> {
     let malformed = |error: toml::de::Error| TrainError::recipe(path, &error);
     // For the message, which then names the line.
-    toml::from_str::<Recipe>(&text).map_err(malformed)?;
-    toml::from_str(&text).map_err(malformed)
+    toml::from_str::<Recipe>(text).map_err(malformed)?;
+    toml::from_str(text).map_err(malformed)
 }
 
 /// Lays valid keys over the choices of the peer among them.

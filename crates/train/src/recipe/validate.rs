@@ -3,6 +3,8 @@
 use std::ops::RangeInclusive;
 use std::path::Path;
 
+use fewstep_data::bounded;
+
 use super::{Recipe, Stage};
 use crate::TrainError;
 
@@ -21,11 +23,15 @@ impl Recipe {
         if let Some((key, _)) = self.counts().into_iter().find(|(_, count)| *count == 0) {
             return wrong(key, 0, "1 or more");
         }
+        if self.max_steps == Some(0) {
+            return wrong("max_steps", 0, "1 or more");
+        }
         for (range, expected, values) in self.numbers() {
             if let Some((key, found)) = values.into_iter().find(|(_, found)| !range.contains(found)) {
                 return wrong(key, found, expected);
             }
         }
+        self.check_bounds()?;
         self.check_pairs()?;
         self.check_columns()
     }
@@ -117,7 +123,7 @@ impl Recipe {
         match self.sample_prompts.as_slice() {
             [file] if file.ends_with(".txt") => {
                 let path = Path::new(file);
-                let text = std::fs::read_to_string(path).map_err(TrainError::io(path))?;
+                let text = bounded::read_text(path).map_err(TrainError::io(path))?;
                 Ok(text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect())
             }
             prompts => Ok(prompts.to_vec()),

@@ -11,13 +11,13 @@ use super::fixtures::{Bench, SIDE_PX, fail, train};
 use crate::recipe::{Compat, PeerFlags, Recipe, Schedule, Task};
 
 #[track_caller]
-fn assert_says(error: &str, parts: &[&str]) {
+pub(super) fn assert_says(error: &str, parts: &[&str]) {
     for part in parts {
         assert!(error.contains(part), "{error:?} does not say {part:?}");
     }
 }
 
-fn sft(bench: &Bench) -> Recipe {
+pub(super) fn sft(bench: &Bench) -> Recipe {
     Recipe { task: Task::Sft, max_steps: Some(1), ..bench.recipe() }
 }
 
@@ -189,6 +189,7 @@ fn values_out_of_range_are_named() {
     );
     assert_says(&fail(&Recipe { learning_rate: f64::NAN, ..sft(&bench) }), &["learning_rate is NaN"]);
     assert_says(&fail(&Recipe { width: None, ..sft(&bench) }), &["height is given without width"]);
+    assert_says(&fail(&Recipe { max_steps: Some(0), ..sft(&bench) }), &["max_steps is 0", "1 or more"]);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod bad_input;
 mod fixtures;
 mod goldens;
+mod hostile;
 mod methods;
 mod peer_runs;
 mod runs;

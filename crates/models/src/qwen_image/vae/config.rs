@@ -3,8 +3,13 @@
 use serde::Deserialize;
 
 use super::super::config::ConfigFile;
-use super::super::published;
+use super::super::{published, ranges};
 use crate::{ModelError, ModelSource};
+
+/// The most stages of an autoencoder, each of which may halve the picture.
+const MAX_STAGES: usize = 8;
+/// The most pixels that become one along a side: what [`MAX_STAGES`] make of them.
+const MAX_FACTOR: usize = 1 << MAX_STAGES;
 
 /// `vae/config.json`, by its `_class_name`.
 #[derive(Clone, Debug, Deserialize)]
@@ -55,10 +60,11 @@ impl VaeConfig {
         let file = ConfigFile::of_component(source, "vae")?;
         file.check_class("vae", file.class_name(), &["AutoencoderKLQwenImage", "PixelUnshuffle"])?;
         let config: Self = file.parse_over(published::vae_defaults())?;
-        if let Self::AutoencoderKLQwenImage(config) = &config {
-            config.check().map_err(|reason| file.error(reason))?;
-        }
-        Ok(config)
+        let checked = match &config {
+            Self::AutoencoderKLQwenImage(config) => config.check(),
+            Self::PixelUnshuffle(config) => config.check(),
+        };
+        checked.map(|()| config).map_err(|reason| file.error(reason))
     }
 
     /// Pixels per latent pixel along one side.
@@ -88,13 +94,15 @@ impl AutoencoderConfig {
         if self.input_channels != 3 {
             return Err(format!("input_channels is {}, expected 3", self.input_channels));
         }
-        let sizes =
-            [("base_dim", self.base_dim), ("z_dim", self.z_dim), ("num_res_blocks", self.num_res_blocks)];
-        if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
-            return Err(format!("{name} is 0, expected at least 1"));
-        }
-        if self.dim_mult.is_empty() || self.dim_mult.contains(&0) {
-            return Err(format!("dim_mult is {:?}, expected at least one positive factor", self.dim_mult));
+        ranges::check(&[
+            ("base_dim", self.base_dim, ranges::WIDTH),
+            ("z_dim", self.z_dim, ranges::WIDTH),
+            ("num_res_blocks", self.num_res_blocks, ranges::LAYERS),
+            ("the number of dim_mult", self.dim_mult.len(), 1..=MAX_STAGES),
+        ])?;
+        for factor in &self.dim_mult {
+            let width = self.base_dim.saturating_mul(*factor);
+            ranges::check(&[("base_dim × one of dim_mult", width, ranges::WIDTH)])?;
         }
         let lengths = [
             ("temperal_downsample", self.temperal_downsample.len(), self.dim_mult.len() - 1),
@@ -104,14 +112,28 @@ impl AutoencoderConfig {
         if let Some((name, found, expected)) = lengths.iter().find(|(_, found, expected)| found != expected) {
             return Err(format!("{name} has {found} entries, expected {expected}"));
         }
-        if let Some(std) = self.latents_std.iter().find(|std| **std <= 0.0) {
-            return Err(format!("latents_std holds {std}, expected positive numbers"));
-        }
-        Ok(())
+        let spread: Vec<(&str, f32)> =
+            self.latents_std.iter().map(|std| ("one of latents_std", *std)).collect();
+        ranges::check_positive(&spread)?;
+        finite("latents_mean", &self.latents_mean)
+    }
+}
+
+/// Checks numbers that may have either sign.
+fn finite(name: &str, values: &[f32]) -> Result<(), String> {
+    match values.iter().find(|value| !value.is_finite()) {
+        Some(found) => Err(format!("one of {name} is {found}, expected a finite number")),
+        None => Ok(()),
     }
 }
 
 impl PixelUnshuffleConfig {
+    fn check(&self) -> Result<(), String> {
+        ranges::check(&[("factor", self.factor, 1..=MAX_FACTOR)])?;
+        ranges::check_positive(&self.std.map(|std| ("one of std", std)))?;
+        finite("mean", &self.mean)
+    }
+
     /// Channels of the latents.
     pub(super) fn channels(&self) -> usize {
         3 * self.factor * self.factor

@@ -1,0 +1,29 @@
+//! Which sizes a config may ask for: none is 0, and none is so large that products of them leave 64 bits. Memory is taken
+//! only for weights that are in the files.
+
+use std::ops::RangeInclusive;
+
+/// Layers, or blocks of a stage.
+pub(super) const LAYERS: RangeInclusive<usize> = 1..=1024;
+/// Widths, and what divides them.
+pub(super) const WIDTH: RangeInclusive<usize> = 1..=1 << 17;
+/// Token embeddings.
+pub(super) const VOCABULARY: RangeInclusive<usize> = 1..=1 << 24;
+
+/// Checks values by their names in the config.
+pub(super) fn check(values: &[(&str, usize, RangeInclusive<usize>)]) -> Result<(), String> {
+    match values.iter().find(|(_, found, range)| !range.contains(found)) {
+        Some((name, found, range)) => {
+            Err(format!("{name} is {found}, expected {} to {}", range.start(), range.end()))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Checks numbers that are divided by or taken the logarithm of.
+pub(super) fn check_positive(values: &[(&str, f32)]) -> Result<(), String> {
+    match values.iter().find(|(_, found)| !(*found > 0.0 && found.is_finite())) {
+        Some((name, found)) => Err(format!("{name} is {found}, expected a positive number")),
+        None => Ok(()),
+    }
+}
