@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::Mmap;
-use safetensors::tensor::TensorView;
+use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -16,9 +16,32 @@ use crate::{ModelError, ModelSource};
 /// The tensors of one weight file or of all shards of one component.
 pub struct WeightFiles {
     path: PathBuf,
-    maps: Vec<(PathBuf, Mmap)>,
-    /// Key → index into `maps`.
+    mapped: Vec<MappedFile>,
+    /// Key → index into `mapped`.
     keys: BTreeMap<String, usize>,
+}
+
+/// A file with its header, which is read once.
+struct MappedFile {
+    path: PathBuf,
+    map: Mmap,
+    header: Metadata,
+    /// Where the tensors' bytes begin.
+    data_start: usize,
+}
+
+impl MappedFile {
+    fn open(path: PathBuf) -> Result<Self, ModelError> {
+        let map = map_file(&path)?;
+        let (header_bytes, header) =
+            SafeTensors::read_metadata(&map).map_err(|error| damaged(&path, &error))?;
+        Ok(Self { path, map, header, data_start: size_of::<u64>() + header_bytes })
+    }
+
+    fn bytes(&self, tensor: &TensorInfo) -> &[u8] {
+        let (start, end) = tensor.data_offsets;
+        &self.map[self.data_start + start..self.data_start + end]
+    }
 }
 
 /// What the header of a file says of one tensor.
@@ -53,7 +76,7 @@ impl WeightFiles {
     /// # Errors
     /// If there is no such file, a shard named by an index is missing, or a header is damaged.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        let mut opened = Self { path: path.to_owned(), maps: Vec::new(), keys: BTreeMap::new() };
+        let mut opened = Self { path: path.to_owned(), mapped: Vec::new(), keys: BTreeMap::new() };
         opened.add_all(path)?;
         Ok(opened)
     }
@@ -64,7 +87,7 @@ impl WeightFiles {
     /// As [`WeightFiles::open`], or if there are none.
     pub(crate) fn open_all(paths: &[PathBuf]) -> Result<Self, ModelError> {
         let first = paths.first().cloned().unwrap_or_default();
-        let mut opened = Self { path: first, maps: Vec::new(), keys: BTreeMap::new() };
+        let mut opened = Self { path: first, mapped: Vec::new(), keys: BTreeMap::new() };
         for path in paths {
             opened.add_all(path)?;
         }
@@ -77,12 +100,9 @@ impl WeightFiles {
     }
 
     fn add(&mut self, path: PathBuf) -> Result<(), ModelError> {
-        let map = map_file(&path)?;
-        let tensors = parse(&path, &map)?;
-        for key in tensors.names() {
-            self.keys.insert(key.to_owned(), self.maps.len());
-        }
-        self.maps.push((path, map));
+        let file = MappedFile::open(path)?;
+        self.keys.extend(file.header.offset_keys().into_iter().map(|key| (key, self.mapped.len())));
+        self.mapped.push(file);
         Ok(())
     }
 
@@ -93,7 +113,7 @@ impl WeightFiles {
 
     /// The files, in the order they were opened.
     pub(crate) fn files(&self) -> Vec<PathBuf> {
-        self.maps.iter().map(|(path, _)| path.clone()).collect()
+        self.mapped.iter().map(|file| file.path.clone()).collect()
     }
 
     /// All keys, sorted.
@@ -111,15 +131,20 @@ impl WeightFiles {
     /// # Errors
     /// If a header is damaged.
     pub fn entries(&self) -> Result<Vec<TensorEntry>, ModelError> {
-        let mut entries = Vec::with_capacity(self.keys.len());
-        for (path, map) in &self.maps {
-            for (key, view) in parse(path, map)?.iter() {
-                let (dtype, shape) = (format!("{:?}", view.dtype()), view.shape().to_vec());
-                entries.push(TensorEntry { key: key.to_owned(), dtype, shape, bytes: view.data().len() });
-            }
-        }
-        entries.sort_by(|a, b| a.key.cmp(&b.key));
-        Ok(entries)
+        let entry = |key: &str| -> Result<TensorEntry, ModelError> {
+            let (file, tensor) = self.tensor(key)?;
+            let (dtype, shape) = (format!("{:?}", tensor.dtype), tensor.shape.clone());
+            Ok(TensorEntry { key: key.to_owned(), dtype, shape, bytes: file.bytes(tensor).len() })
+        };
+        self.keys().map(entry).collect()
+    }
+
+    /// The shape of a tensor.
+    ///
+    /// # Errors
+    /// If the key is absent.
+    pub fn shape(&self, key: &str) -> Result<&[usize], ModelError> {
+        Ok(&self.tensor(key)?.1.shape)
     }
 
     /// A tensor's bytes as they stand in the file, little-endian.
@@ -127,7 +152,8 @@ impl WeightFiles {
     /// # Errors
     /// If the key is absent.
     pub(crate) fn bytes(&self, key: &str) -> Result<&[u8], ModelError> {
-        Ok(self.view(key)?.1.data())
+        let (file, tensor) = self.tensor(key)?;
+        Ok(file.bytes(tensor))
     }
 
     /// Shape and values of a tensor, as f32.
@@ -135,24 +161,24 @@ impl WeightFiles {
     /// # Errors
     /// If the key is absent or its type is no floating point type.
     pub fn read(&self, key: &str) -> Result<(Vec<usize>, Vec<f32>), ModelError> {
-        let (path, view) = self.view(key)?;
-        let values = to_f32(view.dtype(), view.data()).ok_or_else(|| ModelError::DataType {
-            path: path.to_owned(),
+        let (file, tensor) = self.tensor(key)?;
+        let values = to_f32(tensor.dtype, file.bytes(tensor)).ok_or_else(|| ModelError::DataType {
+            path: file.path.clone(),
             key: key.to_owned(),
-            found: format!("{:?}", view.dtype()),
+            found: format!("{:?}", tensor.dtype),
         })?;
-        Ok((view.shape().to_vec(), values))
+        Ok((tensor.shape.clone(), values))
     }
 
     /// A tensor and the file it is in.
-    fn view(&self, key: &str) -> Result<(&Path, TensorView<'_>), ModelError> {
-        let missing = || ModelError::Keys {
+    fn tensor(&self, key: &str) -> Result<(&MappedFile, &TensorInfo), ModelError> {
+        let file = self.keys.get(key).map(|index| &self.mapped[*index]);
+        let found = file.and_then(|file| Some((file, file.header.info(key)?)));
+        found.ok_or_else(|| ModelError::Keys {
             path: self.path.clone(),
             missing: vec![key.to_owned()],
             unknown: Vec::new(),
-        };
-        let (path, map) = &self.maps[*self.keys.get(key).ok_or_else(missing)?];
-        Ok((path, parse(path, map)?.tensor(key).map_err(|_| missing())?))
+        })
     }
 }
 
@@ -161,9 +187,8 @@ impl WeightFiles {
 /// # Errors
 /// If the file cannot be read or its header is damaged.
 pub fn read_info(path: &Path) -> Result<BTreeMap<String, String>, ModelError> {
-    let map = map_file(path)?;
-    let (_, header) = SafeTensors::read_metadata(&map).map_err(|error| damaged(path, &error))?;
-    Ok(header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect())
+    let file = MappedFile::open(path.to_owned())?;
+    Ok(file.header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect())
 }
 
 /// SHA-256 over the weight files of a model: component names, file names and bytes. Where the files lie does not
@@ -288,10 +313,6 @@ fn map_file(path: &Path) -> Result<Mmap, ModelError> {
     // truncating the file while the process reads it.
     #[allow(unsafe_code)]
     unsafe { Mmap::map(&file) }.map_err(ModelError::io(path))
-}
-
-fn parse<'a>(path: &Path, map: &'a Mmap) -> Result<SafeTensors<'a>, ModelError> {
-    SafeTensors::deserialize(map).map_err(|error| damaged(path, &error))
 }
 
 fn damaged(path: &Path, error: &safetensors::SafeTensorError) -> ModelError {
