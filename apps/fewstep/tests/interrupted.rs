@@ -3,6 +3,7 @@
 //! `FEWSTEP_KILLS` is the number of processes killed in each of the tests that kill, [`KILLS`] unless it is given. What
 //! was counted is printed: `FEWSTEP_KILLS=50 cargo test --test interrupted -- --nocapture killed`.
 
+#![cfg(unix)] // Signals, and the command that sends them.
 #![allow(clippy::unwrap_used)] // Helpers of the tests fail where the tests do.
 
 use std::collections::BTreeMap;
@@ -92,10 +93,22 @@ impl Fixture {
         names.filter_map(|entry| step(entry.file_name().into_string().ok()?)).max().unwrap_or(0)
     }
 
-    /// Waits until a run has written a line of its log.
-    fn wait_for_a_logged_step(&self, run: &str) {
-        let log = self.path(run).join("loss.csv");
-        wait_until(|| fs::read_to_string(&log).is_ok_and(|log| log.lines().count() > 1));
+    /// Lines of a run's log, the header not among them.
+    fn logged(&self, run: &str) -> usize {
+        let log = fs::read_to_string(self.path(run).join("loss.csv")).unwrap_or_default();
+        log.lines().skip(1).count()
+    }
+
+    /// Starts the program and waits until it has made more of its run's log than there was before, or has ended.
+    fn start_and_wait_for_steps(&self, arguments: &str, run: &str) -> Child {
+        let before = self.logged(run);
+        let mut child = self.start(arguments);
+        let began = Instant::now();
+        while self.logged(run) <= before && child.try_wait().unwrap().is_none() {
+            assert!(began.elapsed() < Duration::from_secs(300), "no step in five minutes");
+            sleep(Duration::from_millis(1));
+        }
+        child
     }
 
     /// What a run leaves, without the times in it.
@@ -133,15 +146,6 @@ fn without_rate(log: &str) -> String {
     let timed = log.starts_with("step,epoch");
     let line = |line: &str| if timed { line.rsplit_once(',').unwrap().0.to_owned() } else { line.to_owned() };
     log.lines().map(line).collect::<Vec<_>>().join("\n")
-}
-
-#[track_caller]
-fn wait_until(mut condition: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !condition() {
-        assert!(began.elapsed() < Duration::from_secs(120), "waited in vain");
-        sleep(Duration::from_millis(1));
-    }
 }
 
 /// Numbers without a pattern; which instants they lead to depends on the machine anyway.
@@ -262,67 +266,58 @@ fn killed_runs_in_the_peers_layout_end_with_the_same_bits() {
     kill_and_compare("--compat diffsynth", 5);
 }
 
-/// Sends a signal as a terminal would; the standard library can only kill.
-#[cfg(unix)]
+/// Sends a signal as a terminal would; the standard library can only kill. A process that has ended, and has not been
+/// waited for, takes it too.
 fn signal(child: &Child, name: &str) {
     let sent = Command::new("kill").args(["-s", name, &child.id().to_string()]).status().unwrap();
     assert!(sent.success());
 }
 
-/// A run that is met at work between two steps, and saves only when it is told to.
-#[cfg(unix)]
+/// A run that is met at work and logs every step.
 const STEADY: &str =
-    "--task sft --lr-schedule constant --save-steps 0 --sample-steps 0 --log-steps 1 --output-path run";
+    "train --config recipe.toml --task sft --lr-schedule constant --sample-steps 0 --log-steps 1";
 
-#[cfg(unix)]
 #[test]
 fn the_first_interrupt_saves_and_the_next_process_continues_there() {
     let fixture = Fixture::new();
+    let command = format!("{STEADY} --save-steps 0 --max-steps 5000 --output-path run");
     for name in ["INT", "TERM"] {
         let before = fixture.newest_checkpoint("run");
-        let child = fixture.start(&format!("{TRAIN} {STEADY} --max-steps 5000"));
-        wait_until(|| {
-            let log = fs::read_to_string(fixture.path("run/loss.csv")).unwrap_or_default();
-            log.lines().count() as u64 > before + 1
-        });
+        let child = fixture.start_and_wait_for_steps(&command, "run");
         signal(&child, name);
         let ended = child.wait_with_output().unwrap();
         assert_eq!(ended.status.code(), Some(130), "{}", said(&ended));
         let step = fixture.newest_checkpoint("run");
         assert!(step > before, "nothing was saved");
+        assert_eq!(fixture.logged("run") as u64, step);
         assert!(said(&ended).contains(&format!("stopped after step {step};")), "{}", said(&ended));
     }
 }
 
-#[cfg(unix)]
 #[test]
 fn a_second_interrupt_leaves_at_once_and_harms_nothing() {
     let fixture = Fixture::new();
-    let command = |run: &str| format!("{TRAIN} --task sft --output-path {run}");
+    let command = |run: &str| format!("{STEADY} --max-steps 100 --output-path {run}");
     fixture.succeed(&command("whole"));
     let expected = fixture.outcome("whole");
     for pause_ms in [0, 3, 10] {
-        let child = fixture.start(&command("run"));
-        fixture.wait_for_a_logged_step("run");
+        let child = fixture.start_and_wait_for_steps(&command("run"), "run");
         signal(&child, "INT");
         sleep(Duration::from_millis(pause_ms));
-        // The process may have ended by now.
-        let _ =
-            Command::new("kill").args(["-s", "INT", &child.id().to_string()]).stderr(Stdio::null()).status();
+        signal(&child, "INT");
         let ended = child.wait_with_output().unwrap();
+        // The run may have come to its end by itself.
         assert!(matches!(ended.status.code(), Some(130 | 0)), "{:?} {}", ended.status, said(&ended));
     }
     fixture.succeed(&command("run"));
     fixture.assert_same_outcome("run", &expected, "interrupted twice");
 }
 
-#[cfg(unix)]
 #[test]
 fn two_processes_do_not_work_in_one_folder() {
     let fixture = Fixture::new();
-    let command = |max_steps: u64| format!("{TRAIN} {STEADY} --max-steps {max_steps}");
-    let mut first = fixture.start(&command(5000));
-    fixture.wait_for_a_logged_step("run");
+    let command = |max_steps: u64| format!("{STEADY} --max-steps {max_steps} --output-path run");
+    let mut first = fixture.start_and_wait_for_steps(&command(5000), "run");
     let second = fixture.start(&command(5000)).wait_with_output().unwrap();
     assert_eq!(second.status.code(), Some(1));
     let expected = format!("another process works in this folder: {}\nhint:", first.id());
@@ -330,6 +325,5 @@ fn two_processes_do_not_work_in_one_folder() {
     first.kill().unwrap();
     first.wait().unwrap();
     // The lock died with its process.
-    let third = fixture.start(&command(1)).wait_with_output().unwrap();
-    assert!(third.status.success(), "{}", said(&third));
+    fixture.succeed(&command(1));
 }

@@ -299,14 +299,14 @@ impl<'a> Run<'a> {
 enum Data<'a> {
     /// Encoded by an earlier run.
     Ready(Dataset),
-    Surveyed(Survey<'a>),
+    Surveyed(Box<Survey<'a>>),
 }
 
 impl<'a> Data<'a> {
     fn find(recipe: &Recipe, with: Preparation<'a>) -> Result<Self, TrainError> {
         match recipe.task.stage() {
             Stage::Train => Ok(Self::Ready(Dataset::read(recipe, with.model, with.device)?)),
-            _ => Ok(Self::Surveyed(survey(recipe, with)?)),
+            _ => Ok(Self::Surveyed(Box::new(survey(recipe, with)?))),
         }
     }
 

@@ -237,6 +237,18 @@ fn what_a_killed_run_left_unfinished_is_removed_and_does_not_disturb() {
 }
 
 #[test]
+fn a_run_that_is_stopped_before_its_first_step_does_not_encode_its_data_first() {
+    let bench = Bench::new().with_pictures();
+    let recipe = Recipe { task: Task::Sft, dataset_memory_mib: 0, ..bench.recipe() };
+    let stop = AtomicBool::new(true);
+    let mut recorder = Recorder { stop: Some((u64::MAX, &stop)), ..Recorder::default() };
+    assert_eq!(run(&recipe, &mut recorder).unwrap(), Outcome::Stopped(0));
+    let encoded = file_bytes(&recipe.output_path.join("cache")).len();
+    assert_eq!(encoded, 1, "the key alone");
+    train(&recipe);
+}
+
+#[test]
 fn a_second_process_in_the_same_folder_is_refused() {
     let bench = Bench::new().with_pictures();
     let recipe = Recipe { task: Task::Sft, ..bench.recipe() };
