@@ -247,7 +247,7 @@ fn every_recipe_is_read_and_names_things_that_exist() {
         assert!(recipe.model.starts_with("runs") || model.exists(), "{}", path.display());
         read += 1;
     }
-    assert_eq!(read, 5);
+    assert_eq!(read, 6);
 }
 
 /// The arguments of the script behind goldens/train_cli, but for the model.

@@ -41,9 +41,8 @@ pub fn write_sized(
 }
 
 fn replace(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
-    let folder = folder_of(path);
-    fs::create_dir_all(folder)?;
-    let temporary = Temporary::beside(folder, path)?;
+    create_folder(folder_of(path))?;
+    let temporary = Temporary::beside(path)?;
     let mut file = File::create_new(&temporary.0)?;
     fill(&mut file)?;
     drop(file);
@@ -61,6 +60,19 @@ pub fn rename(complete: &Path, path: &Path) -> io::Result<()> {
     sync_folder(folder_of(path))
 }
 
+/// Creates a folder and those above it that are missing, each durably.
+fn create_folder(folder: &Path) -> io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    let above = folder_of(folder);
+    create_folder(above)?;
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => sync_folder(above),
+    }
+}
+
 fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
@@ -75,9 +87,56 @@ pub fn copy(source: &Path, target: &Path) -> io::Result<()> {
     write_sized(target, bytes, |file| io::copy(&mut source, file).map(|_| ()))
 }
 
+/// Removes a folder with all that is in it. Under its own name it is there as a whole or not at all: what a killed
+/// process leaves has a hidden one.
+///
+/// # Errors
+/// Whatever the file system reports.
+pub fn remove_folder(folder: &Path) -> io::Result<()> {
+    let hidden = hidden(folder, "old.part")?;
+    remove_if_there(&hidden)?;
+    fs::rename(folder, &hidden)?;
+    fs::remove_dir_all(hidden)
+}
+
+/// Removes what killed processes left unfinished in a folder and in those below it. Nobody else may be writing there.
+///
+/// # Errors
+/// Whatever the file system reports.
+pub fn remove_unfinished(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let (path, is_folder) = (entry.path(), entry.file_type()?.is_dir());
+        match (is_unfinished(&entry.file_name().to_string_lossy()), is_folder) {
+            (true, true) => fs::remove_dir_all(path)?,
+            (true, false) => fs::remove_file(path)?,
+            (false, true) => remove_unfinished(&path)?,
+            (false, false) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether files and folders in the making have such names.
+pub fn is_unfinished(name: &str) -> bool {
+    name.starts_with('.') && name.ends_with(".part")
+}
+
+/// The path beside another that has its name between a dot and `.end`.
+fn hidden(path: &Path, end: &str) -> io::Result<PathBuf> {
+    let mut hidden = OsString::from(".");
+    hidden.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
+    hidden.push(format!(".{end}"));
+    Ok(folder_of(path).join(hidden))
+}
+
+fn remove_if_there(folder: &Path) -> io::Result<()> {
+    if folder.exists() { fs::remove_dir_all(folder) } else { Ok(()) }
+}
+
 /// A folder in the making, under a hidden name beside its own.
 ///
-/// It gets its name by [`NewFolder::publish`]; dropped before that, it is removed.
+/// It gets its name by [`NewFolder::publish`] or [`NewFolder::replace`]; dropped before that, it is removed.
 #[derive(Debug)]
 pub struct NewFolder {
     part: PathBuf,
@@ -91,14 +150,9 @@ impl NewFolder {
     /// # Errors
     /// Whatever the file system reports.
     pub fn begin(path: &Path) -> io::Result<Self> {
-        let mut hidden = OsString::from(".");
-        hidden.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
-        hidden.push(".part");
-        let part = folder_of(path).join(hidden);
-        if part.exists() {
-            fs::remove_dir_all(&part)?;
-        }
-        fs::create_dir_all(&part)?;
+        let part = hidden(path, "part")?;
+        remove_if_there(&part)?;
+        create_folder(&part)?;
         Ok(Self { part, path: path.to_owned() })
     }
 
@@ -116,6 +170,26 @@ impl NewFolder {
         fs::rename(&self.part, &self.path)?;
         sync_folder(folder_of(&self.path))
     }
+
+    /// Gives the folder its name, durably, in place of the one that has it, which is removed. A crash between the two
+    /// renames leaves neither under that name.
+    ///
+    /// # Errors
+    /// Whatever the file system reports; the older folder is still there then.
+    pub fn replace(self) -> io::Result<()> {
+        let path = self.path.clone();
+        if !path.exists() {
+            return self.publish();
+        }
+        let old = hidden(&path, "old.part")?;
+        remove_if_there(&old)?;
+        fs::rename(&path, &old)?;
+        if let Err(error) = self.publish() {
+            fs::rename(&old, &path)?;
+            return Err(error);
+        }
+        fs::remove_dir_all(old)
+    }
 }
 
 impl Drop for NewFolder {
@@ -129,15 +203,11 @@ impl Drop for NewFolder {
 struct Temporary(PathBuf);
 
 impl Temporary {
-    fn beside(folder: &Path, target: &Path) -> io::Result<Self> {
+    fn beside(target: &Path) -> io::Result<Self> {
         /// Told apart from other threads by this number and from other processes by the process id.
         static COUNTER: AtomicU64 = AtomicU64::new(0);
-        let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let mut hidden = OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}.{unique}.part", std::process::id()));
-        Ok(Self(folder.join(hidden)))
+        Ok(Self(hidden(target, &format!("{}.{unique}.part", std::process::id()))?))
     }
 }
 
@@ -260,6 +330,38 @@ mod tests {
         made.publish().unwrap();
         assert_eq!(fs::read(path.join("file.txt")).unwrap(), b"new");
         assert_eq!(names(path.parent().unwrap()), ["model"]);
+    }
+
+    #[test]
+    fn a_folder_takes_the_place_of_an_older_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model");
+        for content in ["old", "new"] {
+            let made = NewFolder::begin(&path).unwrap();
+            write(&made.part().join(content), b"x").unwrap();
+            made.replace().unwrap();
+            assert_eq!(names(&path), [content]);
+        }
+        assert_eq!(names(folder.path()), ["model"]);
+        remove_folder(&path).unwrap();
+        assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn what_is_unfinished_is_removed_at_every_depth_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        for unfinished in ["deep/.x.bin.17.0.part", ".step.part/weights", "deep/.model.old.part/y"] {
+            write(&at(unfinished), b"x").unwrap();
+        }
+        for kept in ["deep/x.part", "deep/.hidden", "deep/x.bin"] {
+            write(&at(kept), b"x").unwrap();
+        }
+        remove_unfinished(folder.path()).unwrap();
+        assert_eq!(names(folder.path()), ["deep"]);
+        let mut kept = names(&at("deep"));
+        kept.sort();
+        assert_eq!(kept, [".hidden", "x.bin", "x.part"]);
     }
 
     #[test]

@@ -198,7 +198,7 @@ impl ModelSource {
     ///
     /// # Errors
     /// If the folder cannot be read or a shard is missing.
-    pub(crate) fn weight_files(&self) -> Result<Vec<(String, PathBuf)>, ModelError> {
+    pub fn weight_files(&self) -> Result<Vec<(String, PathBuf)>, ModelError> {
         let mut components: Vec<(String, Vec<PathBuf>)> = Vec::new();
         match &self.place {
             Place::Folder(folder) => {

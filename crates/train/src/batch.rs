@@ -1,13 +1,15 @@
 //! Which rows a step sees: a pure function of seed, epoch and step, so that a resumed run sees what it would have seen.
+//! And rows that go through the network together, once what they need has been read.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_data::buckets;
 use fewstep_flow::noise::{NoiseSource, NoiseType, TorchGenerator};
 use fewstep_models::{Condition, Model};
 
 use crate::TrainError;
-use crate::dataset::{Dataset, EMPTY_PROMPT, Group};
+use crate::dataset::{Dataset, EMPTY_PROMPT, Group, Sample};
 use crate::global_draws::GlobalDraws;
+use crate::host::HostTensor;
 use crate::random::{Draw, Purpose};
 use crate::recipe::{RandomNumbers, Recipe};
 
@@ -30,6 +32,10 @@ pub(crate) struct Plan {
 /// One forward pass to come.
 #[derive(Clone)]
 pub(crate) struct Planned {
+    /// Its optimiser step, counted from 0.
+    pub(crate) step: u64,
+    /// Epoch of that, counted from 0.
+    pub(crate) epoch: u64,
     /// Positions in the epoch: row + pass · number of rows.
     pub(crate) positions: Vec<usize>,
     /// The generators of their level and noise; `None` where each position has its own.
@@ -79,7 +85,7 @@ impl Plan {
         for positions in due {
             let items = item..item + positions.len();
             item = items.end;
-            planned.push(Planned { generators: self.generators(items), positions });
+            planned.push(Planned { step, epoch, generators: self.generators(items), positions });
         }
         planned
     }
@@ -111,17 +117,24 @@ impl Plan {
 
 /// Rows of one group, to go through the network together.
 pub struct Batch<'a> {
-    /// The data set.
-    pub(crate) data: &'a Dataset,
-    /// Positions and, where they have none of their own, generators.
-    pub(crate) planned: &'a Planned,
+    data: &'a Dataset,
+    planned: Planned,
     /// Seed of the run.
-    pub(crate) seed: u64,
-    /// Epoch, counted from 0.
-    pub(crate) epoch: u64,
+    seed: u64,
+    /// Latents `[C, H, W]` of each row; none with an online teacher.
+    latents: Vec<HostTensor>,
+    /// Text states `[S, J]` of each row and, last, of the empty prompt; none where prompts are encoded in each step.
+    texts: Vec<HostTensor>,
 }
 
-impl Batch<'_> {
+impl<'a> Batch<'a> {
+    /// A batch of what the data set's [`Dataset::reading`] of its positions has read.
+    pub(crate) fn new(data: &'a Dataset, planned: Planned, seed: u64, read: Vec<HostTensor>) -> Self {
+        let mut latents = read;
+        let texts = latents.split_off(data.pictures(&planned.positions));
+        Self { data, planned, seed, latents, texts }
+    }
+
     /// Number of samples.
     pub fn len(&self) -> usize {
         self.planned.positions.len()
@@ -134,25 +147,35 @@ impl Batch<'_> {
 
     /// What all samples agree in.
     pub fn group(&self) -> Group {
-        self.data.samples[self.rows()[0]].group
+        self.sample(0).group
     }
 
     /// Stored latents, `[B, C, H, W]`.
     pub fn latents(&self) -> Tensor<4> {
-        self.data.latents(&self.rows())
+        assert_eq!(self.latents.len(), self.len(), "only rows of an online teacher have no latents");
+        let [channels, height, width] = self.group().latent_shape;
+        let values = self.latents.iter().flat_map(|latents| &latents.values).copied().collect();
+        let data = TensorData::new::<f32, _>(values, [self.len(), channels, height, width]);
+        Tensor::from_data(data, self.data.device())
     }
 
     /// Text states of the prompts; those of samples marked in `dropped` are the empty prompt's.
     ///
+    /// They are computed by `model`, with a graph if it has one, where they are not stored.
+    ///
     /// # Errors
     /// If a prompt cannot be encoded.
     pub fn condition(&self, model: &Model, dropped: &[bool]) -> Result<Condition, TrainError> {
-        let prompt = |(row, dropped): (&usize, &bool)| match dropped {
-            true => EMPTY_PROMPT,
-            false => self.data.samples[*row].prompt,
+        let rows = dropped.iter().enumerate();
+        let Some(empty) = self.texts.len().checked_sub(1) else {
+            let prompts =
+                rows.map(|(row, dropped)| if *dropped { EMPTY_PROMPT } else { self.sample(row).prompt });
+            let texts: Vec<String> = prompts.map(|prompt| self.data.prompts()[prompt].clone()).collect();
+            return Ok(model.encode_prompts(&texts)?);
         };
-        let prompts: Vec<usize> = self.rows().iter().zip(dropped).map(prompt).collect();
-        self.data.condition(model, &prompts)
+        let texts: Vec<&HostTensor> =
+            rows.map(|(row, dropped)| &self.texts[if *dropped { empty } else { row }]).collect();
+        Ok(padded(&texts, self.data.device()))
     }
 
     /// The generators that each sample's level, dropout and noise are drawn from.
@@ -163,11 +186,9 @@ impl Batch<'_> {
 
     /// Where each sample's random numbers are drawn.
     fn draws(&self) -> Vec<Draw> {
-        self.planned
-            .positions
-            .iter()
-            .map(|row| Draw { seed: self.seed, epoch: self.epoch, row: *row as u64 })
-            .collect()
+        let draw =
+            |position: &usize| Draw { seed: self.seed, epoch: self.planned.epoch, row: *position as u64 };
+        self.planned.positions.iter().map(draw).collect()
     }
 
     /// The noise that pictures start from, `[B, C, H, W]`: the rows' own, or fresh in every epoch.
@@ -175,15 +196,27 @@ impl Batch<'_> {
         let [channels, height, width] = self.group().latent_shape;
         let shape = [1, channels, height, width];
         let draw = |(row, draw): (usize, Draw)| {
-            let sample = &self.data.samples[row];
+            let sample = self.sample(row);
             let seed = sample.noise_seed.unwrap_or_else(|| draw.seed(Purpose::Picture));
             let source = NoiseSource { rand_device: sample.rand_device, dtype };
             source.latent_noise(seed, shape, self.data.device())
         };
-        Tensor::cat(self.rows().into_iter().zip(self.draws()).map(draw).collect(), 0)
+        Tensor::cat(self.draws().into_iter().enumerate().map(draw).collect(), 0)
     }
 
-    fn rows(&self) -> Vec<usize> {
-        self.planned.positions.iter().map(|position| position % self.data.len()).collect()
+    fn sample(&self, row: usize) -> &Sample {
+        self.data.sample_at(self.planned.positions[row])
     }
+}
+
+/// Text states `[S, J]` as one condition, with zeros after the shorter ones.
+fn padded(texts: &[&HostTensor], device: &Device) -> Condition {
+    let lengths: Vec<usize> = texts.iter().map(|text| text.shape[0]).collect();
+    let (longest, width) = (lengths.iter().max().copied().unwrap_or(0), texts[0].shape[1]);
+    let mut values = vec![0.0f32; texts.len() * longest * width];
+    for (row, text) in texts.iter().enumerate() {
+        values[row * longest * width..][..text.values.len()].copy_from_slice(&text.values);
+    }
+    let data = TensorData::new(values, [texts.len(), longest, width]);
+    Condition { text: Tensor::from_data(data, device), lengths }
 }

@@ -1,26 +1,28 @@
 //! Checkpoints: folders `checkpoints/step-00001234/` that hold all an exact resume needs.
 //!
 //! A checkpoint is written beside under another name, synced and renamed, so under its own name it is complete. Its
-//! `trainer.json` lists the other files with their hashes: what was damaged later is noticed, and the checkpoint before
+//! `files.json` lists the other files with their hashes: what was damaged later is noticed, and the checkpoint before
 //! it is taken.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use fewstep_data::atomic;
+use fewstep_data::atomic::{self, NewFolder};
 use fewstep_kernels::Moments;
 use fewstep_models::{WeightFiles, WeightType, save_tensors};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::TrainError;
 use crate::host::{HostTensor, HostTensors};
+use crate::recipe::Recipe;
+use crate::{TrainError, exact_floats, hash};
 
 const WEIGHTS: &str = "weights.safetensors";
 const MOMENTS: &str = "optimizer.safetensors";
 const AVERAGES: &str = "ema.safetensors";
 const PROGRESS: &str = "trainer.json";
+const MANIFEST: &str = "files.json";
 
 /// Where a run stands between two optimiser steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -32,6 +34,7 @@ pub(crate) struct Progress {
     /// Skipped steps since the last that did.
     pub(crate) skipped_in_a_row: u32,
     /// Losses since the last line of the log, so that a resumed log has the same means.
+    #[serde(with = "exact_floats")]
     pub(crate) losses: Vec<f64>,
 }
 
@@ -58,12 +61,8 @@ impl Snapshot {
     }
 }
 
-#[derive(Serialize, Deserialize)]
-struct Manifest {
-    progress: Progress,
-    /// File name → SHA-256.
-    files: BTreeMap<String, String>,
-}
+/// File name → SHA-256 of every file of a checkpoint but the one that holds this.
+type Manifest = BTreeMap<String, String>;
 
 /// The checkpoints of one run.
 pub(crate) struct Checkpoints {
@@ -78,9 +77,9 @@ pub(crate) struct Found {
 }
 
 impl Checkpoints {
-    /// The checkpoints of a run folder, of which the `keep` newest stay.
-    pub(crate) fn new(run: &Path, keep: usize) -> Self {
-        Self { folder: run.join("checkpoints"), keep }
+    /// The checkpoints of a recipe's run folder, of which the `keep` newest stay.
+    pub(crate) fn new(recipe: &Recipe) -> Self {
+        Self { folder: recipe.output_path.join("checkpoints"), keep: recipe.keep }
     }
 
     /// Writes a checkpoint and removes the oldest ones; returns its folder.
@@ -102,13 +101,10 @@ impl Checkpoints {
 
     fn save_new(&self, snapshot: Snapshot) -> Result<PathBuf, TrainError> {
         let path = self.folder.join(format!("step-{:08}", snapshot.progress.step));
-        let part = self.folder.join(format!(".step-{:08}.part", snapshot.progress.step));
-        let written = write(&part, snapshot).and_then(|()| publish(&part, &path));
-        if written.is_err() {
-            // What cannot be removed now is removed after the next save.
-            let _ = fs::remove_dir_all(&part);
-        }
-        written?;
+        let made = NewFolder::begin(&path).map_err(TrainError::io(&path))?;
+        write(made.part(), snapshot)?;
+        // There may be a damaged checkpoint of the same step, which the run came past again.
+        made.replace().map_err(TrainError::io(&path))?;
         self.remove_old()?;
         Ok(path)
     }
@@ -131,42 +127,44 @@ impl Checkpoints {
         }
     }
 
-    /// Oldest first.
-    fn list(&self) -> Result<Vec<PathBuf>, TrainError> {
-        self.entries("step-")
+    /// The step of the newest checkpoint, whole or not; 0 where there is none.
+    ///
+    /// # Errors
+    /// If the folder cannot be read.
+    pub(crate) fn newest_step(&self) -> Result<u64, TrainError> {
+        let step = |path: &PathBuf| path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok();
+        Ok(self.list()?.last().and_then(step).unwrap_or(0))
     }
 
-    /// Entries whose names start so, sorted.
-    fn entries(&self, prefix: &str) -> Result<Vec<PathBuf>, TrainError> {
+    /// Oldest first.
+    fn list(&self) -> Result<Vec<PathBuf>, TrainError> {
         if !self.folder.exists() {
             return Ok(Vec::new());
         }
         let entries = fs::read_dir(&self.folder).map_err(TrainError::io(&self.folder))?;
         let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
-        paths.retain(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)));
+        paths.retain(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-")));
         paths.sort();
         Ok(paths)
     }
 
-    /// Removes checkpoints past the number kept, and what killed runs left unfinished.
+    /// Removes checkpoints past the number kept.
     fn remove_old(&self) -> Result<(), TrainError> {
-        let (paths, unfinished) = (self.list()?, self.entries(".step-")?);
-        for old in paths[..paths.len().saturating_sub(self.keep)].iter().chain(&unfinished) {
-            fs::remove_dir_all(old).map_err(TrainError::io(old))?;
+        let paths = self.list()?;
+        for old in &paths[..paths.len().saturating_sub(self.keep)] {
+            atomic::remove_folder(old).map_err(TrainError::io(old))?;
         }
         Ok(())
     }
 }
 
 fn write(folder: &Path, snapshot: Snapshot) -> Result<(), TrainError> {
-    remove_if_there(folder)?;
-    fs::create_dir_all(folder).map_err(TrainError::io(folder))?;
-    let mut files = BTreeMap::new();
+    let mut manifest = Manifest::new();
     let mut save = |name: &str, tensors: HostTensors| -> Result<(), TrainError> {
         let path = folder.join(name);
         let tensors = tensors.into_iter().map(|(key, tensor)| (key, tensor.shape, tensor.values));
         save_tensors(&path, tensors, WeightType::F32, &BTreeMap::new())?;
-        files.insert(name.to_owned(), hash(&path)?);
+        manifest.insert(name.to_owned(), hash::of_file(&path)?);
         Ok(())
     };
     save(WEIGHTS, snapshot.weights)?;
@@ -174,53 +172,40 @@ fn write(folder: &Path, snapshot: Snapshot) -> Result<(), TrainError> {
     if let Some(averages) = snapshot.averages {
         save(AVERAGES, averages)?;
     }
-    let manifest = Manifest { progress: snapshot.progress, files };
-    let json = serde_json::to_string_pretty(&manifest).expect("plain fields always serialise");
-    let path = folder.join(PROGRESS);
-    atomic::write(&path, json.as_bytes()).map_err(TrainError::io(&path))
+    let progress = folder.join(PROGRESS);
+    write_json(&progress, &snapshot.progress)?;
+    manifest.insert(PROGRESS.to_owned(), hash::of_file(&progress)?);
+    write_json(&folder.join(MANIFEST), &manifest)
 }
 
-/// Gives a complete folder its name, durably.
-fn publish(part: &Path, path: &Path) -> Result<(), TrainError> {
-    // A damaged checkpoint of the same step, which the run came past again.
-    remove_if_there(path)?;
-    fs::rename(part, path).map_err(TrainError::io(path))?;
-    let parent = path.parent().unwrap_or(Path::new("."));
-    match cfg!(unix) {
-        true => File::open(parent).and_then(|folder| folder.sync_all()).map_err(TrainError::io(parent)),
-        false => Ok(()),
-    }
-}
-
-fn remove_if_there(folder: &Path) -> Result<(), TrainError> {
-    match folder.exists() {
-        true => fs::remove_dir_all(folder).map_err(TrainError::io(folder)),
-        false => Ok(()),
-    }
+fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
+    let json = serde_json::to_string_pretty(value).expect("plain fields always serialise");
+    atomic::write(path, json.as_bytes()).map_err(TrainError::io(path))
 }
 
 /// Reads and checks one checkpoint; the error is the reason for the message.
 fn read(folder: &Path) -> Result<Snapshot, String> {
-    let in_folder = |reason: String| format!("{}: {reason}", folder.display());
-    let json = fs::read_to_string(folder.join(PROGRESS))
-        .map_err(|error| in_folder(format!("{PROGRESS}: {error}")))?;
-    let manifest: Manifest =
-        serde_json::from_str(&json).map_err(|error| in_folder(format!("{PROGRESS}: {error}")))?;
-    for (name, expected) in &manifest.files {
-        match hash(&folder.join(name)) {
-            Ok(found) if found == *expected => {}
-            Ok(_) => return Err(in_folder(format!("{name} is not what was written"))),
-            Err(error) => return Err(error.to_string()),
+    let manifest: Manifest = read_json(&folder.join(MANIFEST))?;
+    for (name, expected) in &manifest {
+        let path = folder.join(name);
+        if hash::of_file(&path).map_err(|error| error.to_string())? != *expected {
+            return Err(format!("{}: not what was written", path.display()));
         }
     }
     let tensors = |name: &str| read_tensors(&folder.join(name)).map_err(|error| error.to_string());
-    let averaged = manifest.files.contains_key(AVERAGES);
+    let averaged = manifest.contains_key(AVERAGES);
     Ok(Snapshot {
         weights: tensors(WEIGHTS)?,
         moments: unflatten(tensors(MOMENTS)?),
         averages: averaged.then(|| tensors(AVERAGES)).transpose()?,
-        progress: manifest.progress,
+        progress: read_json(&folder.join(PROGRESS))?,
     })
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
+    let in_file = |reason: &dyn std::fmt::Display| format!("{}: {reason}", path.display());
+    let json = fs::read_to_string(path).map_err(|error| in_file(&error))?;
+    serde_json::from_str(&json).map_err(|error| in_file(&error))
 }
 
 fn read_tensors(path: &Path) -> Result<HostTensors, TrainError> {
@@ -230,13 +215,6 @@ fn read_tensors(path: &Path) -> Result<HostTensors, TrainError> {
         Ok((key.to_owned(), HostTensor { shape, values }))
     };
     files.keys().map(read).collect()
-}
-
-fn hash(path: &Path) -> Result<String, TrainError> {
-    let mut hash = Sha256::new();
-    let mut file = File::open(path).map_err(TrainError::io(path))?;
-    std::io::copy(&mut file, &mut hash).map_err(TrainError::io(path))?;
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 const FIRST: &str = ".first";

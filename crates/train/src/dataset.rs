@@ -1,33 +1,40 @@
-//! The data set of a run in memory: each distinct picture once as latents, each distinct prompt once as text states.
+//! The data set of a run: its rows, and where the latents of each distinct picture and the text states of each distinct
+//! prompt are.
+//!
+//! What the data set folder stores stays in its files until a batch needs it. What it does not store is encoded before
+//! the first step, once, and kept in memory where it is little and in files of the run's folder where it is much
+//! ([`crate::shelf`]), so the memory a run needs does not grow with its data set.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::Device;
 use fewstep_data::image::{Resize, Size};
 use fewstep_flow::noise::RandDevice;
-use fewstep_models::{Condition, Model};
+use fewstep_models::{Model, ModelSource};
 
-use crate::host::{HostTensor, to_vec};
+use crate::place::Place;
 use crate::recipe::Recipe;
 use crate::source::SourceRow;
-use crate::tables::{PictureTable, PromptTable, Stored, from_host};
+use crate::tables::{PictureTable, PromptTable, Stored};
+use crate::workers::Reading;
 use crate::{TrainError, processed};
 
 /// Everything a run reads, ready for batches.
 pub struct Dataset {
     pub(crate) samples: Vec<Sample>,
-    tables: Tables,
-    /// One per prompt; empty when the text encoder learns and prompts are encoded in each step.
-    conditions: Vec<Condition>,
+    pub(crate) tables: Tables,
     device: Device,
 }
 
 /// What the rows refer to.
 pub(crate) struct Tables {
     /// Distinct pictures, `[C, H, W]` each.
-    pub(crate) latents: Vec<HostTensor>,
+    pub(crate) latents: Vec<Place>,
     /// Distinct prompts, the empty one first.
     pub(crate) prompts: Vec<String>,
+    /// Text states of the prompts, `[S, J]` each; none when the text encoder learns and prompts are encoded in each step.
+    pub(crate) texts: Vec<Place>,
 }
 
 /// One row: indices into the tables of its data set.
@@ -80,6 +87,8 @@ impl Group {
 pub(crate) struct Preparation<'a> {
     /// Encodes what is not stored, on the plain side of the device.
     pub(crate) model: &'a Model,
+    /// Where that model is from.
+    pub(crate) source: &'a ModelSource,
     /// Where batches go.
     pub(crate) device: &'a Device,
     /// Size rule of the pictures.
@@ -88,82 +97,131 @@ pub(crate) struct Preparation<'a> {
     pub(crate) base: &'a Path,
     /// Whether text states are computed now and kept.
     pub(crate) keep_text: bool,
+    /// Folder for what is encoded and does not fit into memory.
+    pub(crate) cache: &'a Path,
+    /// Bytes of encoded pictures, and of encoded prompts, that are kept in memory.
+    pub(crate) memory_bytes: usize,
+    /// Threads that decode ahead.
+    pub(crate) workers: usize,
+    /// Set from outside to stop encoding.
+    pub(crate) stop: &'a AtomicBool,
+}
+
+impl Preparation<'_> {
+    /// Whether encoding shall stop.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
 }
 
 /// Index of the empty prompt: what dropped captions and guidance read.
 pub(crate) const EMPTY_PROMPT: usize = 0;
 
-impl Dataset {
-    /// Loads and encodes the rows.
+/// A data set whose rows, picture sizes and stored files have been looked at and nothing more.
+pub(crate) struct Survey<'a> {
+    with: Preparation<'a>,
+    samples: Vec<Sample>,
+    pictures: PictureTable<'a>,
+    prompts: PromptTable,
+}
+
+impl<'a> Survey<'a> {
+    /// Looks at the rows.
     ///
     /// # Errors
-    /// If a picture or stored file is missing, damaged or of another shape.
-    pub(crate) fn prepare(rows: &[SourceRow], with: Preparation<'_>) -> Result<Self, TrainError> {
-        let mut pictures = PictureTable::new(with);
-        let mut prompts = PromptTable::new(with.model.text_width());
-        prompts.add("", None)?;
-        let mut samples = Vec::with_capacity(rows.len());
+    /// If a picture or stored file is missing, damaged in its header, or of another shape.
+    pub(crate) fn of(rows: &[SourceRow], with: Preparation<'a>) -> Result<Self, TrainError> {
+        let (pictures, prompts) = (PictureTable::new(with), PromptTable::new(with.model.text_width()));
+        let mut survey = Self { with, samples: Vec::with_capacity(rows.len()), pictures, prompts };
+        survey.prompts.add("", None)?;
         for row in rows {
-            let stored = Stored::beside(row.picture.as_ref(), with.base)?;
-            let placed =
-                row.picture.as_ref().map(|source| pictures.add(source, stored.as_ref())).transpose()?;
-            let size = placed
-                .map(|(_, size)| size)
-                .or(row.size)
-                .expect("a row without a picture has the run's size");
-            samples.push(Sample {
-                picture: placed.map(|(index, _)| index),
-                prompt: prompts.add(&row.prompt, stored.as_ref())?,
-                noise_seed: row.seed,
-                rand_device: row.rand_device,
-                group: Group::new(row, size, with.model)?,
-            });
+            let sample = survey.sample(row)?;
+            survey.samples.push(sample);
         }
-        let conditions = if with.keep_text { prompts.encode(with.model, with.device)? } else { Vec::new() };
-        Ok(Self {
-            samples,
-            tables: Tables { latents: pictures.encode(), prompts: prompts.texts },
-            conditions,
-            device: with.device.clone(),
+        Ok(survey)
+    }
+
+    fn sample(&mut self, row: &SourceRow) -> Result<Sample, TrainError> {
+        let stored = Stored::beside(row.picture.as_ref(), self.with.base)?;
+        let placed =
+            row.picture.as_ref().map(|source| self.pictures.add(source, stored.as_ref())).transpose()?;
+        let size =
+            placed.map(|(_, size)| size).or(row.size).expect("a row without a picture has the run's size");
+        Ok(Sample {
+            picture: placed.map(|(index, _)| index),
+            prompt: self.prompts.add(&row.prompt, stored.as_ref())?,
+            noise_seed: row.seed,
+            rand_device: row.rand_device,
+            group: Group::new(row, size, self.with.model)?,
         })
     }
 
-    /// Reads what the first half of a split task wrote.
+    /// Encodes what is not stored; `None` when asked to stop before all was done.
+    ///
+    /// # Errors
+    /// If a picture is damaged, a prompt cannot be encoded, or a file cannot be read or written.
+    pub(crate) fn encode(self) -> Result<Option<Dataset>, TrainError> {
+        let Some(latents) = self.pictures.encode()? else { return Ok(None) };
+        let texts = if self.with.keep_text { self.prompts.encode(self.with)? } else { Some(Vec::new()) };
+        let Some(texts) = texts else { return Ok(None) };
+        let tables = Tables { latents, prompts: self.prompts.texts, texts };
+        Ok(Some(Dataset { samples: self.samples, tables, device: self.with.device.clone() }))
+    }
+}
+
+impl Dataset {
+    /// Opens what the first half of a split task wrote.
     ///
     /// # Errors
     /// As [`processed::read`], or if the latents are not of the model's sizes.
     pub(crate) fn read(recipe: &Recipe, model: &Model, device: &Device) -> Result<Self, TrainError> {
-        let (samples, tables, text) = processed::read(recipe)?;
+        let (samples, tables) = processed::read(recipe)?;
+        let wrong = |what, found: Vec<usize>, expected: Vec<usize>| TrainError::Shape {
+            path: recipe.dataset_base_path.clone(),
+            what,
+            found,
+            expected,
+        };
         for group in samples.iter().map(|sample| sample.group) {
             let expected = model.latent_shape(group.size.height, group.size.width)?;
             if group.latent_shape != expected {
-                let path = recipe.dataset_base_path.clone();
-                let (found, expected) = (group.latent_shape.to_vec(), expected.to_vec());
-                return Err(TrainError::Shape { path, what: "latents", found, expected });
+                return Err(wrong("latents", group.latent_shape.to_vec(), expected.to_vec()));
             }
         }
-        let width = model.text_width();
-        if let Some(states) = text.iter().find(|states| states.shape[1] != width) {
-            let path = recipe.dataset_base_path.clone();
-            let (found, expected) = (states.shape.clone(), vec![states.shape[0], width]);
-            return Err(TrainError::Shape { path, what: "text states", found, expected });
+        for text in &tables.texts {
+            let shape = text.shape()?;
+            if shape.len() != 2 || shape[1] != model.text_width() {
+                let expected = vec![shape.first().copied().unwrap_or(0), model.text_width()];
+                return Err(wrong("text states", shape, expected));
+            }
         }
-        let conditions = text.iter().map(|text| from_host(text, device)).collect();
-        Ok(Self { samples, tables, conditions, device: device.clone() })
+        Ok(Self { samples, tables, device: device.clone() })
     }
 
-    /// Pictures and prompts by index.
-    pub(crate) fn tables(&self) -> &Tables {
-        &self.tables
+    /// The prompts, the empty one first.
+    pub(crate) fn prompts(&self) -> &[String] {
+        &self.tables.prompts
     }
 
-    /// Text states of every prompt, `[S, J]` each.
-    pub(crate) fn text_states(&self) -> Vec<HostTensor> {
-        let state = |condition: &Condition| {
-            let text = condition.text.clone().squeeze_dim::<2>(0);
-            HostTensor { shape: text.dims().to_vec(), values: to_vec(text) }
-        };
-        self.conditions.iter().map(state).collect()
+    /// The row of a position in an epoch; positions past the rows are further passes over them.
+    pub(crate) fn sample_at(&self, position: usize) -> &Sample {
+        &self.samples[position % self.len()]
+    }
+
+    /// How many of these positions have a picture: all of them, or none with an online teacher.
+    pub(crate) fn pictures(&self, positions: &[usize]) -> usize {
+        positions.iter().filter(|position| self.sample_at(**position).picture.is_some()).count()
+    }
+
+    /// Reads what a batch of positions needs: the latents of each, then the text states of each and of the empty prompt,
+    /// as far as there are any.
+    pub(crate) fn reading(&self, positions: &[usize]) -> Reading {
+        let samples = || positions.iter().map(|position| self.sample_at(*position));
+        let latents = samples().filter_map(|sample| Some(&self.tables.latents[sample.picture?]));
+        let prompts = samples().map(|sample| sample.prompt).chain([EMPTY_PROMPT]);
+        let texts = prompts.filter_map(|prompt| self.tables.texts.get(prompt));
+        let places: Vec<Place> = latents.chain(texts).cloned().collect();
+        Box::new(move || Ok(places.iter().map(Place::read).collect::<Result<_, _>>()?))
     }
 
     /// Number of rows.
@@ -185,29 +243,6 @@ impl Dataset {
             }
         }
         groups
-    }
-
-    /// Latents of rows that have pictures, `[B, C, H, W]`.
-    pub(crate) fn latents(&self, rows: &[usize]) -> Tensor<4> {
-        let [channels, height, width] = self.samples[rows[0]].group.latent_shape;
-        let picture =
-            |row: &usize| self.samples[*row].picture.expect("only rows of an online teacher have none");
-        let mut values = Vec::with_capacity(rows.len() * channels * height * width);
-        for row in rows {
-            values.extend_from_slice(&self.tables.latents[picture(row)].values);
-        }
-        Tensor::from_data(TensorData::new(values, [rows.len(), channels, height, width]), &self.device)
-    }
-
-    /// Text states of prompts by index; where they are not kept, computed by `model`, with a graph if it has one.
-    pub(crate) fn condition(&self, model: &Model, prompts: &[usize]) -> Result<Condition, TrainError> {
-        if self.conditions.is_empty() {
-            let texts: Vec<String> =
-                prompts.iter().map(|prompt| self.tables.prompts[*prompt].clone()).collect();
-            return Ok(model.encode_prompts(&texts)?);
-        }
-        let parts: Vec<Condition> = prompts.iter().map(|prompt| self.conditions[*prompt].clone()).collect();
-        Ok(Condition::stack(&parts))
     }
 
     /// The plain side of the device that batches go to.

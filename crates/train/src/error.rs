@@ -105,6 +105,14 @@ pub enum TrainError {
         /// The folder.
         path: PathBuf,
     },
+    /// Another process trains in the output folder.
+    #[error("{}: another process works in this folder: {process}\nhint: wait until it ends, or give another output_path", path.display())]
+    Busy {
+        /// The folder.
+        path: PathBuf,
+        /// Its number; empty where it cannot be read.
+        process: String,
+    },
     /// No checkpoint of the folder can be read.
     #[error("{}: every checkpoint is damaged: {}\nhint: delete the folder {} to start over", path.display(), reasons.join("; "), path.display())]
     Damaged {

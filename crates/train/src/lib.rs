@@ -4,7 +4,7 @@
 //! into gradients ([`method`]); the trainer alone moves weights, keeps checkpoints and draws samples. Everything random
 //! is a function of the position in the run, so a resumed run is bit-equal to an uninterrupted one.
 //!
-//! Left out: mixed precision, several devices, data that does not fit into memory.
+//! Left out: mixed precision, several devices.
 
 #![forbid(unsafe_code)]
 
@@ -13,16 +13,20 @@ mod checkpoint;
 mod dataset;
 mod ema;
 mod error;
+mod exact_floats;
 mod global_draws;
 mod grid;
+mod hash;
 mod host;
 mod learning_rate;
+mod loader;
 mod log;
 pub mod method;
 mod observer;
 mod optimizer;
 mod output;
 mod peer_output;
+mod place;
 mod processed;
 mod provenance;
 mod random;
@@ -30,6 +34,7 @@ pub mod recipe;
 mod rounded_adamw;
 mod run_folder;
 mod samples;
+mod shelf;
 mod source;
 mod start_weights;
 mod state;
@@ -40,6 +45,7 @@ mod tensorboard;
 mod tests;
 mod trainable;
 mod trainer;
+mod workers;
 
 pub use batch::Batch;
 pub use dataset::{Dataset, Group};

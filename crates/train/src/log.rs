@@ -87,6 +87,14 @@ impl Log {
         ];
         self.events.append(&tensorboard::scalars(step, wall_time_secs(), &scalars))
     }
+
+    /// Brings all lines to the disk. Called before a checkpoint, whose run does not write them again.
+    ///
+    /// # Errors
+    /// If the system cannot.
+    pub(crate) fn sync(&self) -> Result<(), TrainError> {
+        [&self.csv, &self.events].into_iter().try_for_each(LogFile::sync)
+    }
 }
 
 impl LogFile {
@@ -98,6 +106,10 @@ impl LogFile {
 
     fn append(&mut self, bytes: &[u8]) -> Result<(), TrainError> {
         self.file.write_all(bytes).map_err(TrainError::io(&self.path))
+    }
+
+    fn sync(&self) -> Result<(), TrainError> {
+        self.file.sync_data().map_err(TrainError::io(&self.path))
     }
 }
 

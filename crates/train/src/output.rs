@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use fewstep_data::atomic::NewFolder;
 use fewstep_data::provenance::TORCH_CPU;
 use fewstep_models::{Model, ModelSource, lora, weights_hash};
 
@@ -35,7 +36,9 @@ pub(crate) fn write(origin: &Origin<'_>, model: Model, steps: u64) -> Result<Pat
         return Ok(path);
     }
     let path = recipe.output_path.join("model");
-    model.save_pretrained(origin.source, &path, recipe.output_dtype.into(), &info)?;
+    let made = NewFolder::begin(&path).map_err(TrainError::io(&path))?;
+    model.save_pretrained(origin.source, made.part(), recipe.output_dtype.into(), &info)?;
+    made.replace().map_err(TrainError::io(&path))?;
     Ok(path)
 }
 
@@ -46,7 +49,7 @@ impl Origin<'_> {
             ("fewstep.version".to_owned(), self.version.to_owned()),
             ("fewstep.task".to_owned(), self.recipe.task.name().to_owned()),
             ("fewstep.training_steps".to_owned(), steps.to_string()),
-            ("fewstep.recipe".to_owned(), self.recipe.to_toml()),
+            ("fewstep.recipe".to_owned(), self.recipe.without_place().to_toml()),
         ]);
         if self.source.is_whole() {
             info.insert(lora::BASE_HASH.to_owned(), weights_hash(self.source)?);

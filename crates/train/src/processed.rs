@@ -2,20 +2,22 @@
 //! encoder and no autoencoder.
 //!
 //! A folder holds `latents.safetensors` and `text.safetensors`, whose keys are numbers, and `processed.json` with the rows
-//! that refer to them. It is written last: a folder without it is no data set.
+//! that refer to them. It is written last: a folder without it is no data set. Tensors go from where they are to the file
+//! one by one, and from the file to the batches that need them: they are never in memory together.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fewstep_data::atomic;
 use fewstep_data::image::Size;
 use fewstep_flow::noise::RandDevice;
-use fewstep_models::{ModelSource, WeightFiles, WeightType, save_tensors, weights_hash};
+use fewstep_models::{ModelError, ModelSource, WeightFiles, WeightType, save_streamed, weights_hash};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::dataset::{Dataset, Group, Sample, Tables};
-use crate::host::HostTensor;
+use crate::place::Place;
 use crate::recipe::{Objective, Recipe};
 
 const ROWS: &str = "processed.json";
@@ -65,9 +67,9 @@ pub(crate) fn write(
     version: &str,
 ) -> Result<PathBuf, TrainError> {
     let folder = &recipe.output_path;
-    let (tables, text) = (data.tables(), data.text_states());
+    let tables = &data.tables;
     save(&folder.join(LATENTS), &tables.latents)?;
-    save(&folder.join(TEXT), &text)?;
+    save(&folder.join(TEXT), &tables.texts)?;
     let processed = Processed {
         version: version.to_owned(),
         task: objective_name(recipe).to_owned(),
@@ -87,7 +89,7 @@ pub(crate) fn write(
 ///
 /// # Errors
 /// If it is not there, was made for another task or number type, or is damaged.
-pub(crate) fn read(recipe: &Recipe) -> Result<(Vec<Sample>, Tables, Vec<HostTensor>), TrainError> {
+pub(crate) fn read(recipe: &Recipe) -> Result<(Vec<Sample>, Tables), TrainError> {
     let folder = &recipe.dataset_base_path;
     let path = folder.join(ROWS);
     if !path.is_file() {
@@ -104,14 +106,20 @@ pub(crate) fn read(recipe: &Recipe) -> Result<(Vec<Sample>, Tables, Vec<HostTens
     if let Some((key, found, expected)) = expectations.into_iter().find(|(_, found, here)| found != here) {
         return Err(damaged(format!("made with {key} {found}, expected {expected}")));
     }
-    let latents = load(&folder.join(LATENTS))?;
-    let text = load(&folder.join(TEXT))?;
+    let (latents, texts) = (open(&folder.join(LATENTS))?, open(&folder.join(TEXT))?);
     let exists = |row: &ProcessedRow| row.latents < latents.len() && row.prompt < found.prompts.len();
-    if found.rows.is_empty() || text.len() != found.prompts.len() || !found.rows.iter().all(exists) {
+    if found.rows.is_empty() || texts.len() != found.prompts.len() || !found.rows.iter().all(exists) {
         return Err(damaged("its rows do not fit the files beside it".into()));
     }
-    let samples = found.rows.iter().map(|row| sample(row, &latents[row.latents])).collect();
-    Ok((samples, Tables { latents, prompts: found.prompts }, text))
+    let mut samples = Vec::with_capacity(found.rows.len());
+    for row in &found.rows {
+        let shape = latents[row.latents].shape()?;
+        let latent_shape = shape.try_into().map_err(|shape: Vec<usize>| {
+            damaged(format!("latents {} have {} axes, expected 3", row.latents, shape.len()))
+        })?;
+        samples.push(sample(row, latent_shape));
+    }
+    Ok((samples, Tables { latents, prompts: found.prompts, texts }))
 }
 
 fn objective_name(recipe: &Recipe) -> &'static str {
@@ -134,8 +142,7 @@ fn row(sample: &Sample) -> ProcessedRow {
     }
 }
 
-fn sample(row: &ProcessedRow, latents: &HostTensor) -> Sample {
-    let latent_shape = [latents.shape[0], latents.shape[1], latents.shape[2]];
+fn sample(row: &ProcessedRow, latent_shape: [usize; 3]) -> Sample {
     let size = Size { height: row.height, width: row.width };
     Sample {
         picture: Some(row.latents),
@@ -146,20 +153,23 @@ fn sample(row: &ProcessedRow, latents: &HostTensor) -> Sample {
     }
 }
 
-fn save(path: &Path, tensors: &[HostTensor]) -> Result<(), TrainError> {
-    // Zeros in front, so that the file's order is that of the rows.
-    let named = tensors
-        .iter()
-        .enumerate()
-        .map(|(at, tensor)| (format!("{at:08}"), tensor.shape.clone(), tensor.values.clone()));
-    Ok(save_tensors(path, named, WeightType::F32, &Default::default())?)
+fn save(path: &Path, places: &[Place]) -> Result<(), ModelError> {
+    let shape = |(at, place): (usize, &Place)| Ok((key(at), place.shape()?));
+    let shapes: Vec<(String, Vec<usize>)> =
+        places.iter().enumerate().map(shape).collect::<Result<_, ModelError>>()?;
+    let mut next = places.iter();
+    save_streamed(path, shapes, WeightType::F32, &mut |_| {
+        Ok(next.next().expect("the file has a tensor for each place").read()?.values)
+    })
 }
 
-fn load(path: &Path) -> Result<Vec<HostTensor>, TrainError> {
-    let files = WeightFiles::open(path)?;
-    let read = |key: &str| -> Result<HostTensor, TrainError> {
-        let (shape, values) = files.read(key)?;
-        Ok(HostTensor { shape, values })
-    };
-    files.keys().map(read).collect()
+fn open(path: &Path) -> Result<Vec<Place>, ModelError> {
+    let files = Arc::new(WeightFiles::open(path)?);
+    let place = |key: &str| Place::Open { files: files.clone(), key: key.to_owned() };
+    Ok(files.keys().map(place).collect())
+}
+
+/// Zeros in front, so that the order of the keys is that of the numbers.
+fn key(number: usize) -> String {
+    format!("{number:08}")
 }

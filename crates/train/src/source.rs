@@ -30,6 +30,7 @@ pub(crate) struct SourceRow {
 }
 
 /// A picture that is not loaded yet, or that the data set holds in memory.
+#[derive(Clone)]
 pub(crate) enum PictureSource {
     /// A file.
     File(PathBuf),

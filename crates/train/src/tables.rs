@@ -1,25 +1,28 @@
 //! Distinct pictures and prompts of a data set on their way to latents and text states.
 //!
-//! Both are read from the data set folder where it holds them (`latents/<picture's stem>.safetensors` with `latents`
-//! `[C, H, W]` and `text` `[S, J]`, as `generate` writes them); otherwise they are computed here, once.
+//! Both stay where the data set folder holds them (`latents/<picture's stem>.safetensors` with `latents` `[C, H, W]` and
+//! `text` `[S, J]`, as `generate` writes them); otherwise they are encoded here, once.
 
 use std::collections::HashMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Device, Tensor, TensorData};
-use fewstep_data::buckets::batches;
+use burn::tensor::{Tensor, TensorData};
 use fewstep_data::check_inside;
-use fewstep_data::image::{Picture, Size};
+use fewstep_data::image::Size;
 use fewstep_models::{Condition, Model, WeightFiles};
+use sha2::{Digest, Sha256};
 
-use crate::TrainError;
 use crate::dataset::Preparation;
 use crate::host::{HostTensor, to_vec};
+use crate::place::Place;
+use crate::shelf::Shelf;
 use crate::source::PictureSource;
+use crate::workers::{Reading, Workers};
+use crate::{TrainError, hash};
 
-/// Pictures encoded per call.
-const PICTURES_PER_BATCH: usize = 8;
-/// Prompts encoded per call.
+/// Prompts encoded per call. Always the same prompts together, whatever was encoded before: their numbers may depend on
+/// it in the last bit.
 const PROMPTS_PER_BATCH: usize = 32;
 
 /// What a data set folder stores beside a picture.
@@ -44,9 +47,30 @@ impl Stored {
         }
     }
 
-    fn read(&self, key: &str) -> Result<HostTensor, TrainError> {
-        let (shape, values) = self.files.read(key)?;
-        Ok(HostTensor { shape, values })
+    fn latents(&self, expected: [usize; 3]) -> Result<Place, TrainError> {
+        match self.files.shape("latents")? {
+            found if found == expected => Ok(self.place("latents")),
+            found => Err(self.wrong_shape("latents", found, expected.to_vec())),
+        }
+    }
+
+    /// The text states of that width, where the file has any; there is at least one.
+    fn text(&self, width: usize) -> Result<Option<Place>, TrainError> {
+        if !self.files.contains("text") {
+            return Ok(None);
+        }
+        match self.files.shape("text")? {
+            [tokens, found] if *found == width && *tokens > 0 => Ok(Some(self.place("text"))),
+            found => Err(self.wrong_shape("text", found, vec![1, width])),
+        }
+    }
+
+    fn place(&self, key: &'static str) -> Place {
+        Place::File { path: self.path.clone(), key }
+    }
+
+    fn wrong_shape(&self, what: &'static str, found: &[usize], expected: Vec<usize>) -> TrainError {
+        TrainError::Shape { path: self.path.clone(), what, found: found.to_vec(), expected }
     }
 }
 
@@ -54,96 +78,111 @@ impl Stored {
 pub(crate) struct PictureTable<'a> {
     with: Preparation<'a>,
     index: HashMap<String, usize>,
-    entries: Vec<Encoding>,
-    sizes: Vec<Size>,
+    entries: Vec<Entry>,
 }
 
-/// A picture on its way to latents.
-enum Encoding {
-    Done(HostTensor),
-    Waiting(Picture),
+struct Entry {
+    /// After resizing.
+    size: Size,
+    latents: Latents,
+}
+
+/// Where a picture's latents come from.
+enum Latents {
+    Stored(Place),
+    Encoded(PictureSource),
 }
 
 impl<'a> PictureTable<'a> {
     /// An empty table.
     pub(crate) fn new(with: Preparation<'a>) -> Self {
-        Self { with, index: HashMap::new(), entries: Vec::new(), sizes: Vec::new() }
+        Self { with, index: HashMap::new(), entries: Vec::new() }
     }
 
-    /// Index and size of a picture, loaded when it is new.
+    /// Index and size of a picture; of a new one the header is read.
     pub(crate) fn add(
         &mut self,
         source: &PictureSource,
         stored: Option<&Stored>,
     ) -> Result<(usize, Size), TrainError> {
         if let Some(index) = self.index.get(source.name().as_ref()) {
-            return Ok((*index, self.sizes[*index]));
+            return Ok((*index, self.entries[*index].size));
         }
-        let (entry, size) = match stored {
-            Some(stored) => self.read_latents(source, stored)?,
-            None => self.read_picture(source)?,
-        };
-        let index = self.entries.len();
+        let entry = self.entry(source, stored)?;
+        let (index, size) = (self.entries.len(), entry.size);
         self.index.insert(source.name().into_owned(), index);
         self.entries.push(entry);
-        self.sizes.push(size);
         Ok((index, size))
     }
 
-    fn read_picture(&self, source: &PictureSource) -> Result<(Encoding, Size), TrainError> {
-        let picture = source.load()?;
-        let size = self.with.resize.target_size(picture.size())?;
-        let picture = if size == picture.size() { picture } else { picture.crop_and_resize(size) };
-        Ok((Encoding::Waiting(picture), size))
-    }
-
-    fn read_latents(&self, source: &PictureSource, stored: &Stored) -> Result<(Encoding, Size), TrainError> {
-        let latents = stored.read("latents")?;
+    fn entry(&self, source: &PictureSource, stored: Option<&Stored>) -> Result<Entry, TrainError> {
         let size = source.size()?;
-        let expected = self.with.model.latent_shape(size.height, size.width)?.to_vec();
-        if latents.shape != expected {
-            let (path, found) = (stored.path.clone(), latents.shape);
-            return Err(TrainError::Shape { path, what: "latents", found, expected });
-        }
-        Ok((Encoding::Done(latents), size))
+        let Some(stored) = stored else {
+            let size = self.with.resize.target_size(size)?;
+            return Ok(Entry { size, latents: Latents::Encoded(source.clone()) });
+        };
+        let expected = self.with.model.latent_shape(size.height, size.width)?;
+        Ok(Entry { size, latents: Latents::Stored(stored.latents(expected)?) })
     }
 
-    /// The latents of every picture; those not stored go through the VAE, pictures of one size together.
-    pub(crate) fn encode(mut self) -> Vec<HostTensor> {
-        let waits = |entry: &Encoding| matches!(entry, Encoding::Waiting(_));
-        let waiting: Vec<usize> = (0..self.entries.len()).filter(|at| waits(&self.entries[*at])).collect();
-        for batch in batches(&self.sizes, &waiting, PICTURES_PER_BATCH) {
-            self.encode_batch(&batch);
+    /// The latents of every picture; those not stored go through the VAE. `None` when asked to stop.
+    ///
+    /// One picture at a time, so that no number depends on what was encoded before.
+    pub(crate) fn encode(self) -> Result<Option<Vec<Place>>, TrainError> {
+        let shelf = self.shelf()?;
+        let place = |(at, entry): (usize, &Entry)| match &entry.latents {
+            Latents::Stored(place) => Some(place.clone()),
+            Latents::Encoded(_) => shelf.find(at),
+        };
+        let mut places: Vec<Option<Place>> = self.entries.iter().enumerate().map(place).collect();
+        let missing: Vec<usize> = (0..places.len()).filter(|at| places[*at].is_none()).collect();
+        let mut readings = missing.iter().filter_map(|at| self.entries[*at].reading());
+        let mut workers = Workers::new(self.with.workers.min(missing.len()));
+        for at in &missing {
+            if self.with.is_stopped() {
+                return Ok(None);
+            }
+            workers.fill(&mut readings);
+            let latents = self.latents(&workers.take()?[0]);
+            places[*at] = Some(shelf.put(*at, latents)?);
         }
-        self.entries.into_iter().map(Encoding::latents).collect()
+        Ok(places.into_iter().collect())
     }
 
-    fn encode_batch(&mut self, batch: &[usize]) {
-        let Size { height, width } = self.sizes[batch[0]];
-        let pixels: Vec<f32> = batch.iter().flat_map(|at| self.entries[*at].pixels()).collect();
-        let pixels =
-            Tensor::from_data(TensorData::new(pixels, [batch.len(), 3, height, width]), self.with.device);
-        let latents = self.with.model.encode_images(pixels);
-        for (at, latents) in batch.iter().zip(latents.chunk(batch.len(), 0)) {
-            let shape = latents.dims()[1..].to_vec();
-            self.entries[*at] = Encoding::Done(HostTensor { shape, values: to_vec(latents) });
+    fn latents(&self, pixels: &HostTensor) -> HostTensor {
+        let [channels, height, width] = [pixels.shape[0], pixels.shape[1], pixels.shape[2]];
+        let data = TensorData::new(pixels.values.clone(), [1, channels, height, width]);
+        let latents = self.with.model.encode_images(Tensor::from_data(data, self.with.device));
+        HostTensor { shape: latents.dims()[1..].to_vec(), values: to_vec(latents) }
+    }
+
+    /// Where encoded pictures go.
+    fn shelf(&self) -> Result<Shelf, TrainError> {
+        let encoded = self.entries.iter().filter_map(|entry| match &entry.latents {
+            Latents::Stored(_) => None,
+            Latents::Encoded(source) => Some((source, entry.size)),
+        });
+        let mut values = 0;
+        for (_, size) in encoded.clone() {
+            values += self.with.model.latent_shape(size.height, size.width)?.iter().product::<usize>();
         }
+        shelf(self.with, "latents", values, &mut |key| {
+            encoded.clone().for_each(|(source, size)| key.add_picture(source, size));
+        })
     }
 }
 
-impl Encoding {
-    fn pixels(&self) -> Vec<f32> {
-        match self {
-            Encoding::Waiting(picture) => picture.to_pixels(),
-            Encoding::Done(_) => unreachable!("only waiting pictures are encoded"),
-        }
-    }
-
-    fn latents(self) -> HostTensor {
-        match self {
-            Encoding::Done(latents) => latents,
-            Encoding::Waiting(_) => unreachable!("every waiting picture has been encoded"),
-        }
+impl Entry {
+    /// Decodes the picture to pixels `[3, height, width]`, if it is to be encoded.
+    fn reading(&self) -> Option<Reading> {
+        let (Latents::Encoded(source), size) = (&self.latents, self.size) else { return None };
+        let source = source.clone();
+        Some(Box::new(move || {
+            let picture = source.load()?;
+            let picture = if size == picture.size() { picture } else { picture.crop_and_resize(size) };
+            let shape = vec![3, size.height, size.width];
+            Ok(vec![HostTensor { shape, values: picture.to_pixels() }])
+        }))
     }
 }
 
@@ -154,7 +193,7 @@ pub(crate) struct PromptTable {
     /// The prompts.
     pub(crate) texts: Vec<String>,
     index: HashMap<String, usize>,
-    stored: Vec<Option<HostTensor>>,
+    stored: Vec<Option<Place>>,
 }
 
 impl PromptTable {
@@ -168,47 +207,109 @@ impl PromptTable {
         if let Some(index) = self.index.get(text) {
             return Ok(*index);
         }
-        let stored = stored.filter(|stored| stored.files.contains("text"));
-        self.stored.push(stored.map(|stored| stored.text(self.width)).transpose()?);
+        self.stored.push(stored.map(|stored| stored.text(self.width)).transpose()?.flatten());
         self.index.insert(text.to_owned(), self.texts.len());
         self.texts.push(text.to_owned());
         Ok(self.texts.len() - 1)
     }
 
-    /// Text states of every prompt, one unpadded sample each.
-    pub(crate) fn encode(&self, model: &Model, device: &Device) -> Result<Vec<Condition>, TrainError> {
-        let missing: Vec<usize> = (0..self.texts.len()).filter(|at| self.stored[*at].is_none()).collect();
-        let mut encoded = HashMap::new();
-        for batch in missing.chunks(PROMPTS_PER_BATCH) {
-            let texts: Vec<String> = batch.iter().map(|at| self.texts[*at].clone()).collect();
-            let states = model.encode_prompts(&texts)?;
-            encoded.extend(batch.iter().enumerate().map(|(row, at)| (*at, states.row(row))));
-        }
-        let condition = |at: usize| match &self.stored[at] {
-            Some(text) => from_host(text, device),
-            None => encoded.remove(&at).expect("every prompt without stored states was encoded"),
-        };
-        Ok((0..self.texts.len()).map(condition).collect())
-    }
-}
-
-impl Stored {
-    /// The text states, of which there is at least one.
-    fn text(&self, width: usize) -> Result<HostTensor, TrainError> {
-        let text = self.read("text")?;
-        match text.shape[..] {
-            [tokens, found] if found == width && tokens > 0 => Ok(text),
-            _ => {
-                let (path, found) = (self.path.clone(), text.shape);
-                Err(TrainError::Shape { path, what: "text", found, expected: vec![1, width] })
+    /// Text states of every prompt, one unpadded sample each. `None` when asked to stop.
+    pub(crate) fn encode(&self, with: Preparation<'_>) -> Result<Option<Vec<Place>>, TrainError> {
+        let mut places = self.stored.clone();
+        let missing: Vec<usize> = (0..places.len()).filter(|at| places[*at].is_none()).collect();
+        let mut shelf = Shelf::in_memory();
+        for (number, batch) in missing.chunks(PROMPTS_PER_BATCH).enumerate() {
+            if with.is_stopped() {
+                return Ok(None);
             }
+            let found: Option<Vec<Place>> = batch.iter().map(|at| shelf.find(*at)).collect();
+            let found = match found {
+                Some(found) => found,
+                None => {
+                    let states = self.states(batch, with.model)?;
+                    if number == 0 {
+                        shelf = self.shelf(with, &missing, &states)?;
+                    }
+                    let put = batch.iter().zip(states).map(|(at, states)| shelf.put(*at, states));
+                    put.collect::<Result<_, _>>()?
+                }
+            };
+            batch.iter().zip(found).for_each(|(at, place)| places[*at] = Some(place));
         }
+        Ok(places.into_iter().collect())
+    }
+
+    fn states(&self, batch: &[usize], model: &Model) -> Result<Vec<HostTensor>, TrainError> {
+        let texts: Vec<String> = batch.iter().map(|at| self.texts[*at].clone()).collect();
+        let condition = model.encode_prompts(&texts)?;
+        Ok((0..batch.len()).map(|row| host_text(&condition.row(row))).collect())
+    }
+
+    /// Where the text states go, if all are about as long as the first.
+    fn shelf(
+        &self,
+        with: Preparation<'_>,
+        missing: &[usize],
+        first: &[HostTensor],
+    ) -> Result<Shelf, TrainError> {
+        let values: usize = first.iter().map(|states| states.values.len()).sum();
+        shelf(with, "text", values / first.len() * missing.len(), &mut |key| {
+            missing.iter().for_each(|at| key.add(&self.texts[*at]));
+        })
     }
 }
 
-/// Text states as one unpadded sample.
-pub(crate) fn from_host(text: &HostTensor, device: &Device) -> Condition {
-    let [tokens, width] = [text.shape[0], text.shape[1]];
-    let data = TensorData::new(text.values.clone(), [1, tokens, width]);
-    Condition { text: Tensor::from_data(data, device), lengths: vec![tokens] }
+/// The text states of one sample.
+fn host_text(condition: &Condition) -> HostTensor {
+    let text = condition.text.clone().squeeze_dim::<2>(0);
+    HostTensor { shape: text.dims().to_vec(), values: to_vec(text) }
+}
+
+/// The shelf for so many encoded numbers; `describe` adds to its key what they are of.
+fn shelf(
+    with: Preparation<'_>,
+    name: &str,
+    values: usize,
+    describe: &mut dyn FnMut(&mut ShelfKey),
+) -> Result<Shelf, TrainError> {
+    if size_of::<f32>() * values <= with.memory_bytes {
+        return Ok(Shelf::in_memory());
+    }
+    let mut key = ShelfKey::new(with)?;
+    describe(&mut key);
+    Shelf::in_folder(&with.cache.join(name), &hash::hex(key.0))
+}
+
+/// Tells what is encoded and by what: files by name, size and time of change.
+struct ShelfKey(Sha256);
+
+impl ShelfKey {
+    /// The key of a model and its settings.
+    fn new(with: Preparation<'_>) -> Result<Self, TrainError> {
+        let mut key = Self(Sha256::new());
+        key.add(&format!("{:?} {:?}", with.model.dtype(), with.model.conventions()));
+        for (name, path) in with.source.weight_files()? {
+            key.add(&name);
+            key.add_file(&path);
+        }
+        Ok(key)
+    }
+
+    fn add(&mut self, text: &str) {
+        self.0.update(text.len().to_le_bytes());
+        self.0.update(text);
+    }
+
+    fn add_picture(&mut self, source: &PictureSource, size: Size) {
+        self.add(&format!("{} {size:?}", source.name()));
+        if let PictureSource::File(path) = source {
+            self.add_file(path);
+        }
+    }
+
+    fn add_file(&mut self, path: &Path) {
+        let facts = fs::metadata(path).and_then(|facts| Ok((facts.len(), facts.modified()?)));
+        // What cannot be looked at cannot be read either, which is said where it is read.
+        self.add(&format!("{:?}", facts.ok()));
+    }
 }

@@ -1,6 +1,6 @@
 //! The training loop: batches → method → gradients → optimiser, with logs, samples and checkpoints on the way.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -8,19 +8,20 @@ use burn::tensor::Device;
 use fewstep_data::image::Resize;
 use fewstep_models::{Components, LoadOptions, Model, ModelSource};
 
-use crate::batch::{Batch, Plan};
 use crate::checkpoint::{Checkpoints, Progress};
-use crate::dataset::{Dataset, Preparation};
+use crate::dataset::{Dataset, Preparation, Survey};
 use crate::learning_rate::LearningRate;
+use crate::loader::Loader;
 use crate::log::{Log, LogLine};
 use crate::method::{GradientSum, Method};
 use crate::observer::{Event, Observer, Started};
 use crate::peer_output::{self, PeerFile};
 use crate::recipe::{InitialWeights, Objective, OutputLayout, Recipe, Stage};
+use crate::run_folder::RunFolder;
 use crate::samples::Samples;
 use crate::state::State;
 use crate::trainable::{Trainable, with_preset};
-use crate::{TrainError, output, processed, provenance, run_folder, source};
+use crate::{TrainError, output, processed, provenance, source};
 
 /// What a run needs beside its recipe.
 pub struct Context<'a> {
@@ -60,10 +61,13 @@ pub fn run(
     observer: &mut dyn Observer,
 ) -> Result<Outcome, TrainError> {
     recipe.validate()?;
+    let folder = RunFolder::claim(recipe)?;
     if recipe.task.stage() == Stage::DataProcess {
-        return process(recipe, &context, observer);
+        return process(recipe, &context, &folder, observer);
     }
-    let (mut run, mut state) = Run::prepare(recipe, &context, observer)?;
+    let Some((mut run, mut state)) = Run::prepare(recipe, &context, &folder, observer)? else {
+        return Ok(Outcome::Stopped(Checkpoints::new(recipe).newest_step()?));
+    };
     observer.on(Event::Started(run.started(&state)));
     while state.progress.step < run.total_steps {
         state = run.step(state, observer)?;
@@ -71,6 +75,7 @@ pub fn run(
         let stopped = context.stop.load(Ordering::Relaxed);
         let done = state.progress.step == run.total_steps;
         if stopped || done || is_due(recipe.checkpoint_steps(), state.progress.step) {
+            run.log.sync()?;
             observer.on(Event::Checkpoint(&run.checkpoints.save(state.snapshot())?));
         }
         if stopped && !done {
@@ -91,16 +96,21 @@ pub fn run(
 fn process(
     recipe: &Recipe,
     context: &Context<'_>,
+    folder: &RunFolder,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, TrainError> {
-    run_folder::check(recipe)?;
     let model = load_model(recipe, context)?;
-    let data = load_data(recipe, context, &model, true)?;
+    let source = context.source(recipe);
+    let cache = folder.cache();
+    let preparation = preparation(recipe, context, (&model, &source, &cache));
+    let survey = survey(recipe, preparation)?;
+    folder.write_recipe(recipe, context.version)?;
+    let Some(data) = survey.encode()? else { return Ok(Outcome::Stopped(0)) };
     observer.on(Event::Message(format!("encoded {} rows", data.len())));
-    run_folder::write(recipe, context.version)?;
-    let folder = processed::write(recipe, &context.source(recipe), &data, context.version)?;
-    observer.on(Event::Finished(&folder));
-    Ok(Outcome::Finished(folder))
+    let written = processed::write(recipe, &source, &data, context.version)?;
+    folder.remove_cache()?;
+    observer.on(Event::Finished(&written));
+    Ok(Outcome::Finished(written))
 }
 
 /// The model of a recipe, with the parts its task needs.
@@ -131,7 +141,7 @@ struct Run<'a> {
     source: ModelSource,
     device: Device,
     data: Dataset,
-    plan: Plan,
+    loader: Loader<'a>,
     method: Method,
     learning_rate: LearningRate,
     total_steps: u64,
@@ -143,16 +153,23 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Loads everything and finds where to continue. The folder is touched only when all of it is there.
+    /// Loads everything and finds where to continue; `None` when asked to stop before that is done.
+    ///
+    /// The folder becomes the run's when all of it is there, save what is encoded into it.
     fn prepare(
         recipe: &'a Recipe,
         context: &Context<'_>,
+        folder: &RunFolder,
         observer: &mut dyn Observer,
-    ) -> Result<(Self, State), TrainError> {
-        run_folder::check(recipe)?;
+    ) -> Result<Option<(Self, State)>, TrainError> {
+        let source = context.source(recipe);
         let start = with_preset(load_model(recipe, context)?, recipe)?;
         let trainable = Trainable::new(recipe, &start)?;
-        let data = load_data(recipe, context, &start, !trainable.trains_text_encoder(&start))?;
+        let cache = folder.cache();
+        let keep_text = !trainable.trains_text_encoder(&start);
+        let preparation =
+            Preparation { keep_text, ..preparation(recipe, context, (&start, &source, &cache)) };
+        let data = Data::find(recipe, preparation)?;
         if let Trainable::Lora(config) = &trainable
             && recipe.finds_lora_targets()
         {
@@ -160,27 +177,28 @@ impl<'a> Run<'a> {
             observer.on(Event::Message(format!("adapters are attached to {layers}")));
         }
         let method = Method::new(recipe, &start);
-        let model = trainable.prepare(start, recipe)?;
-        run_folder::write(recipe, context.version)?;
-        let checkpoints = Checkpoints::new(&recipe.output_path, recipe.keep);
+        let model = trainable.prepare(start.clone(), recipe)?;
+        folder.write_recipe(recipe, context.version)?;
+        let Some(data) = data.encode()? else { return Ok(None) };
+        drop(start); // weights are updated in place only where there is one handle to them
+        let checkpoints = Checkpoints::new(recipe);
         let state = State::prepare(recipe, model, &checkpoints, observer)?;
-        let plan = Plan::new(recipe, &data);
-        let total_steps = recipe.max_steps.unwrap_or(recipe.num_epochs as u64 * plan.steps_per_epoch);
+        let loader = Loader::new(recipe, &data);
         let run = Self {
             recipe,
-            source: context.source(recipe),
+            source,
             device: context.device.clone(),
-            learning_rate: LearningRate::new(recipe, total_steps),
+            learning_rate: LearningRate::new(recipe, loader.total_steps),
             samples: Samples::new(recipe, data.groups()[0].size)?,
             log: Log::open(&recipe.output_path, state.progress.step, recipe.output_layout)?,
             window: (0, Instant::now()),
             data,
-            plan,
+            total_steps: loader.total_steps,
+            loader,
             method,
-            total_steps,
             checkpoints,
         };
-        Ok((run, state))
+        Ok(Some((run, state)))
     }
 
     fn started(&self, state: &State) -> Started {
@@ -188,7 +206,7 @@ impl<'a> Run<'a> {
         Started {
             first_step: state.progress.step,
             total_steps: self.total_steps,
-            steps_per_epoch: self.plan.steps_per_epoch,
+            steps_per_epoch: self.loader.plan.steps_per_epoch,
             rows: self.data.len(),
             trained_parameters,
             parameters,
@@ -216,14 +234,12 @@ impl<'a> Run<'a> {
 
     /// The gradient of the mean loss over all samples of the next step, that loss, and their number.
     fn gradients(&mut self, state: &State) -> Result<(GradientSum, f64, usize), TrainError> {
-        let step = state.progress.step;
-        let batches = self.plan.step(step);
-        let samples: usize = batches.iter().map(|planned| planned.positions.len()).sum();
+        let sizes = self.loader.begin(state.progress.step, &self.data);
+        let samples: usize = sizes.iter().sum();
         let (mut sum, mut loss) = (GradientSum::default(), 0.0);
-        for planned in &batches {
-            let (seed, epoch) = (self.recipe.seed, self.plan.epoch_of(step));
-            let batch = Batch { data: &self.data, planned, seed, epoch };
-            let share = batch.len() as f64 / samples as f64;
+        for size in sizes {
+            let batch = self.loader.next(&self.data)?;
+            let share = size as f64 / samples as f64;
             loss += share * self.method.step(&state.model, &batch, share as f32, &mut sum)?;
         }
         Ok((sum, loss, samples))
@@ -244,7 +260,7 @@ impl<'a> Run<'a> {
 
     /// Name of the peer's file of a step, if one is due.
     fn peer_file(&self, step: u64) -> Option<String> {
-        peer_output::due(self.recipe, step, (self.plan.steps_per_epoch, self.total_steps))
+        peer_output::due(self.recipe, step, (self.loader.plan.steps_per_epoch, self.total_steps))
     }
 
     fn last_peer_file(&self) -> PathBuf {
@@ -266,7 +282,7 @@ impl<'a> Run<'a> {
         let (samples, since) = std::mem::replace(&mut self.window, (0, Instant::now()));
         LogLine {
             step: progress.step,
-            epoch: self.plan.epoch_of(progress.step - 1),
+            epoch: self.loader.plan.epoch_of(progress.step - 1),
             loss: losses.iter().sum::<f64>() / losses.len() as f64,
             gradient_norm,
             learning_rate,
@@ -279,23 +295,55 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Checks that the data belongs to the run, then loads it.
-fn load_data(
-    recipe: &Recipe,
-    context: &Context<'_>,
-    model: &Model,
-    keep_text: bool,
-) -> Result<Dataset, TrainError> {
-    let device = &context.device;
-    if recipe.task.stage() == Stage::Train {
-        return Dataset::read(recipe, model, device);
+/// A data set before anything of it is encoded.
+enum Data<'a> {
+    /// Encoded by an earlier run.
+    Ready(Dataset),
+    Surveyed(Box<Survey<'a>>),
+}
+
+impl<'a> Data<'a> {
+    fn find(recipe: &Recipe, with: Preparation<'a>) -> Result<Self, TrainError> {
+        match recipe.task.stage() {
+            Stage::Train => Ok(Self::Ready(Dataset::read(recipe, with.model, with.device)?)),
+            _ => Ok(Self::Surveyed(Box::new(survey(recipe, with)?))),
+        }
     }
+
+    fn encode(self) -> Result<Option<Dataset>, TrainError> {
+        match self {
+            Self::Ready(data) => Ok(Some(data)),
+            Self::Surveyed(survey) => survey.encode(),
+        }
+    }
+}
+
+/// Checks that the data belongs to the run, then looks at it.
+fn survey<'a>(recipe: &Recipe, with: Preparation<'a>) -> Result<Survey<'a>, TrainError> {
     if recipe.task.objective() == Objective::Distillation && !recipe.online_teacher {
-        provenance::check(recipe, &context.source(recipe), model)?;
+        provenance::check(recipe, with.source, with.model)?;
     }
-    let resize = resize(recipe, model.division_factor());
-    let base = &recipe.dataset_base_path;
-    Dataset::prepare(&source::rows(recipe, resize)?, Preparation { model, device, resize, base, keep_text })
+    Survey::of(&source::rows(recipe, with.resize)?, with)
+}
+
+/// How a recipe's data set is prepared, text states included, by a model from a source with a folder for what is encoded.
+fn preparation<'a>(
+    recipe: &'a Recipe,
+    context: &'a Context<'_>,
+    (model, source, cache): (&'a Model, &'a ModelSource, &'a Path),
+) -> Preparation<'a> {
+    Preparation {
+        model,
+        source,
+        device: &context.device,
+        resize: resize(recipe, model.division_factor()),
+        base: &recipe.dataset_base_path,
+        keep_text: true,
+        cache,
+        memory_bytes: recipe.dataset_memory_mib.saturating_mul(1 << 20),
+        workers: recipe.dataset_num_workers,
+        stop: context.stop,
+    }
 }
 
 fn resize(recipe: &Recipe, division: usize) -> Resize {

@@ -94,6 +94,26 @@ pub fn save_tensors(
     write(path, &raw, info)
 }
 
+/// As [`save_tensors`], for tensors that are too large to be in memory together: keys and shapes in the order of the
+/// file, and `values` makes the numbers of each when its turn has come.
+///
+/// # Errors
+/// Those of `values`, or if the file cannot be written; an older file of that name is then untouched.
+pub fn save_streamed(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, Vec<usize>)>,
+    dtype: WeightType,
+    values: &mut dyn FnMut(&str) -> Result<Vec<f32>, ModelError>,
+) -> Result<(), ModelError> {
+    let entry = |(key, shape): (String, Vec<usize>)| {
+        let bytes = dtype.bytes() * shape.iter().product::<usize>();
+        TensorEntry { key, dtype: dtype.name().to_owned(), shape, bytes }
+    };
+    let entries: Vec<TensorEntry> = tensors.into_iter().map(entry).collect();
+    let mut encoded = |entry: &TensorEntry| Ok(Cow::Owned(dtype.encode(&values(&entry.key)?)));
+    write_streamed(path, &entries, &BTreeMap::new(), &mut encoded)
+}
+
 /// Writes raw tensors with their metadata, in the order of their keys.
 pub(crate) fn write(
     path: &Path,

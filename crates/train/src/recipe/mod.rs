@@ -78,8 +78,8 @@ pub struct Recipe {
     /// Whether every epoch has a new order; false keeps the metadata's
     #[arg(long, default_value_t = true, action = ArgAction::Set, help_heading = "Data")]
     pub shuffle: bool,
-    /// Processes that load data; accepted, without effect: pictures are loaded once, before the first step
-    #[arg(long, default_value_t = 0, help_heading = "Data")]
+    /// Threads that decode pictures and read stored latents ahead of the steps; results do not depend on their number
+    #[arg(long, default_value_t = 2, help_heading = "Data")]
     pub dataset_num_workers: usize,
     /// Columns that name files, separated by commas; image must be one of them
     #[arg(long, value_delimiter = ',', default_value = "image,video", help_heading = "Data")]
@@ -107,6 +107,10 @@ pub struct Recipe {
     /// Forward passes per optimiser step
     #[arg(long, default_value_t = 1, help_heading = "Data")]
     pub gradient_accumulation_steps: usize,
+    /// MiB of encoded pictures, and of encoded prompts, that are kept in memory; more are kept in files in the output
+    /// folder and encoded only once in a run, however often it is interrupted
+    #[arg(long, default_value_t = 512, help_heading = "Data")]
+    pub dataset_memory_mib: usize,
 
     /// Passes over the data set, where max_steps is not given
     #[arg(long, default_value_t = 1, help_heading = "Optimiser")]

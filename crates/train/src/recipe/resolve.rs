@@ -9,15 +9,11 @@ use fewstep_data::bounded;
 use super::{Compat, Recipe};
 use crate::TrainError;
 
-/// Keys that may change when a run is continued: how long it runs, where, and what it writes on the way.
-const FREE_KEYS: [&str; 19] = [
-    "lora_format",
-    "output_dtype",
-    "max_steps",
-    "num_epochs",
+/// Keys on which no trained number depends: where a run works, how fast, and what it writes on the way.
+const PLACE_KEYS: [&str; 15] = [
     "output_path",
-    "device",
     "dataset_num_workers",
+    "dataset_memory_mib",
     "find_unused_parameters",
     "use_gradient_checkpointing",
     "use_gradient_checkpointing_offload",
@@ -31,6 +27,9 @@ const FREE_KEYS: [&str; 19] = [
     "sample_num_inference_steps",
     "sample_cfg_scale",
 ];
+
+/// Other keys that may change when a run is continued.
+const FREE_KEYS: [&str; 5] = ["max_steps", "num_epochs", "device", "output_dtype", "lora_format"];
 
 impl Recipe {
     /// The defaults, with a peer's choices wherever they differ.
@@ -75,6 +74,14 @@ impl Recipe {
         toml::to_string(self).expect("a flat struct of numbers, strings and lists is valid TOML")
     }
 
+    /// The recipe with the defaults in place of the keys on which no trained number depends, so that equal runs in two
+    /// folders have equal results.
+    pub fn without_place(&self) -> Recipe {
+        let mut table = to_table(self);
+        table.retain(|key, _| !PLACE_KEYS.contains(&key));
+        table.try_into().expect("the rest of a valid recipe is valid, since every key has a default")
+    }
+
     /// The keys, with both values, that make `self` another run than `other`.
     pub fn differences(&self, other: &Recipe) -> Vec<String> {
         let (ours, theirs) = (to_table(self), to_table(other));
@@ -82,7 +89,8 @@ impl Recipe {
             |table: &toml::Table, key: &str| table.get(key).map_or("unset".into(), ToString::to_string);
         let mut keys: Vec<&String> =
             ours.keys().chain(theirs.keys().filter(|key| !ours.contains_key(*key))).collect();
-        keys.retain(|key| !FREE_KEYS.contains(&key.as_str()) && ours.get(*key) != theirs.get(*key));
+        let free = |key: &str| PLACE_KEYS.contains(&key) || FREE_KEYS.contains(&key);
+        keys.retain(|key| !free(key) && ours.get(*key) != theirs.get(*key));
         keys.iter()
             .map(|key| format!("{key} is {} there, {} here", shown(&theirs, key), shown(&ours, key)))
             .collect()

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};
-use fewstep_data::image::Picture;
+use fewstep_data::image::{Picture, Resize};
 use fewstep_data::metadata::{DistillRow, ImageRow, RandDevice, write_distill_csv, write_image_csv};
 use fewstep_models::{
     Generated, LoadOptions, Model, ModelSource, NamedVisitor, Pipeline, Request, WeightType, save_tensors,
@@ -14,6 +14,8 @@ use fewstep_models::{
 use fewstep_testkit::{random_values, write_tiny_configs};
 use tempfile::TempDir;
 
+use crate::batch::{Batch, Planned};
+use crate::dataset::{Dataset, Preparation, Survey};
 use crate::host::to_vec;
 use crate::{Context, Event, Observer, Outcome, Recipe, TrainError};
 
@@ -203,6 +205,30 @@ pub(super) fn train(recipe: &Recipe) -> (Vec<f64>, PathBuf) {
 #[track_caller]
 pub(super) fn fail(recipe: &Recipe) -> String {
     run(recipe, &mut Recorder::default()).unwrap_err().to_string()
+}
+
+/// A recipe's data set as a run has it, encoded in memory.
+pub(super) fn dataset(recipe: &Recipe, model: &Model, resize: Resize) -> Dataset {
+    let preparation = Preparation {
+        model,
+        source: &ModelSource::from(&recipe.model),
+        device: &Device::flex(),
+        resize,
+        base: &recipe.dataset_base_path,
+        keep_text: true,
+        cache: Path::new("nowhere"),
+        memory_bytes: usize::MAX,
+        workers: 0,
+        stop: &AtomicBool::new(false),
+    };
+    let rows = crate::source::rows(recipe, resize).unwrap();
+    Survey::of(&rows, preparation).unwrap().encode().unwrap().unwrap()
+}
+
+/// A batch with what it needs.
+pub(super) fn read(data: &Dataset, planned: Planned, seed: u64) -> Batch<'_> {
+    let read = data.reading(&planned.positions)().unwrap();
+    Batch::new(data, planned, seed, read)
 }
 
 pub(super) fn run(recipe: &Recipe, recorder: &mut Recorder<'_>) -> Result<Outcome, TrainError> {

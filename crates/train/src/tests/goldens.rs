@@ -13,10 +13,11 @@ use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::fixtures::{dataset, read};
 use super::methods::{ByName, by_name};
 use crate::LearningRate;
 use crate::batch::{Batch, Planned};
-use crate::dataset::{Dataset, Preparation};
+use crate::dataset::Dataset;
 use crate::host::{HostTensors, trainable_values};
 use crate::method::{GradientSum, Method};
 use crate::optimizer::{Optimizer, gradient_norm};
@@ -120,19 +121,18 @@ impl Bench {
             ..LoadOptions::default()
         };
         let start = Model::from_pretrained(&(&recipe.model).into(), &options).unwrap();
-        let (device, base) = (&Device::flex(), recipe.dataset_base_path.as_path());
-        let resize = Resize::Exact { height: SIDE_PX, width: SIDE_PX };
-        let rows = crate::source::rows(recipe, resize).unwrap();
-        let preparation = Preparation { model: &start, device, resize, base, keep_text: true };
-        let data = Dataset::prepare(&rows, preparation).unwrap();
+        let data = dataset(recipe, &start, Resize::Exact { height: SIDE_PX, width: SIDE_PX });
         let method = Method::new(recipe, &start);
         let model = Trainable::new(recipe, &start).unwrap().prepare(start, recipe).unwrap();
         Self { data, method, model }
     }
 
+    fn batch(&self, row: usize, generators: Option<Vec<TorchGenerator>>) -> Batch<'_> {
+        read(&self.data, Planned { step: 0, epoch: 0, positions: vec![row], generators }, 0)
+    }
+
     fn step(&self, row: usize, generators: Option<Vec<TorchGenerator>>) -> (f64, GradientSum) {
-        let planned = Planned { positions: vec![row], generators };
-        let batch = Batch { data: &self.data, planned: &planned, seed: 0, epoch: 0 };
+        let batch = self.batch(row, generators);
         let mut sum = GradientSum::default();
         (self.method.step(&self.model, &batch, 1.0, &mut sum).unwrap(), sum)
     }
@@ -261,7 +261,7 @@ fn a_roll_out_passes_the_peers_states_on_its_grid() {
         for row in [0, 1] {
             let case = format!("{}.distill_full.sample{row}", peer.tag);
             let golden = |what: &str| peer.tensors.tensor::<4>(&format!("{case}.{what}"), &device);
-            assert_tensors_close(bench.data.latents(&[row]), golden("input_latents"), 1e-5);
+            assert_tensors_close(bench.batch(row, None).latents(), golden("input_latents"), 1e-5);
             let noise = latent_noise(3 + row as u64, LATENTS, &device);
             assert_tensors_close(noise.clone(), golden("noise"), 0.0);
             let size = Size { height: SIDE_PX, width: SIDE_PX };
@@ -272,8 +272,7 @@ fn a_roll_out_passes_the_peers_states_on_its_grid() {
                 .map(|x| *x as f32)
                 .collect();
             assert_close(&grid.as_slice()[..4], &sigmas, 4e-7);
-            let planned = Planned { positions: vec![row], generators: None };
-            let batch = Batch { data: &bench.data, planned: &planned, seed: 0, epoch: 0 };
+            let batch = bench.batch(row, None);
             let guidance = Guidance::off(batch.condition(&model, &[false]).unwrap());
             let states = trajectory(Solver::Euler, &grid, noise, |noisy, sigma| {
                 guided_velocity(&model, noisy, sigma, &guidance)

@@ -11,9 +11,9 @@ use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::schedule::TrainingLevels;
 use fewstep_models::{Denoiser, Model, NamedVisitor, visit_named};
 
-use super::fixtures::{Bench, SIDE_PX, all_values, prompt};
+use super::fixtures::{Bench, SIDE_PX, all_values, prompt, read};
 use crate::batch::{Batch, Plan, Planned};
-use crate::dataset::{Dataset, Preparation};
+use crate::dataset::Dataset;
 use crate::host::to_vec;
 use crate::method::{Direct, FlowMatching, GradientSum};
 use crate::optimizer::{Optimizer, gradient_norm};
@@ -22,26 +22,15 @@ use crate::recipe::{Distance, Recipe, Task, TimestepSampling};
 use crate::trainable::Trainable;
 
 fn dataset(recipe: &Recipe, model: &Model) -> Dataset {
-    let resize = Resize::Exact { height: SIDE_PX, width: SIDE_PX };
-    let rows = crate::source::rows(recipe, resize).unwrap();
-    let device = &Device::flex();
-    Dataset::prepare(
-        &rows,
-        Preparation { model, device, resize, base: &recipe.dataset_base_path, keep_text: true },
-    )
-    .unwrap()
+    super::fixtures::dataset(recipe, model, Resize::Exact { height: SIDE_PX, width: SIDE_PX })
 }
 
-fn prepared(recipe: &Recipe, model: Model) -> Model {
+pub(super) fn prepared(recipe: &Recipe, model: Model) -> Model {
     Trainable::new(recipe, &model).unwrap().prepare(model, recipe).unwrap()
 }
 
-fn planned(positions: &[usize]) -> Planned {
-    Planned { positions: positions.to_vec(), generators: None }
-}
-
-fn batch<'a>(data: &'a Dataset, planned: &'a Planned) -> Batch<'a> {
-    Batch { data, planned, seed: 5, epoch: 2 }
+fn batch<'a>(data: &'a Dataset, positions: &[usize]) -> Batch<'a> {
+    read(data, Planned { step: 0, epoch: 2, positions: positions.to_vec(), generators: None }, 5)
 }
 
 fn rows(planned: Vec<Planned>) -> Vec<usize> {
@@ -70,7 +59,7 @@ fn norm(values: impl Iterator<Item = f32>) -> f64 {
 
 /// Compares tensor by tensor, relative to each tensor's norm.
 #[track_caller]
-fn assert_gradients_close(found: &ByName, expected: &ByName, relative: f64) {
+pub(super) fn assert_gradients_close(found: &ByName, expected: &ByName, relative: f64) {
     assert!(!expected.is_empty());
     assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
     for (name, expected) in expected {
@@ -90,8 +79,7 @@ fn adjoint_equals_tape(recipe: &Recipe, bench: &Bench) {
     let direct = Direct::new(recipe, &start);
     let model = lively(prepared(recipe, start));
     let (mut adjoint, mut tape) = (GradientSum::default(), GradientSum::default());
-    let planned = planned(&[0, 1, 3]);
-    let batch = batch(&data, &planned);
+    let batch = batch(&data, &[0, 1, 3]);
     let loss = direct.step(&model, &batch, 0.5, &mut adjoint).unwrap();
     let expected = direct.step_on_tape(&model, &batch, 0.5, &mut tape).unwrap();
     assert!((loss - expected).abs() < 1e-6 * expected, "loss {loss}, on the tape {expected}");
@@ -99,7 +87,7 @@ fn adjoint_equals_tape(recipe: &Recipe, bench: &Bench) {
 }
 
 /// Gives zero parameters values: a fresh adapter's zero half would hide the other half's gradient.
-fn lively(model: Model) -> Model {
+pub(super) fn lively(model: Model) -> Model {
     let filled: ByName = all_values(&model)
         .into_iter()
         .filter(|(_, values)| values.iter().all(|value| *value == 0.0))
@@ -143,7 +131,7 @@ fn only_adapters_have_gradients() {
     let direct = Direct::new(&recipe, &start);
     let model = prepared(&recipe, start);
     let mut sum = GradientSum::default();
-    direct.step(&model, &batch(&data, &planned(&[0, 1])), 1.0, &mut sum).unwrap();
+    direct.step(&model, &batch(&data, &[0, 1]), 1.0, &mut sum).unwrap();
     let gradients = by_name(&model, sum);
     assert!(gradients.len() > 20);
     assert!(gradients.keys().all(|name| name.contains(".lora.")));
@@ -158,9 +146,9 @@ fn batches_accumulate_to_the_large_batch() {
     let method = FlowMatching::new(&recipe);
     let model = prepared(&recipe, start);
     let (mut parts, mut whole) = (GradientSum::default(), GradientSum::default());
-    let first = method.step(&model, &batch(&data, &planned(&[0, 1, 2, 3])), 0.8, &mut parts).unwrap();
-    let second = method.step(&model, &batch(&data, &planned(&[4])), 0.2, &mut parts).unwrap();
-    let loss = method.step(&model, &batch(&data, &planned(&[0, 1, 2, 3, 4])), 1.0, &mut whole).unwrap();
+    let first = method.step(&model, &batch(&data, &[0, 1, 2, 3]), 0.8, &mut parts).unwrap();
+    let second = method.step(&model, &batch(&data, &[4]), 0.2, &mut parts).unwrap();
+    let loss = method.step(&model, &batch(&data, &[0, 1, 2, 3, 4]), 1.0, &mut whole).unwrap();
     assert!((0.8 * first + 0.2 * second - loss).abs() < 1e-6 * loss);
     assert_gradients_close(&by_name(&model, parts), &by_name(&model, whole), 1e-5);
 }
@@ -174,11 +162,11 @@ fn the_flow_matching_loss_is_the_one_computed_by_hand() {
     let data = dataset(&recipe, &plain);
     let model = prepared(&recipe, plain.clone());
     let method = FlowMatching::new(&recipe);
-    let loss = method.step(&model, &batch(&data, &planned(&[4])), 1.0, &mut GradientSum::default()).unwrap();
+    let loss = method.step(&model, &batch(&data, &[4]), 1.0, &mut GradientSum::default()).unwrap();
 
     let mut generator = TorchGenerator::new(Draw { seed: 5, epoch: 2, row: 4 }.seed(Purpose::Sample));
     let sigma = 1.0 / (1.0 + (-generator.randn(1)[0]).exp());
-    let latents = data.latents(&[4]);
+    let latents = batch(&data, &[4]).latents();
     let (shape, clean) = (latents.dims(), to_vec(latents));
     let noise = generator.randn(clean.len());
     let noisy: Vec<f32> =
@@ -235,7 +223,7 @@ fn frozen_weights_stay_bit_equal_and_the_others_move() {
         let mut optimizer = Optimizer::new(&recipe);
         for _ in 0..3 {
             let mut sum = GradientSum::default();
-            method.step(&model, &batch(&data, &planned(&[0, 1])), 1.0, &mut sum).unwrap();
+            method.step(&model, &batch(&data, &[0, 1]), 1.0, &mut sum).unwrap();
             model = optimizer.step(model, sum.finish(), 1.0, 1e-3);
         }
         for ((name, before), (_, after)) in before.iter().zip(&all_values(&model)) {
@@ -269,7 +257,7 @@ fn parameters_are_updated_in_their_own_memory() {
     let mut model = prepared(&recipe, start);
     let before = addresses(&model);
     let mut sum = GradientSum::default();
-    direct.step(&model, &batch(&data, &planned(&[0, 1])), 1.0, &mut sum).unwrap();
+    direct.step(&model, &batch(&data, &[0, 1]), 1.0, &mut sum).unwrap();
     let gradients = sum.finish();
     let norm = gradient_norm(&model, &gradients);
     model = Optimizer::new(&recipe).step(model, gradients, norm, 1e-3);

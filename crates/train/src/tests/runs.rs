@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use super::fixtures::{
-    Bench, ROWS, Recorder, SIDE_PX, STUDENT_STEPS, TEACHER_CFG_SCALE, TEACHER_STEPS, run, train,
+    Bench, ROWS, Recorder, SIDE_PX, STUDENT_STEPS, TEACHER_CFG_SCALE, TEACHER_STEPS, fail, run, train,
 };
 use crate::recipe::{RandomNumbers, Recipe, Schedule, Task};
+use crate::run_folder::RunFolder;
 use crate::{Outcome, TrainError};
 
 fn mean(losses: &[f64]) -> f64 {
@@ -183,26 +184,101 @@ fn equal_seeds_give_equal_bits_and_others_do_not() {
 #[test]
 fn a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken() {
     let bench = Bench::new().with_pictures();
-    let recipe = Recipe { task: Task::Sft, save_steps: Some(2), ..bench.recipe() };
+    let recipe = Recipe { task: Task::Sft, ema_decay: 0.9, save_steps: Some(2), ..bench.recipe() };
     train(&recipe);
     let checkpoints = recipe.output_path.join("checkpoints");
     let expected = newest_checkpoint(&recipe);
-    let weights = checkpoints.join("step-00000006/weights.safetensors");
-    let mut bytes = fs::read(&weights).unwrap();
-    *bytes.last_mut().unwrap() ^= 1;
-    fs::write(&weights, bytes).unwrap();
-
-    let mut recorder = Recorder::default();
-    run(&recipe, &mut recorder).unwrap();
-    assert!(recorder.messages[0].contains("step-00000006: weights.safetensors"), "{:?}", recorder.messages);
-    assert_eq!(recorder.messages[1], "continuing after step 4");
-    assert!(newest_checkpoint(&recipe) == expected);
+    let files =
+        ["weights.safetensors", "optimizer.safetensors", "ema.safetensors", "trainer.json", "files.json"];
+    for file in files {
+        let path = checkpoints.join("step-00000006").join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&path, bytes).unwrap();
+        let mut recorder = Recorder::default();
+        run(&recipe, &mut recorder).unwrap();
+        assert!(recorder.messages[0].contains("step-00000006/"), "{file}: {:?}", recorder.messages);
+        assert_eq!(recorder.messages[1], "continuing after step 4");
+        assert!(newest_checkpoint(&recipe) == expected, "after damage to {file}");
+    }
 
     for step in ["step-00000004", "step-00000006"] {
         fs::write(checkpoints.join(step).join("trainer.json"), "{").unwrap();
     }
     let error = run(&recipe, &mut Recorder::default()).unwrap_err();
     assert!(matches!(error, TrainError::Damaged { ref reasons, .. } if reasons.len() == 2), "{error}");
+}
+
+/// A recipe whose run was killed while it wrote, at every place where it does.
+#[test]
+fn what_a_killed_run_left_unfinished_is_removed_and_does_not_disturb() {
+    let bench = Bench::new().with_pictures();
+    let recipe = Recipe { task: Task::Sft, ..bench.recipe() };
+    // Before the run's own recipe was there.
+    let unfinished = [".run.toml.17.0.part", ".lock"];
+    for name in unfinished {
+        fewstep_data::atomic::write(&recipe.output_path.join(name), b"x").unwrap();
+    }
+    let (_, result) = train(&recipe);
+    let expected = file_bytes(&result);
+    for name in [
+        "checkpoints/.step-00000006.part/weights.safetensors",
+        "tensorboard/.events.17.3.part",
+        ".model.part/transformer/config.json",
+        ".model.old.part/model_index.json",
+    ] {
+        fewstep_data::atomic::write(&recipe.output_path.join(name), b"x").unwrap();
+    }
+    train(&recipe);
+    assert!(file_bytes(&result) == expected);
+    let left: Vec<_> = file_bytes(&recipe.output_path).into_iter().map(|(path, _)| path).collect();
+    assert!(left.iter().all(|path| !path.to_string_lossy().contains(".part")), "{left:?}");
+}
+
+#[test]
+fn a_run_that_is_stopped_before_its_first_step_does_not_encode_its_data_first() {
+    let bench = Bench::new().with_pictures();
+    let recipe = Recipe { task: Task::Sft, dataset_memory_mib: 0, ..bench.recipe() };
+    let stop = AtomicBool::new(true);
+    let mut recorder = Recorder { stop: Some((u64::MAX, &stop)), ..Recorder::default() };
+    assert_eq!(run(&recipe, &mut recorder).unwrap(), Outcome::Stopped(0));
+    let encoded = file_bytes(&recipe.output_path.join("cache")).len();
+    assert_eq!(encoded, 1, "the key alone");
+    train(&recipe);
+}
+
+#[test]
+fn a_second_process_in_the_same_folder_is_refused() {
+    let bench = Bench::new().with_pictures();
+    let recipe = Recipe { task: Task::Sft, ..bench.recipe() };
+    let first = RunFolder::claim(&recipe).unwrap();
+    let said = fail(&recipe);
+    assert!(
+        said.contains(&format!("another process works in this folder: {}", std::process::id())),
+        "{said}"
+    );
+    assert!(said.contains("hint:"), "{said}");
+    drop(first);
+    assert!(!recipe.output_path.exists(), "a folder that was claimed and not used is gone");
+    train(&recipe);
+}
+
+/// The same numbers from another folder with other ways to get there.
+#[test]
+fn results_do_not_tell_where_they_were_made() {
+    let bench = Bench::new().with_teacher_data();
+    let first = lora(bench.recipe());
+    let second = Recipe {
+        output_path: bench.path("elsewhere"),
+        dataset_num_workers: 0,
+        dataset_memory_mib: 0,
+        save_steps: Some(1),
+        log_steps: 3,
+        ..first.clone()
+    };
+    let [first, second] = [first, second].map(|recipe| fs::read(train(&recipe).1).unwrap());
+    assert!(first == second);
 }
 
 #[test]
@@ -245,7 +321,7 @@ fn the_result_tells_its_origin_and_is_the_averaged_model() {
     assert_eq!(info["fewstep.base_hash"], fewstep_models::weights_hash(&(&recipe.model).into()).unwrap());
     assert_eq!(info["fewstep.training_steps"], "6");
     assert!(info["fewstep.sigma_grids"].contains("\"num_inference_steps\":3"));
-    assert_eq!(toml::from_str::<Recipe>(&info["fewstep.recipe"]).unwrap(), recipe);
+    assert_eq!(toml::from_str::<Recipe>(&info["fewstep.recipe"]).unwrap(), recipe.without_place());
 
     let file = |name: &str| fewstep_models::WeightFiles::open(&bench.path(name)).unwrap();
     let (result, averages) =
