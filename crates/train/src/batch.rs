@@ -3,6 +3,7 @@
 use burn::tensor::Tensor;
 use fewstep_data::buckets;
 use fewstep_flow::noise::{NoiseSource, NoiseType, TorchGenerator};
+use fewstep_models::sampling::Guidance;
 use fewstep_models::{Condition, Model};
 
 use crate::TrainError;
@@ -155,6 +156,16 @@ impl Batch<'_> {
         self.data.condition(model, &prompts)
     }
 
+    /// The prompts, and where `cfg_scale` is on the empty prompt against them.
+    ///
+    /// # Errors
+    /// If a prompt cannot be encoded.
+    pub fn guidance(&self, model: &Model, cfg_scale: f32) -> Result<Guidance, TrainError> {
+        let all = |dropped| self.condition(model, &vec![dropped; self.len()]);
+        let unconditional = if cfg_scale == 1.0 { None } else { Some(all(true)?) };
+        Ok(Guidance { condition: all(false)?, unconditional, cfg_scale })
+    }
+
     /// The generators that each sample's level, dropout and noise are drawn from.
     pub(crate) fn generators(&self) -> Vec<TorchGenerator> {
         let own = || self.draws().into_iter().map(|draw| draw.generator(Purpose::Sample)).collect();
@@ -183,7 +194,8 @@ impl Batch<'_> {
         Tensor::cat(self.rows().into_iter().zip(self.draws()).map(draw).collect(), 0)
     }
 
-    fn rows(&self) -> Vec<usize> {
+    /// The row of each sample.
+    pub(crate) fn rows(&self) -> Vec<usize> {
         self.planned.positions.iter().map(|position| position % self.data.len()).collect()
     }
 }

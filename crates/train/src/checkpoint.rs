@@ -14,8 +14,10 @@ use fewstep_models::{WeightFiles, WeightType, save_tensors};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::TrainError;
+use crate::guard::GuardState;
 use crate::host::{HostTensor, HostTensors};
+use crate::monitor::Check;
+use crate::{TrainError, monitor};
 
 const WEIGHTS: &str = "weights.safetensors";
 const MOMENTS: &str = "optimizer.safetensors";
@@ -33,6 +35,20 @@ pub(crate) struct Progress {
     pub(crate) skipped_in_a_row: u32,
     /// Losses since the last line of the log, so that a resumed log has the same means.
     pub(crate) losses: Vec<f64>,
+    /// What the guards remember.
+    #[serde(default)]
+    pub(crate) guard: GuardState,
+    /// What the monitor saw.
+    #[serde(default)]
+    pub(crate) checks: Vec<Check>,
+}
+
+impl Progress {
+    /// Steps whose checkpoints the run still needs, however old: the one to go back to, and the best one.
+    fn needed(&self) -> Vec<u64> {
+        let best = monitor::best(&self.checks).map(|check| check.step);
+        self.guard.good.into_iter().chain(best).collect()
+    }
 }
 
 /// All that changes during a run.
@@ -68,7 +84,7 @@ pub(crate) struct Found {
 }
 
 impl Checkpoints {
-    /// The checkpoints of a run folder, of which the `keep` newest stay.
+    /// The checkpoints of a run folder, of which the `keep` newest stay, and those that [`Progress::needed`] names.
     pub(crate) fn new(run: &Path, keep: usize) -> Self {
         Self { folder: run.join("checkpoints"), keep }
     }
@@ -78,7 +94,9 @@ impl Checkpoints {
     /// # Errors
     /// If a file cannot be written; older checkpoints are untouched then.
     pub(crate) fn save(&self, snapshot: Snapshot) -> Result<PathBuf, TrainError> {
-        let path = self.folder.join(format!("step-{:08}", snapshot.progress.step));
+        let path = self.path(snapshot.progress.step);
+        let needed: Vec<PathBuf> =
+            snapshot.progress.needed().into_iter().map(|step| self.path(step)).collect();
         let part = self.folder.join(format!(".step-{:08}.part", snapshot.progress.step));
         let written = write(&part, snapshot).and_then(|()| publish(&part, &path));
         if written.is_err() {
@@ -86,8 +104,20 @@ impl Checkpoints {
             let _ = fs::remove_dir_all(&part);
         }
         written?;
-        self.remove_old()?;
+        self.remove_old(&needed)?;
         Ok(path)
+    }
+
+    /// Reads the checkpoint of a step.
+    ///
+    /// # Errors
+    /// Says what is wrong with it.
+    pub(crate) fn load(&self, step: u64) -> Result<Snapshot, String> {
+        read(&self.path(step))
+    }
+
+    fn path(&self, step: u64) -> PathBuf {
+        self.folder.join(format!("step-{step:08}"))
     }
 
     /// Reads the newest checkpoint that is whole.
@@ -125,10 +155,11 @@ impl Checkpoints {
         Ok(paths)
     }
 
-    /// Removes checkpoints past the number kept, and what killed runs left unfinished.
-    fn remove_old(&self) -> Result<(), TrainError> {
+    /// Removes checkpoints past the number kept that are not needed, and what killed runs left unfinished.
+    fn remove_old(&self, needed: &[PathBuf]) -> Result<(), TrainError> {
         let (paths, unfinished) = (self.list()?, self.entries(".step-")?);
-        for old in paths[..paths.len().saturating_sub(self.keep)].iter().chain(&unfinished) {
+        let past = paths[..paths.len().saturating_sub(self.keep)].iter();
+        for old in past.filter(|path| !needed.contains(path)).chain(&unfinished) {
             fs::remove_dir_all(old).map_err(TrainError::io(old))?;
         }
         Ok(())

@@ -12,6 +12,7 @@ use crate::TrainError;
 use crate::recipe::{Objective, Recipe, ResizedTargets};
 
 /// A row before anything of it is loaded.
+#[derive(Clone)]
 pub(crate) struct SourceRow {
     /// Absent where the teacher's picture is made during training.
     pub(crate) picture: Option<PictureSource>,
@@ -30,6 +31,7 @@ pub(crate) struct SourceRow {
 }
 
 /// A picture that is not loaded yet, or that the data set holds in memory.
+#[derive(Clone)]
 pub(crate) enum PictureSource {
     /// A file.
     File(PathBuf),

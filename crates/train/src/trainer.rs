@@ -14,13 +14,14 @@ use crate::dataset::{Dataset, Preparation};
 use crate::learning_rate::LearningRate;
 use crate::log::{Log, LogLine};
 use crate::method::{GradientSum, Method};
+use crate::monitor::{HeldOut, Monitor, training_rows};
 use crate::observer::{Event, Observer, Started};
 use crate::peer_output::{self, PeerFile};
 use crate::recipe::{InitialWeights, Objective, OutputLayout, Recipe, Stage};
 use crate::samples::Samples;
 use crate::state::State;
 use crate::trainable::{Trainable, with_preset};
-use crate::{TrainError, output, processed, provenance, run_folder, source};
+use crate::{TrainError, guard, output, processed, provenance, run_folder, source};
 
 /// What a run needs beside its recipe.
 pub struct Context<'a> {
@@ -65,24 +66,24 @@ pub fn run(
     }
     let (mut run, mut state) = Run::prepare(recipe, &context, observer)?;
     observer.on(Event::Started(run.started(&state)));
-    while state.progress.step < run.total_steps {
+    run.look(&mut state, observer)?;
+    while !run.is_over(&state) {
         state = run.step(state, observer)?;
         run.write_peer_file(&state, context.version)?;
         let stopped = context.stop.load(Ordering::Relaxed);
-        let done = state.progress.step == run.total_steps;
-        if stopped || done || is_due(recipe.checkpoint_steps(), state.progress.step) {
-            observer.on(Event::Checkpoint(&run.checkpoints.save(state.snapshot())?));
+        let done = run.is_over(&state);
+        let wanted = run.wants_checkpoint(&state.progress);
+        if wanted {
+            state.progress.guard.saved = Some(state.progress.step);
+        }
+        if wanted || stopped || done {
+            observer.on(Event::Checkpoint(&run.save(&state)?));
         }
         if stopped && !done {
             return Ok(Outcome::Stopped(state.progress.step));
         }
     }
-    let result = match recipe.output_layout {
-        OutputLayout::Fewstep => {
-            output::write(&run.origin(context.version), state.averaged(), state.progress.step)?
-        }
-        OutputLayout::Diffsynth => run.last_peer_file(),
-    };
+    let result = run.write_result(state, context.version, observer)?;
     observer.on(Event::Finished(&result));
     Ok(Outcome::Finished(result))
 }
@@ -94,7 +95,7 @@ fn process(
     observer: &mut dyn Observer,
 ) -> Result<Outcome, TrainError> {
     run_folder::check(recipe)?;
-    let model = load_model(recipe, context)?;
+    let model = load_model(recipe, &context.source(recipe), &context.device)?;
     let data = load_data(recipe, context, &model, true)?;
     observer.on(Event::Message(format!("encoded {} rows", data.len())));
     run_folder::write(recipe, context.version)?;
@@ -104,12 +105,12 @@ fn process(
 }
 
 /// The model of a recipe, with the parts its task needs.
-fn load_model(recipe: &Recipe, context: &Context<'_>) -> Result<Model, TrainError> {
+fn load_model(recipe: &Recipe, source: &ModelSource, device: &Device) -> Result<Model, TrainError> {
     if recipe.initial_weights == InitialWeights::Random {
-        return Ok(Model::random(&context.source(recipe), recipe.seed, &context.device)?);
+        return Ok(Model::random(source, recipe.seed, device)?);
     }
     let options = LoadOptions {
-        device: context.device.clone(),
+        device: device.clone(),
         conventions: recipe.conventions(),
         dtype: recipe.dtype.into(),
         components: match recipe.task.stage() {
@@ -118,7 +119,7 @@ fn load_model(recipe: &Recipe, context: &Context<'_>) -> Result<Model, TrainErro
             Stage::Whole => Components::All,
         },
     };
-    Ok(Model::from_pretrained(&context.source(recipe), &options)?)
+    Ok(Model::from_pretrained(source, &options)?)
 }
 
 fn is_due(every: u64, step: u64) -> bool {
@@ -136,6 +137,7 @@ struct Run<'a> {
     learning_rate: LearningRate,
     total_steps: u64,
     samples: Option<Samples>,
+    monitor: Option<Monitor<'a>>,
     checkpoints: Checkpoints,
     log: Log,
     /// Samples and time since the last line of the log.
@@ -150,9 +152,12 @@ impl<'a> Run<'a> {
         observer: &mut dyn Observer,
     ) -> Result<(Self, State), TrainError> {
         run_folder::check(recipe)?;
-        let start = with_preset(load_model(recipe, context)?, recipe)?;
+        let (source, device) = (context.source(recipe), &context.device);
+        let start = with_preset(load_model(recipe, &source, device)?, recipe)?;
         let trainable = Trainable::new(recipe, &start)?;
-        let data = load_data(recipe, context, &start, !trainable.trains_text_encoder())?;
+        let keep_text = !trainable.trains_text_encoder();
+        let data = load_data(recipe, context, &start, keep_text)?;
+        let held_out = HeldOut::of(recipe, &source, preparation(recipe, &start, device, keep_text))?;
         if let Trainable::Lora(config) = &trainable
             && recipe.finds_lora_targets()
         {
@@ -160,18 +165,21 @@ impl<'a> Run<'a> {
             observer.on(Event::Message(format!("adapters are attached to {layers}")));
         }
         let method = Method::new(recipe, &start);
+        let untrained = start.clone();
         let model = trainable.prepare(start, recipe)?;
         run_folder::write(recipe, context.version)?;
         let checkpoints = Checkpoints::new(&recipe.output_path, recipe.keep);
         let state = State::prepare(recipe, model, &checkpoints, observer)?;
+        let monitor = held_out.map(|rows| Monitor::new(recipe, rows, &untrained, &state.progress));
         let plan = Plan::new(recipe, &data);
         let total_steps = recipe.max_steps.unwrap_or(recipe.num_epochs as u64 * plan.steps_per_epoch);
         let run = Self {
             recipe,
-            source: context.source(recipe),
-            device: context.device.clone(),
+            source,
+            device: device.clone(),
             learning_rate: LearningRate::new(recipe, total_steps),
             samples: Samples::new(recipe, data.groups()[0].size)?,
+            monitor: monitor.transpose()?,
             log: Log::open(&recipe.output_path, state.progress.step, recipe.output_layout)?,
             window: (0, Instant::now()),
             data,
@@ -197,9 +205,14 @@ impl<'a> Run<'a> {
 
     /// One optimiser step with the log line and the samples due after it.
     fn step(&mut self, state: State, observer: &mut dyn Observer) -> Result<State, TrainError> {
-        let learning_rate = self.learning_rate.at(state.progress.step);
+        let learning_rate =
+            self.learning_rate.at(state.progress.step) * guard::rate_factor(self.recipe, &state.progress);
         let (sum, loss, samples) = self.gradients(&state)?;
-        let (mut state, norm) = state.update(sum, loss, learning_rate, observer)?;
+        let (mut state, norm) = state.update(sum, loss, learning_rate, observer);
+        if state.progress.skipped_in_a_row >= self.recipe.max_skipped_steps {
+            let start = || self.untrained();
+            state = guard::roll_back(state, self.recipe, &self.checkpoints, start, observer)?;
+        }
         let step = state.progress.step;
         self.window.0 += samples;
         observer.on(Event::Step { step, loss, learning_rate, samples });
@@ -211,7 +224,67 @@ impl<'a> Run<'a> {
         if is_due(self.recipe.sample_steps, step) {
             self.draw_samples(&state, observer)?;
         }
+        self.look(&mut state, observer)?;
         Ok(state)
+    }
+
+    /// The model before the first step.
+    fn untrained(&self) -> Result<Model, TrainError> {
+        let start = with_preset(load_model(self.recipe, &self.source, &self.device)?, self.recipe)?;
+        Trainable::new(self.recipe, &start)?.prepare(start, self.recipe)
+    }
+
+    /// Lets the monitor look, if there is one and it is due. As with samples, its time is taken out of the rate.
+    fn look(&mut self, state: &mut State, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let Some(monitor) = &mut self.monitor else { return Ok(()) };
+        if monitor.is_due(&state.progress) {
+            let began = Instant::now();
+            monitor.look(&state.averaged(), &mut state.progress, observer)?;
+            self.window.1 += began.elapsed();
+        }
+        Ok(())
+    }
+
+    /// Why the run ends before its last step.
+    fn early_end(&self, state: &State) -> Option<String> {
+        self.monitor.as_ref()?.reason_to_stop(&state.progress)
+    }
+
+    fn is_over(&self, state: &State) -> bool {
+        state.progress.step >= self.total_steps || self.early_end(state).is_some()
+    }
+
+    /// Whether the run itself wants a checkpoint here, interrupted or not.
+    fn wants_checkpoint(&self, progress: &Progress) -> bool {
+        let due = is_due(self.recipe.checkpoint_steps(), progress.step);
+        due || progress.is_best() || progress.has_gone_back()
+    }
+
+    fn save(&self, state: &State) -> Result<PathBuf, TrainError> {
+        let path = self.checkpoints.save(state.snapshot())?;
+        if let Some(monitor) = &self.monitor {
+            monitor.mark_best(&state.progress)?;
+        }
+        Ok(path)
+    }
+
+    /// Writes the weights that the recipe asks for, the last or the best; returns where they are.
+    fn write_result(
+        &self,
+        state: State,
+        version: &str,
+        observer: &mut dyn Observer,
+    ) -> Result<PathBuf, TrainError> {
+        if let Some(reason) = self.early_end(&state) {
+            observer.on(Event::Message(format!("stopped early at step {}: {reason}", state.progress.step)));
+        }
+        let state = state.for_result(self.recipe.result, &self.checkpoints, observer);
+        let step = state.progress.step;
+        match self.recipe.output_layout {
+            OutputLayout::Fewstep => output::write(&self.origin(version), state.averaged(), step),
+            OutputLayout::Diffsynth if step == self.total_steps => Ok(self.last_peer_file()),
+            OutputLayout::Diffsynth => self.write_peer_file_as(&peer_output::by_step(step), &state, version),
+        }
     }
 
     /// The gradient of the mean loss over all samples of the next step, that loss, and their number.
@@ -236,10 +309,14 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         if let Some(name) = self.peer_file(step) {
-            let info = self.origin(version).info(&state.model, step)?;
-            PeerFile { recipe: self.recipe, model: &state.model, info }.write(&name, state.trained())?;
+            self.write_peer_file_as(&name, state, version)?;
         }
         Ok(())
+    }
+
+    fn write_peer_file_as(&self, name: &str, state: &State, version: &str) -> Result<PathBuf, TrainError> {
+        let info = self.origin(version).info(&state.model, state.progress.step)?;
+        PeerFile { recipe: self.recipe, model: &state.model, info }.write(name, state.trained())
     }
 
     /// Name of the peer's file of a step, if one is due.
@@ -293,9 +370,18 @@ fn load_data(
     if recipe.task.objective() == Objective::Distillation && !recipe.online_teacher {
         provenance::check(recipe, &context.source(recipe), model)?;
     }
+    let with = preparation(recipe, model, device, keep_text);
+    Dataset::prepare(&training_rows(recipe, source::rows(recipe, with.resize)?)?, with)
+}
+
+fn preparation<'a>(
+    recipe: &'a Recipe,
+    model: &'a Model,
+    device: &'a Device,
+    keep_text: bool,
+) -> Preparation<'a> {
     let resize = resize(recipe, model.division_factor());
-    let base = &recipe.dataset_base_path;
-    Dataset::prepare(&source::rows(recipe, resize)?, Preparation { model, device, resize, base, keep_text })
+    Preparation { model, device, resize, base: &recipe.dataset_base_path, keep_text }
 }
 
 fn resize(recipe: &Recipe, division: usize) -> Resize {

@@ -8,8 +8,9 @@ use clap::parser::ValueSource;
 use super::{Compat, Recipe};
 use crate::TrainError;
 
-/// Keys that may change when a run is continued: how long it runs, where, and what it writes on the way.
-const FREE_KEYS: [&str; 18] = [
+/// Keys that may change when a run is continued: how long it runs, where, when it gives up, and what it writes
+/// on the way.
+const FREE_KEYS: [&str; 25] = [
     "output_dtype",
     "max_steps",
     "num_epochs",
@@ -28,6 +29,13 @@ const FREE_KEYS: [&str; 18] = [
     "sample_prompts",
     "sample_num_inference_steps",
     "sample_cfg_scale",
+    "result",
+    "max_skipped_steps",
+    "max_rollbacks",
+    "monitor_patience",
+    "monitor_min_diversity",
+    "monitor_min_sharpness",
+    "monitor_max_drift",
 ];
 
 impl Recipe {

@@ -3,7 +3,9 @@
 mod bad_input;
 mod fixtures;
 mod goldens;
+mod guards;
 mod methods;
+mod monitor;
 mod peer_runs;
 mod runs;
 mod starts;
