@@ -28,8 +28,8 @@ pub struct Check {
 /// Looks in a row beyond a limit that end a run: one alone may be chance.
 const LOOKS_IN_A_ROW: usize = 2;
 
-/// Where the start was beyond a limit already, the limit is this much beyond the start: few steps without guidance are
-/// blurred before they are trained, and a little more so in a run's first steps.
+/// A measure must also be this much worse than before the first step: few steps without guidance draw blurred and
+/// similar pictures until they are trained, and a little more so in a run's first steps.
 const START_SLACK: f32 = 0.75;
 
 /// The best look so far. The first, before any step, is no candidate.
@@ -182,7 +182,7 @@ mod tests {
     const FINE: Check = Check {
         step: 0,
         paired_error: 0.5,
-        saturation_ratio: 0.9,
+        saturation_ratio: 0.92,
         contrast_ratio: 1.1,
         sharpness_ratio: 0.8,
         diversity_ratio: Some(1.0),
@@ -224,7 +224,7 @@ mod tests {
         );
         assert_stops(|look| look.sharpness_ratio = 0.3, ["blurred", "limit 0.50"]);
         assert_stops(|look| look.saturation_ratio = 2.0, ["over-saturated", "limit 1.30"]);
-        assert_stops(|look| look.saturation_ratio = 0.4, ["fade", "limit 0.77"]);
+        assert_stops(|look| look.saturation_ratio = 0.4, ["fade", "limit 0.69"]);
         assert_stops(|look| look.contrast_ratio = 2.0, ["harsh", "contrast"]);
         assert_stops(|look| look.contrast_ratio = 0.4, ["flat", "contrast"]);
         let sharper: &dyn Fn(&mut Check) = &|look| {
