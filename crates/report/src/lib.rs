@@ -1,9 +1,11 @@
 //! Judging pictures and showing what a run came to.
 //!
-//! [`judge`] turns pictures into features, [`metrics`] compares features, latents and pixels, [`report`] holds one
-//! evaluation and writes it as a terminal table, `report.json` and a self-contained `report.html` with [`charts`];
-//! [`grid`] draws the contact sheets that a training leaves behind. Sampling and timing are the caller's.
+//! [`judge`] turns pictures into features, [`metrics`] compares features, latents and pixels, [`appearance`] measures
+//! how pictures look, [`report`] holds one evaluation and writes it as a terminal table, `report.json` and a
+//! self-contained `report.html` with [`charts`]; [`grid`] draws the contact sheets that a training leaves behind.
+//! Sampling and timing are the caller's.
 
+pub mod appearance;
 pub mod charts;
 pub mod error;
 pub mod grid;
@@ -15,6 +17,7 @@ mod product;
 pub mod report;
 mod table;
 
+pub use appearance::{Appearance, diversity};
 pub use charts::{Chart, Curve};
 pub use error::ReportError;
 pub use judge::{Features, Judge};

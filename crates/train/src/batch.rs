@@ -4,6 +4,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_data::buckets;
 use fewstep_flow::noise::{NoiseSource, NoiseType, TorchGenerator};
+use fewstep_models::sampling::Guidance;
 use fewstep_models::{Condition, Model};
 
 use crate::TrainError;
@@ -178,6 +179,16 @@ impl<'a> Batch<'a> {
         Ok(padded(&texts, self.data.device()))
     }
 
+    /// The prompts, and where `cfg_scale` is on the empty prompt against them.
+    ///
+    /// # Errors
+    /// If a prompt cannot be encoded.
+    pub fn guidance(&self, model: &Model, cfg_scale: f32) -> Result<Guidance, TrainError> {
+        let all = |dropped| self.condition(model, &vec![dropped; self.len()]);
+        let unconditional = if cfg_scale == 1.0 { None } else { Some(all(true)?) };
+        Ok(Guidance { condition: all(false)?, unconditional, cfg_scale })
+    }
+
     /// The generators that each sample's level, dropout and noise are drawn from.
     pub(crate) fn generators(&self) -> Vec<TorchGenerator> {
         let own = || self.draws().into_iter().map(|draw| draw.generator(Purpose::Sample)).collect();
@@ -202,6 +213,11 @@ impl<'a> Batch<'a> {
             source.latent_noise(seed, shape, self.data.device())
         };
         Tensor::cat(self.draws().into_iter().enumerate().map(draw).collect(), 0)
+    }
+
+    /// The row of each sample.
+    pub(crate) fn rows(&self) -> Vec<usize> {
+        self.planned.positions.iter().map(|position| position % self.data.len()).collect()
     }
 
     fn sample(&self, row: usize) -> &Sample {

@@ -14,9 +14,11 @@ use fewstep_models::{WeightFiles, WeightType, save_tensors};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::guard::GuardState;
 use crate::host::{HostTensor, HostTensors};
+use crate::monitor::Check;
 use crate::recipe::Recipe;
-use crate::{TrainError, exact_floats, hash};
+use crate::{TrainError, exact_floats, hash, monitor};
 
 const WEIGHTS: &str = "weights.safetensors";
 const MOMENTS: &str = "optimizer.safetensors";
@@ -36,6 +38,20 @@ pub(crate) struct Progress {
     /// Losses since the last line of the log, so that a resumed log has the same means.
     #[serde(with = "exact_floats")]
     pub(crate) losses: Vec<f64>,
+    /// What the guards remember.
+    #[serde(default)]
+    pub(crate) guard: GuardState,
+    /// What the monitor saw.
+    #[serde(default)]
+    pub(crate) checks: Vec<Check>,
+}
+
+impl Progress {
+    /// Steps whose checkpoints the run still needs, however old: the one to go back to, and the best one.
+    fn needed(&self) -> Vec<u64> {
+        let best = monitor::best(&self.checks).map(|check| check.step);
+        self.guard.good.into_iter().chain(best).collect()
+    }
 }
 
 /// All that changes during a run.
@@ -77,7 +93,8 @@ pub(crate) struct Found {
 }
 
 impl Checkpoints {
-    /// The checkpoints of a recipe's run folder, of which the `keep` newest stay.
+    /// The checkpoints of a recipe's run folder, of which the `keep` newest stay, and those that [`Progress::needed`]
+    /// names.
     pub(crate) fn new(recipe: &Recipe) -> Self {
         Self { folder: recipe.output_path.join("checkpoints"), keep: recipe.keep }
     }
@@ -100,13 +117,27 @@ impl Checkpoints {
     }
 
     fn save_new(&self, snapshot: Snapshot) -> Result<PathBuf, TrainError> {
-        let path = self.folder.join(format!("step-{:08}", snapshot.progress.step));
+        let path = self.path(snapshot.progress.step);
+        let needed: Vec<PathBuf> =
+            snapshot.progress.needed().into_iter().map(|step| self.path(step)).collect();
         let made = NewFolder::begin(&path).map_err(TrainError::io(&path))?;
         write(made.part(), snapshot)?;
         // There may be a damaged checkpoint of the same step, which the run came past again.
         made.replace().map_err(TrainError::io(&path))?;
-        self.remove_old()?;
+        self.remove_old(&needed)?;
         Ok(path)
+    }
+
+    /// Reads the checkpoint of a step.
+    ///
+    /// # Errors
+    /// Says what is wrong with it.
+    pub(crate) fn load(&self, step: u64) -> Result<Snapshot, String> {
+        read(&self.path(step))
+    }
+
+    fn path(&self, step: u64) -> PathBuf {
+        self.folder.join(format!("step-{step:08}"))
     }
 
     /// Reads the newest checkpoint that is whole.
@@ -148,10 +179,11 @@ impl Checkpoints {
         Ok(paths)
     }
 
-    /// Removes checkpoints past the number kept.
-    fn remove_old(&self) -> Result<(), TrainError> {
+    /// Removes checkpoints past the number kept that are not needed.
+    fn remove_old(&self, needed: &[PathBuf]) -> Result<(), TrainError> {
         let paths = self.list()?;
-        for old in &paths[..paths.len().saturating_sub(self.keep)] {
+        let past = paths[..paths.len().saturating_sub(self.keep)].iter();
+        for old in past.filter(|path| !needed.contains(path)) {
             atomic::remove_folder(old).map_err(TrainError::io(old))?;
         }
         Ok(())

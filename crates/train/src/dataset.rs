@@ -13,6 +13,7 @@ use fewstep_data::image::{Resize, Size};
 use fewstep_flow::noise::RandDevice;
 use fewstep_models::{Model, ModelSource};
 
+use crate::host::HostTensor;
 use crate::place::Place;
 use crate::recipe::Recipe;
 use crate::source::SourceRow;
@@ -206,6 +207,20 @@ impl Dataset {
     /// The row of a position in an epoch; positions past the rows are further passes over them.
     pub(crate) fn sample_at(&self, position: usize) -> &Sample {
         &self.samples[position % self.len()]
+    }
+
+    /// The rows.
+    pub(crate) fn samples(&self) -> &[Sample] {
+        &self.samples
+    }
+
+    /// Latents `[C, H, W]` of a row; `None` where it has no picture.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub(crate) fn latents(&self, row: usize) -> Result<Option<HostTensor>, TrainError> {
+        let picture = self.samples[row].picture;
+        Ok(picture.map(|picture| self.tables.latents[picture].read()).transpose()?)
     }
 
     /// How many of these positions have a picture: all of them, or none with an online teacher.

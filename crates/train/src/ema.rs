@@ -23,8 +23,8 @@ impl Ema {
     }
 
     /// Continues from saved averages.
-    pub(crate) fn from_saved(decay: f64, averages: HostTensors) -> Self {
-        Self { decay, averages }
+    pub(crate) fn with_averages(self, averages: HostTensors) -> Self {
+        Self { averages, ..self }
     }
 
     /// The averages, for saving.

@@ -190,15 +190,17 @@ pub enum TrainError {
         /// What to do about it.
         hint: &'static str,
     },
-    /// The run makes no finite losses any more.
+    /// The run makes no usable losses any more.
     #[error(
-        "step {step}: {times} steps in a row had a loss or gradient that is not finite\nhint: lower learning_rate or max_grad_norm; the last checkpoint is from before"
+        "step {step}: {times} steps in a row had a loss or gradient that is not finite or a spike, after going back {rollbacks} times\nhint: lower learning_rate or max_grad_norm, or look for damaged rows in the data; the checkpoints are from before, and with more max_rollbacks the run goes on from them"
     )]
     Diverged {
         /// The optimiser step.
         step: u64,
         /// Steps skipped in a row.
         times: u32,
+        /// Times the run went back before.
+        rollbacks: u32,
     },
     /// A model error.
     #[error(transparent)]

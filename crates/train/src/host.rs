@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::backend::Flex;
 use burn::module::Param;
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_models::{Model, NamedMapper, NamedVisitor, map_named, visit_named};
 
 /// Shape and values of one tensor.
@@ -14,6 +14,26 @@ pub(crate) struct HostTensor {
     pub(crate) shape: Vec<usize>,
     /// Its elements in row-major order.
     pub(crate) values: Vec<f32>,
+}
+
+impl HostTensor {
+    /// The `[C, H, W]` of each sample of a batch `[B, C, H, W]`.
+    pub(crate) fn rows(batch: Tensor<4>) -> Vec<Self> {
+        let [_, channels, height, width] = batch.dims();
+        let shape = vec![channels, height, width];
+        let values = to_vec(batch);
+        let rows = values.chunks_exact(channels * height * width);
+        rows.map(|row| Self { shape: shape.clone(), values: row.to_vec() }).collect()
+    }
+
+    /// The batch `[B, C, H, W]` of one sample `[C, H, W]` or more, all of one shape.
+    pub(crate) fn stack(rows: &[&Self], device: &Device) -> Tensor<4> {
+        let [channels, height, width] = rows[0].shape[..] else {
+            panic!("a sample has shape {:?}, expected [C, H, W]", rows[0].shape)
+        };
+        let values = rows.iter().flat_map(|row| row.values.iter().copied()).collect();
+        Tensor::from_data(TensorData::new(values, [rows.len(), channels, height, width]), device)
+    }
 }
 
 /// Parameters by name.

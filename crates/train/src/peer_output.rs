@@ -56,15 +56,19 @@ impl PeerFile<'_> {
 
 /// Name of the file due after an optimiser step, if one is.
 pub(crate) fn due(recipe: &Recipe, step: u64, (steps_per_epoch, total_steps): (u64, u64)) -> Option<String> {
-    let by_step = || format!("step-{step}.safetensors");
     match recipe.save_steps {
-        Some(every) if every > 0 && step.is_multiple_of(every) => Some(by_step()),
+        Some(every) if every > 0 && step.is_multiple_of(every) => Some(by_step(step)),
         None if step.is_multiple_of(steps_per_epoch) => {
             Some(format!("epoch-{}.safetensors", step / steps_per_epoch - 1))
         }
         // What comes after the last file of a run is not lost.
-        _ => (step == total_steps).then(by_step),
+        _ => (step == total_steps).then(|| by_step(step)),
     }
+}
+
+/// Name of the file of an optimiser step.
+pub(crate) fn by_step(step: u64) -> String {
+    format!("step-{step}.safetensors")
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ pub(crate) enum Purpose {
     Sample = 2,
     /// The initial noise of an online teacher's picture.
     Picture = 3,
+    /// Which rows are held out, and the noise of their further pictures.
+    HeldOut = 4,
 }
 
 /// A position in a run at which something is drawn.
@@ -56,10 +58,10 @@ mod tests {
     fn every_position_and_purpose_has_its_own_seed() {
         let mut seeds = std::collections::BTreeSet::new();
         for (seed, epoch, row) in (0..64).map(|i| (i / 16, i / 4 % 4, i % 4)) {
-            for purpose in [Purpose::Order, Purpose::Sample, Purpose::Picture] {
+            for purpose in [Purpose::Order, Purpose::Sample, Purpose::Picture, Purpose::HeldOut] {
                 seeds.insert(Draw { seed, epoch, row }.seed(purpose));
             }
         }
-        assert_eq!(seeds.len(), 3 * 64);
+        assert_eq!(seeds.len(), 4 * 64);
     }
 }

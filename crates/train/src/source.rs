@@ -12,6 +12,7 @@ use crate::TrainError;
 use crate::recipe::{Objective, Recipe, ResizedTargets};
 
 /// A row before anything of it is loaded.
+#[derive(Clone)]
 pub(crate) struct SourceRow {
     /// Absent where the teacher's picture is made during training.
     pub(crate) picture: Option<PictureSource>,

@@ -4,17 +4,14 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use fewstep_models::{Model, NamedVisitor, visit_named};
 
-use crate::TrainError;
 use crate::checkpoint::{Checkpoints, Progress, Snapshot};
 use crate::ema::Ema;
 use crate::host::{HostTensors, trainable_values, with_parameters};
 use crate::method::GradientSum;
 use crate::observer::{Event, Observer};
 use crate::optimizer::{Optimizer, gradient_norm};
-use crate::recipe::Recipe;
-
-/// Steps without a finite loss and gradient after which a run gives up.
-const MAX_SKIPPED_IN_A_ROW: u32 = 20;
+use crate::recipe::{Recipe, ResultWeights};
+use crate::{TrainError, monitor};
 
 /// What a step changes.
 pub(crate) struct State {
@@ -22,6 +19,7 @@ pub(crate) struct State {
     pub(crate) model: Model,
     optimizer: Optimizer,
     ema: Option<Ema>,
+    max_spike: f64,
     /// Where the run stands.
     pub(crate) progress: Progress,
 }
@@ -34,59 +32,86 @@ impl State {
         checkpoints: &Checkpoints,
         observer: &mut dyn Observer,
     ) -> Result<Self, TrainError> {
-        let mut optimizer = Optimizer::new(recipe);
-        let averages = recipe.ema_decay > 0.0;
         let found = checkpoints.load_newest()?;
         for reason in found.damaged {
             observer
                 .on(Event::Message(format!("a checkpoint is damaged, taking the one before it: {reason}")));
         }
-        let Some(snapshot) = found.snapshot else {
-            let ema = averages.then(|| Ema::new(recipe.ema_decay, &model));
-            return Ok(Self { model, optimizer, ema, progress: Progress::default() });
-        };
+        let start = Self::new(recipe, model);
+        let Some(snapshot) = found.snapshot else { return Ok(start) };
         observer.on(Event::Message(format!("continuing after step {}", snapshot.progress.step)));
-        optimizer.updates = snapshot.progress.updates;
-        optimizer.moments = snapshot.moments;
-        let model = with_parameters(model, |name| Some(snapshot.weights.get(name)?.values.as_slice()));
-        let ema = snapshot.averages.map(|saved| Ema::from_saved(recipe.ema_decay, saved));
-        Ok(Self { model, optimizer, ema, progress: snapshot.progress })
+        Ok(start.restore(snapshot))
     }
 
-    /// Moves the weights, unless loss or gradient is not finite; returns the gradient's norm.
+    /// The state before the first step.
+    pub(crate) fn new(recipe: &Recipe, model: Model) -> Self {
+        Self {
+            optimizer: Optimizer::new(recipe),
+            ema: (recipe.ema_decay > 0.0).then(|| Ema::new(recipe.ema_decay, &model)),
+            max_spike: recipe.max_spike,
+            progress: Progress::default(),
+            model,
+        }
+    }
+
+    /// The state of a checkpoint; parameters that do not learn stay as they are.
+    pub(crate) fn restore(mut self, snapshot: Snapshot) -> Self {
+        self.optimizer.updates = snapshot.progress.updates;
+        self.optimizer.moments = snapshot.moments;
+        self.ema = self.ema.zip(snapshot.averages).map(|(ema, averages)| ema.with_averages(averages));
+        let values = |name: &str| Some(snapshot.weights.get(name)?.values.as_slice());
+        Self { model: with_parameters(self.model, values), progress: snapshot.progress, ..self }
+    }
+
+    /// Moves the weights, unless loss or gradient is not finite or a spike; returns the gradient's norm.
     pub(crate) fn update(
         mut self,
         sum: GradientSum,
         loss: f64,
         learning_rate: f64,
         observer: &mut dyn Observer,
-    ) -> Result<(Self, f64), TrainError> {
+    ) -> (Self, f64) {
         self.progress.step += 1;
         let gradients = sum.finish();
         let norm = gradient_norm(&self.model, &gradients);
-        if !(loss.is_finite() && norm.is_finite()) {
-            self.skip(loss, norm, observer)?;
-            return Ok((self, norm));
+        if let Some(objection) = self.progress.guard.objection(loss, norm, self.max_spike) {
+            self.progress.skipped_in_a_row += 1;
+            observer.on(Event::Message(format!("step {} skipped: {objection}", self.progress.step)));
+            return (self, norm);
         }
         self.progress.losses.push(loss);
         self.progress.skipped_in_a_row = 0;
+        self.progress.guard.moved(loss, norm);
         self.model = self.optimizer.step(self.model, gradients, norm, learning_rate);
         self.progress.updates = self.optimizer.updates;
         if let Some(ema) = &mut self.ema {
             ema.update(&self.model, self.optimizer.updates);
         }
-        Ok((self, norm))
+        (self, norm)
     }
 
-    /// Counts and reports a step without an update.
-    fn skip(&mut self, loss: f64, norm: f64, observer: &mut dyn Observer) -> Result<(), TrainError> {
-        self.progress.skipped_in_a_row += 1;
-        let (step, times) = (self.progress.step, self.progress.skipped_in_a_row);
-        observer.on(Event::Message(format!("step {step} skipped: loss {loss}, gradient norm {norm}")));
-        match times >= MAX_SKIPPED_IN_A_ROW {
-            true => Err(TrainError::Diverged { step, times }),
-            false => Ok(()),
-        }
+    /// The state whose weights are a run's result: this last one, or the best the monitor saw.
+    pub(crate) fn for_result(
+        self,
+        weights: ResultWeights,
+        checkpoints: &Checkpoints,
+        observer: &mut dyn Observer,
+    ) -> Self {
+        let best = monitor::best(&self.progress.checks).map(|check| check.step);
+        let Some(step) = best.filter(|step| weights == ResultWeights::Best && *step != self.progress.step)
+        else {
+            return self;
+        };
+        let (state, message) = match checkpoints.load(step) {
+            Ok(snapshot) => {
+                (self.restore(snapshot), format!("the result has the weights of step {step}, the best ones"))
+            }
+            Err(reason) => {
+                (self, format!("the best checkpoint is damaged, the result has the last weights: {reason}"))
+            }
+        };
+        observer.on(Event::Message(message));
+        state
     }
 
     /// A copy of everything an exact resume needs.

@@ -14,6 +14,7 @@ use crate::learning_rate::LearningRate;
 use crate::loader::Loader;
 use crate::log::{Log, LogLine};
 use crate::method::{GradientSum, Method};
+use crate::monitor::{HeldOut, Monitor, training_rows};
 use crate::observer::{Event, Observer, Started};
 use crate::peer_output::{self, PeerFile};
 use crate::recipe::{InitialWeights, Objective, OutputLayout, Recipe, Stage};
@@ -21,7 +22,7 @@ use crate::run_folder::RunFolder;
 use crate::samples::Samples;
 use crate::state::State;
 use crate::trainable::{Trainable, with_preset};
-use crate::{TrainError, output, processed, provenance, source};
+use crate::{TrainError, guard, output, processed, provenance, source};
 
 /// What a run needs beside its recipe.
 pub struct Context<'a> {
@@ -69,25 +70,24 @@ pub fn run(
         return Ok(Outcome::Stopped(Checkpoints::new(recipe).newest_step()?));
     };
     observer.on(Event::Started(run.started(&state)));
-    while state.progress.step < run.total_steps {
+    run.look(&mut state, observer)?;
+    while !run.is_over(&state) {
         state = run.step(state, observer)?;
         run.write_peer_file(&state, context.version)?;
         let stopped = context.stop.load(Ordering::Relaxed);
-        let done = state.progress.step == run.total_steps;
-        if stopped || done || is_due(recipe.checkpoint_steps(), state.progress.step) {
-            run.log.sync()?;
-            observer.on(Event::Checkpoint(&run.checkpoints.save(state.snapshot())?));
+        let done = run.is_over(&state);
+        let wanted = run.wants_checkpoint(&state.progress);
+        if wanted {
+            state.progress.guard.saved = Some(state.progress.step);
+        }
+        if wanted || stopped || done {
+            observer.on(Event::Checkpoint(&run.save(&state)?));
         }
         if stopped && !done {
             return Ok(Outcome::Stopped(state.progress.step));
         }
     }
-    let result = match recipe.output_layout {
-        OutputLayout::Fewstep => {
-            output::write(&run.origin(context.version), state.averaged(), state.progress.step)?
-        }
-        OutputLayout::Diffsynth => run.last_peer_file(),
-    };
+    let result = run.write_result(state, context.version, observer)?;
     observer.on(Event::Finished(&result));
     Ok(Outcome::Finished(result))
 }
@@ -99,8 +99,8 @@ fn process(
     folder: &RunFolder,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, TrainError> {
-    let model = load_model(recipe, context)?;
     let source = context.source(recipe);
+    let model = load_model(recipe, &source, &context.device)?;
     let cache = folder.cache();
     let preparation = preparation(recipe, context, (&model, &source, &cache));
     let survey = survey(recipe, preparation)?;
@@ -114,12 +114,12 @@ fn process(
 }
 
 /// The model of a recipe, with the parts its task needs.
-fn load_model(recipe: &Recipe, context: &Context<'_>) -> Result<Model, TrainError> {
+fn load_model(recipe: &Recipe, source: &ModelSource, device: &Device) -> Result<Model, TrainError> {
     if recipe.initial_weights == InitialWeights::Random {
-        return Ok(Model::random(&context.source(recipe), recipe.seed, &context.device)?);
+        return Ok(Model::random(source, recipe.seed, device)?);
     }
     let options = LoadOptions {
-        device: context.device.clone(),
+        device: device.clone(),
         conventions: recipe.conventions(),
         dtype: recipe.dtype.into(),
         components: match recipe.task.stage() {
@@ -128,7 +128,7 @@ fn load_model(recipe: &Recipe, context: &Context<'_>) -> Result<Model, TrainErro
             Stage::Whole => Components::All,
         },
     };
-    Ok(Model::from_pretrained(&context.source(recipe), &options)?)
+    Ok(Model::from_pretrained(source, &options)?)
 }
 
 fn is_due(every: u64, step: u64) -> bool {
@@ -146,6 +146,7 @@ struct Run<'a> {
     learning_rate: LearningRate,
     total_steps: u64,
     samples: Option<Samples>,
+    monitor: Option<Monitor<'a>>,
     checkpoints: Checkpoints,
     log: Log,
     /// Samples and time since the last line of the log.
@@ -162,14 +163,14 @@ impl<'a> Run<'a> {
         folder: &RunFolder,
         observer: &mut dyn Observer,
     ) -> Result<Option<(Self, State)>, TrainError> {
-        let source = context.source(recipe);
-        let start = with_preset(load_model(recipe, context)?, recipe)?;
+        let (source, device) = (context.source(recipe), &context.device);
+        let start = with_preset(load_model(recipe, &source, device)?, recipe)?;
         let trainable = Trainable::new(recipe, &start)?;
-        let cache = folder.cache();
+        let (cache, held_out_cache) = (folder.cache(), folder.cache().join("held_out"));
         let keep_text = !trainable.trains_text_encoder(&start);
-        let preparation =
-            Preparation { keep_text, ..preparation(recipe, context, (&start, &source, &cache)) };
-        let data = Data::find(recipe, preparation)?;
+        let with = Preparation { keep_text, ..preparation(recipe, context, (&start, &source, &cache)) };
+        let data = Data::find(recipe, with)?;
+        let held_out = HeldOut::survey(recipe, Preparation { cache: &held_out_cache, ..with })?;
         if let Trainable::Lora(config) = &trainable
             && recipe.finds_lora_targets()
         {
@@ -180,16 +181,23 @@ impl<'a> Run<'a> {
         let model = trainable.prepare(start.clone(), recipe)?;
         folder.write_recipe(recipe, context.version)?;
         let Some(data) = data.encode()? else { return Ok(None) };
-        drop(start); // weights are updated in place only where there is one handle to them
+        let held_out = match held_out.map(|survey| HeldOut::encode(recipe, survey)).transpose()? {
+            Some(None) => return Ok(None),
+            held_out => held_out.flatten(),
+        };
         let checkpoints = Checkpoints::new(recipe);
         let state = State::prepare(recipe, model, &checkpoints, observer)?;
+        let monitor = held_out.map(|rows| Monitor::new(recipe, rows, &start, &state.progress));
+        let monitor = monitor.transpose()?;
+        drop(start); // weights are updated in place only where there is one handle to them
         let loader = Loader::new(recipe, &data);
         let run = Self {
             recipe,
+            device: device.clone(),
             source,
-            device: context.device.clone(),
             learning_rate: LearningRate::new(recipe, loader.total_steps),
             samples: Samples::new(recipe, data.groups()[0].size)?,
+            monitor,
             log: Log::open(&recipe.output_path, state.progress.step, recipe.output_layout)?,
             window: (0, Instant::now()),
             data,
@@ -215,9 +223,14 @@ impl<'a> Run<'a> {
 
     /// One optimiser step with the log line and the samples due after it.
     fn step(&mut self, state: State, observer: &mut dyn Observer) -> Result<State, TrainError> {
-        let learning_rate = self.learning_rate.at(state.progress.step);
+        let learning_rate =
+            self.learning_rate.at(state.progress.step) * guard::rate_factor(self.recipe, &state.progress);
         let (sum, loss, samples) = self.gradients(&state)?;
-        let (mut state, norm) = state.update(sum, loss, learning_rate, observer)?;
+        let (mut state, norm) = state.update(sum, loss, learning_rate, observer);
+        if state.progress.skipped_in_a_row >= self.recipe.max_skipped_steps {
+            let start = || self.untrained();
+            state = guard::roll_back(state, self.recipe, &self.checkpoints, start, observer)?;
+        }
         let step = state.progress.step;
         self.window.0 += samples;
         observer.on(Event::Step { step, loss, learning_rate, samples });
@@ -229,7 +242,68 @@ impl<'a> Run<'a> {
         if is_due(self.recipe.sample_steps, step) {
             self.draw_samples(&state, observer)?;
         }
+        self.look(&mut state, observer)?;
         Ok(state)
+    }
+
+    /// The model before the first step.
+    fn untrained(&self) -> Result<Model, TrainError> {
+        let start = with_preset(load_model(self.recipe, &self.source, &self.device)?, self.recipe)?;
+        Trainable::new(self.recipe, &start)?.prepare(start, self.recipe)
+    }
+
+    /// Lets the monitor look, if there is one and it is due. As with samples, its time is taken out of the rate.
+    fn look(&mut self, state: &mut State, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let Some(monitor) = &mut self.monitor else { return Ok(()) };
+        if monitor.is_due(&state.progress) {
+            let began = Instant::now();
+            monitor.look(&state.averaged(), &mut state.progress, observer)?;
+            self.window.1 += began.elapsed();
+        }
+        Ok(())
+    }
+
+    /// Why the run ends before its last step.
+    fn early_end(&self, state: &State) -> Option<String> {
+        self.monitor.as_ref()?.reason_to_stop(&state.progress)
+    }
+
+    fn is_over(&self, state: &State) -> bool {
+        state.progress.step >= self.total_steps || self.early_end(state).is_some()
+    }
+
+    /// Whether the run itself wants a checkpoint here, interrupted or not.
+    fn wants_checkpoint(&self, progress: &Progress) -> bool {
+        let due = is_due(self.recipe.checkpoint_steps(), progress.step);
+        due || progress.is_best() || progress.has_gone_back()
+    }
+
+    fn save(&self, state: &State) -> Result<PathBuf, TrainError> {
+        self.log.sync()?;
+        let path = self.checkpoints.save(state.snapshot())?;
+        if let Some(monitor) = &self.monitor {
+            monitor.mark_best(&state.progress)?;
+        }
+        Ok(path)
+    }
+
+    /// Writes the weights that the recipe asks for, the last or the best; returns where they are.
+    fn write_result(
+        &self,
+        state: State,
+        version: &str,
+        observer: &mut dyn Observer,
+    ) -> Result<PathBuf, TrainError> {
+        if let Some(reason) = self.early_end(&state) {
+            observer.on(Event::Message(format!("stopped early at step {}: {reason}", state.progress.step)));
+        }
+        let state = state.for_result(self.recipe.result, &self.checkpoints, observer);
+        let step = state.progress.step;
+        match self.recipe.output_layout {
+            OutputLayout::Fewstep => output::write(&self.origin(version), state.averaged(), step),
+            OutputLayout::Diffsynth if step == self.total_steps => Ok(self.last_peer_file()),
+            OutputLayout::Diffsynth => self.write_peer_file_as(&peer_output::by_step(step), &state, version),
+        }
     }
 
     /// The gradient of the mean loss over all samples of the next step, that loss, and their number.
@@ -252,10 +326,14 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         if let Some(name) = self.peer_file(step) {
-            let info = self.origin(version).info(&state.model, step)?;
-            PeerFile { recipe: self.recipe, model: &state.model, info }.write(&name, state.trained())?;
+            self.write_peer_file_as(&name, state, version)?;
         }
         Ok(())
+    }
+
+    fn write_peer_file_as(&self, name: &str, state: &State, version: &str) -> Result<PathBuf, TrainError> {
+        let info = self.origin(version).info(&state.model, state.progress.step)?;
+        PeerFile { recipe: self.recipe, model: &state.model, info }.write(name, state.trained())
     }
 
     /// Name of the peer's file of a step, if one is due.
@@ -323,7 +401,7 @@ fn survey<'a>(recipe: &Recipe, with: Preparation<'a>) -> Result<Survey<'a>, Trai
     if recipe.task.objective() == Objective::Distillation && !recipe.online_teacher {
         provenance::check(recipe, with.source, with.model)?;
     }
-    Survey::of(&source::rows(recipe, with.resize)?, with)
+    Survey::of(&training_rows(recipe, source::rows(recipe, with.resize)?)?, with)
 }
 
 /// How a recipe's data set is prepared, text states included, by a model from a source with a folder for what is encoded.

@@ -96,20 +96,14 @@ impl Direct {
     fn problem(&self, model: &Model, batch: &Batch<'_>) -> Result<Problem, TrainError> {
         let group = batch.group();
         let noise = batch.initial_noise(model.dtype().into());
-        let condition = batch.condition(model, &vec![false; batch.len()])?;
-        let unconditional = || batch.condition(model, &vec![true; batch.len()]);
+        let guidance = batch.guidance(model, self.student_guidance.scale(group.cfg_scale()))?;
         let target = match &self.teacher {
-            Some(teacher) => teacher.latents(noise.clone(), &condition, unconditional()?, batch)?,
+            Some(teacher) => teacher.latents(noise.clone(), batch)?,
             None => batch.latents(),
         };
-        let cfg_scale = match self.student_guidance {
-            StudentGuidance::Apply => group.cfg_scale(),
-            StudentGuidance::Ignore => 1.0,
-        };
-        let unconditional = if cfg_scale == 1.0 { None } else { Some(unconditional()?) };
         Ok(Problem {
             grid: self.training_grid.sigmas(model, group.num_inference_steps, group.size)?,
-            guidance: Guidance { condition, unconditional, cfg_scale },
+            guidance,
             noise,
             target,
         })
@@ -143,17 +137,10 @@ struct Problem {
 
 impl OnlineTeacher {
     /// The teacher's own ODE solution from the noise.
-    fn latents(
-        &self,
-        noise: Tensor<4>,
-        condition: &Condition,
-        unconditional: Condition,
-        batch: &Batch<'_>,
-    ) -> Result<Tensor<4>, TrainError> {
+    fn latents(&self, noise: Tensor<4>, batch: &Batch<'_>) -> Result<Tensor<4>, TrainError> {
         let size = batch.group().size;
         let grid = self.model.sigma_grid(self.num_inference_steps, size.height, size.width)?;
-        let unconditional = Some(unconditional);
-        let guidance = Guidance { condition: condition.clone(), unconditional, cfg_scale: self.cfg_scale };
+        let guidance = batch.guidance(&self.model, self.cfg_scale)?;
         Ok(sample_latents(&self.model, Solver::Euler, &grid, noise, &guidance))
     }
 }

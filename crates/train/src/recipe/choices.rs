@@ -219,6 +219,16 @@ pub enum StudentGuidance {
     Ignore,
 }
 
+impl StudentGuidance {
+    /// The guidance a student is drawn with, of the one its rows ask for.
+    pub(crate) fn scale(self, cfg_scale: f32) -> f32 {
+        match self {
+            Self::Apply => cfg_scale,
+            Self::Ignore => 1.0,
+        }
+    }
+}
+
 /// Which files a run leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -249,6 +259,17 @@ impl From<LoraFormat> for lora::LoraFormat {
             LoraFormat::Diffusers => Self::Diffusers,
         }
     }
+}
+
+/// Which weights of a run are its result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ResultWeights {
+    /// Those with the lowest paired error the monitor saw; without a monitor the last ones.
+    Best,
+    /// Those of the last step.
+    Last,
 }
 
 /// Where the weights of a run begin.

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 
 pub use choices::{
     Activation, Compat, Compute, DecayOn, Distance, Dtype, InitialWeights, LoraFormat, LossWeighting,
-    Objective, OutputLayout, RandomNumbers, ResizedTargets, Schedule, Stage, StateNumbers, StudentGuidance,
-    Task, TimestepSampling, TrainingGrid,
+    Objective, OutputLayout, RandomNumbers, ResizedTargets, ResultWeights, Schedule, Stage, StateNumbers,
+    StudentGuidance, Task, TimestepSampling, TrainingGrid,
 };
 pub use peers::PeerFlags;
 
@@ -245,7 +245,7 @@ pub struct Recipe {
     /// Accepted, without effect: loss.csv is always written
     #[arg(long, help_heading = "Output")]
     pub enable_csv_log: bool,
-    /// Newest checkpoints kept
+    /// Newest checkpoints kept, beside the best one and the one that a failing run would go back to
     #[arg(long, default_value_t = 2, help_heading = "Output")]
     pub keep: usize,
     /// Optimiser steps per line of the loss log (the mean over them)
@@ -269,6 +269,48 @@ pub struct Recipe {
     /// Spelling of the keys in LoRA files: DiffSynth-Studio's, which diffusers reads too, or that of diffusers and PEFT
     #[arg(long, value_enum, default_value = "diffsynth", help_heading = "Output")]
     pub lora_format: LoraFormat,
+    /// Weights of the result: best (the lowest paired error the monitor saw) or last; without a monitor always last
+    #[arg(long, value_enum, default_value = "best", help_heading = "Output")]
+    pub result: ResultWeights,
+
+    /// Steps in a row without an update (loss or gradient not finite, or a spike) after which the run goes back to its
+    /// last good checkpoint
+    #[arg(long, default_value_t = 20, help_heading = "Guards")]
+    pub max_skipped_steps: u32,
+    /// What the learning rate is multiplied by each time the run goes back, in (0, 1]
+    #[arg(long, default_value_t = 0.5, help_heading = "Guards")]
+    pub rollback_lr_factor: f64,
+    /// Times a run goes back before it gives up; 0 gives up at once
+    #[arg(long, default_value_t = 3, help_heading = "Guards")]
+    pub max_rollbacks: u32,
+    /// A step whose loss or gradient norm is more than so many times the median of the last ones is skipped; 0 is off
+    #[arg(long, default_value_t = 100.0, help_heading = "Guards")]
+    pub max_spike: f64,
+
+    /// Optimiser steps between looks at held-out prompts (monitor.csv); 0 is off
+    #[arg(long, default_value_t = 0, help_heading = "Monitor")]
+    pub monitor_steps: u64,
+    /// Held-out rows: metadata of a data set of their own, for direct_distill one that `generate` wrote
+    #[arg(long, help_heading = "Monitor")]
+    pub monitor_metadata_path: Option<PathBuf>,
+    /// Without monitor_metadata_path: prompts taken off the training set with all their rows, chosen by the run's seed
+    #[arg(long, default_value_t = 8, help_heading = "Monitor")]
+    pub monitor_rows: usize,
+    /// direct_distill: pictures of each held-out prompt, at least; the teacher draws those that the data set lacks
+    #[arg(long, default_value_t = 3, help_heading = "Monitor")]
+    pub monitor_seeds: usize,
+    /// Looks without a new best after which the run stops early; 0 is off
+    #[arg(long, default_value_t = 10, help_heading = "Monitor")]
+    pub monitor_patience: usize,
+    /// Stop early where pictures of one prompt differ less than this share of the teacher's; 0 is off
+    #[arg(long, default_value_t = 0.5, help_heading = "Monitor")]
+    pub monitor_min_diversity: f64,
+    /// Stop early where pictures are less sharp than this share of the teacher's; 0 is off
+    #[arg(long, default_value_t = 0.5, help_heading = "Monitor")]
+    pub monitor_min_sharpness: f64,
+    /// Stop early where saturation or contrast is more than so many times the teacher's, or less than its inverse; 0 is off
+    #[arg(long, default_value_t = 1.3, help_heading = "Monitor")]
+    pub monitor_max_drift: f64,
 }
 
 impl Default for Recipe {

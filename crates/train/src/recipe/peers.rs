@@ -20,6 +20,7 @@ impl Compat {
                 weight_decay_on = "all"
                 state_numbers = "dtype"
                 max_grad_norm = 0.0
+                max_spike = 0.0
                 guidance_dropout = 0.0
                 timestep_sampling = "schedule"
                 loss_weighting = "bell"

@@ -28,8 +28,21 @@ const PLACE_KEYS: [&str; 15] = [
     "sample_cfg_scale",
 ];
 
-/// Other keys that may change when a run is continued.
-const FREE_KEYS: [&str; 5] = ["max_steps", "num_epochs", "device", "output_dtype", "lora_format"];
+/// Other keys that may change when a run is continued: how long it runs, and when it gives up.
+const FREE_KEYS: [&str; 12] = [
+    "max_steps",
+    "num_epochs",
+    "device",
+    "output_dtype",
+    "lora_format",
+    "result",
+    "max_skipped_steps",
+    "max_rollbacks",
+    "monitor_patience",
+    "monitor_min_diversity",
+    "monitor_min_sharpness",
+    "monitor_max_drift",
+];
 
 impl Recipe {
     /// The defaults, with a peer's choices wherever they differ.

@@ -33,11 +33,12 @@ impl Recipe {
         }
         self.check_bounds()?;
         self.check_pairs()?;
+        self.check_guards()?;
         self.check_columns()
     }
 
     /// Keys that count something there must be one of.
-    fn counts(&self) -> [(&'static str, usize); 10] {
+    fn counts(&self) -> [(&'static str, usize); 13] {
         [
             ("batch_size", self.batch_size),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps),
@@ -49,11 +50,14 @@ impl Recipe {
             ("num_inference_steps", self.num_inference_steps),
             ("teacher_num_inference_steps", self.teacher_num_inference_steps),
             ("sample_num_inference_steps", self.sample_num_inference_steps),
+            ("max_skipped_steps", self.max_skipped_steps as usize),
+            ("monitor_rows", self.monitor_rows),
+            ("monitor_seeds", self.monitor_seeds),
         ]
     }
 
     /// Keys by the range of their values.
-    fn numbers(&self) -> [NumberRange; 4] {
+    fn numbers(&self) -> [NumberRange; 5] {
         const LARGEST_DECAY: f64 = 1.0 - f64::EPSILON;
         let decays = [
             ("ema_decay", self.ema_decay),
@@ -69,8 +73,15 @@ impl Recipe {
             ("teacher_cfg_scale", self.teacher_cfg_scale),
             ("sample_cfg_scale", self.sample_cfg_scale),
         ];
+        let shares = [
+            ("guidance_dropout", self.guidance_dropout),
+            ("monitor_min_diversity", self.monitor_min_diversity),
+            ("monitor_min_sharpness", self.monitor_min_sharpness),
+        ];
+        let factor = ("rollback_lr_factor", self.rollback_lr_factor);
         [
-            (0.0..=1.0, "a share from 0 to 1", vec![("guidance_dropout", self.guidance_dropout)]),
+            (0.0..=1.0, "a share from 0 to 1", shares.to_vec()),
+            (f64::MIN_POSITIVE..=1.0, "more than 0 and at most 1", vec![factor]),
             (0.0..=LARGEST_DECAY, "0 or more and less than 1", decays.to_vec()),
             (f64::MIN_POSITIVE..=f64::MAX, "more than 0", positive.to_vec()),
             (0.0..=f64::MAX, "0 or more", not_negative.to_vec()),
@@ -89,6 +100,9 @@ impl Recipe {
             (None, Some(_)) => return half("preset_lora_model", "preset_lora_path"),
             _ => {}
         }
+        if self.monitor_metadata_path.is_some() && self.monitor_steps == 0 {
+            return half("monitor_metadata_path", "monitor_steps");
+        }
         if self.task.stage() != Stage::Whole && self.online_teacher {
             return wrong("online_teacher", true, "false where a task is split in two");
         }
@@ -96,6 +110,19 @@ impl Recipe {
             return wrong("sample_steps", self.sample_steps, "0 where only the denoiser is loaded");
         }
         Ok(())
+    }
+
+    fn check_guards(&self) -> Result<(), TrainError> {
+        let multiples = [("max_spike", self.max_spike), ("monitor_max_drift", self.monitor_max_drift)];
+        if let Some((key, found)) =
+            multiples.into_iter().find(|(_, found)| *found != 0.0 && !(1.0..).contains(found))
+        {
+            return wrong(key, found, "0, or a multiple of 1 or more");
+        }
+        match self.task.stage() != Stage::Whole && self.monitor_steps > 0 {
+            true => wrong("monitor_steps", self.monitor_steps, "0 where a task is split in two"),
+            false => Ok(()),
+        }
     }
 
     fn check_columns(&self) -> Result<(), TrainError> {

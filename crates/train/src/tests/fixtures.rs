@@ -1,5 +1,6 @@
 //! A tiny model folder, small data sets, and a recipe that uses them.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -67,15 +68,8 @@ impl Bench {
 
     /// The model's own 8-step pictures, for a student of 3 steps.
     pub(super) fn with_teacher_data(self) -> Self {
-        let base = self.path("data");
         let requests: Vec<Request> = (0..ROWS).map(teacher_request).collect();
-        let pictures = Pipeline::new(self.model(), Device::flex()).generate_batch(&requests).unwrap();
-        let rows: Vec<DistillRow> = requests.iter().enumerate().map(distill_row).collect();
-        for (row, generated) in rows.iter().zip(&pictures) {
-            generated.save(base.join(&row.image)).unwrap();
-            save_latents(&base, &row.image, generated);
-        }
-        write_distill_csv(&base.join("metadata.csv"), &rows).unwrap();
+        write_teacher_data(&self.path("data"), self.model(), &requests);
         self
     }
 
@@ -107,13 +101,24 @@ pub(super) const TEACHER_STEPS: usize = 8;
 pub(super) const TEACHER_CFG_SCALE: f32 = 2.0;
 pub(super) const STUDENT_STEPS: usize = 3;
 
-fn teacher_request(row: usize) -> Request {
+pub(super) fn teacher_request(row: usize) -> Request {
     Request {
         seed: 100 + row as u64,
         num_inference_steps: TEACHER_STEPS,
         cfg_scale: TEACHER_CFG_SCALE,
         ..Request::new(prompt(row), SIDE_PX, SIDE_PX)
     }
+}
+
+/// A model's pictures as `generate` writes them, for a student of [`STUDENT_STEPS`].
+pub(super) fn write_teacher_data(base: &Path, model: Model, requests: &[Request]) {
+    let pictures = Pipeline::new(model, Device::flex()).generate_batch(requests).unwrap();
+    let rows: Vec<DistillRow> = requests.iter().enumerate().map(distill_row).collect();
+    for (row, generated) in rows.iter().zip(&pictures) {
+        generated.save(base.join(&row.image)).unwrap();
+        save_latents(base, &row.image, generated);
+    }
+    write_distill_csv(&base.join("metadata.csv"), &rows).unwrap();
 }
 
 fn distill_row((at, request): (usize, &Request)) -> DistillRow {
@@ -170,6 +175,7 @@ pub(super) fn all_values(model: &Model) -> Vec<(String, Vec<f32>)> {
 #[derive(Default)]
 pub(super) struct Recorder<'a> {
     pub(super) losses: Vec<f64>,
+    pub(super) rates: Vec<f64>,
     pub(super) messages: Vec<String>,
     pub(super) stop: Option<(u64, &'a AtomicBool)>,
 }
@@ -177,8 +183,9 @@ pub(super) struct Recorder<'a> {
 impl Observer for Recorder<'_> {
     fn on(&mut self, event: Event<'_>) {
         match event {
-            Event::Step { step, loss, .. } => {
+            Event::Step { step, loss, learning_rate, .. } => {
                 self.losses.push(loss);
+                self.rates.push(learning_rate);
                 if let Some((last, stop)) = self.stop
                     && step == last
                 {
@@ -236,4 +243,26 @@ pub(super) fn run(recipe: &Recipe, recorder: &mut Recorder<'_>) -> Result<Outcom
     let stop = recorder.stop.map_or(&never, |(_, stop)| stop);
     let context = Context { model: None, device: Device::flex(), stop, version: "a test" };
     crate::run(recipe, context, recorder)
+}
+
+/// The bytes of every file in a folder, by path.
+pub(super) fn file_bytes(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(file_bytes(&path));
+        } else {
+            files.push((path.clone(), fs::read(path).unwrap()));
+        }
+    }
+    files.sort();
+    files
+}
+
+/// Weights, optimiser state, averages and progress of the newest checkpoint.
+pub(super) fn newest_checkpoint(recipe: &Recipe) -> Vec<Vec<u8>> {
+    let folders = fs::read_dir(recipe.output_path.join("checkpoints")).unwrap();
+    let last = folders.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).max().unwrap();
+    file_bytes(&last).into_iter().map(|(_, bytes)| bytes).collect()
 }
