@@ -13,6 +13,7 @@ pub mod metrics;
 mod mobilenet;
 mod product;
 pub mod report;
+pub mod run;
 mod table;
 
 pub use charts::{Chart, Curve};

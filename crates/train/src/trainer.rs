@@ -11,6 +11,7 @@ use fewstep_models::{Components, LoadOptions, Model, ModelSource};
 use crate::batch::{Batch, Plan};
 use crate::checkpoint::{Checkpoints, Progress};
 use crate::dataset::{Dataset, Preparation};
+use crate::journal::Journal;
 use crate::learning_rate::LearningRate;
 use crate::log::{Log, LogLine};
 use crate::method::{GradientSum, Method};
@@ -63,10 +64,20 @@ pub fn run(
     if recipe.task.stage() == Stage::DataProcess {
         return process(recipe, &context, observer);
     }
-    let (mut run, mut state) = Run::prepare(recipe, &context, observer)?;
+    let mut journal = Journal::new(observer, context.version);
+    let outcome = train(recipe, &context, &mut journal);
+    journal.end(&recipe.output_path, &outcome);
+    outcome
+}
+
+fn train(recipe: &Recipe, context: &Context<'_>, observer: &mut Journal<'_>) -> Result<Outcome, TrainError> {
+    let (mut run, mut state) = Run::prepare(recipe, context, observer)?;
     observer.on(Event::Started(run.started(&state)));
+    run.draw_first_samples(&state, observer)?;
     while state.progress.step < run.total_steps {
+        observer.begin_step(state.progress.step + 1);
         state = run.step(state, observer)?;
+        observer.check()?;
         run.write_peer_file(&state, context.version)?;
         let stopped = context.stop.load(Ordering::Relaxed);
         let done = state.progress.step == run.total_steps;
@@ -147,7 +158,7 @@ impl<'a> Run<'a> {
     fn prepare(
         recipe: &'a Recipe,
         context: &Context<'_>,
-        observer: &mut dyn Observer,
+        observer: &mut Journal<'_>,
     ) -> Result<(Self, State), TrainError> {
         run_folder::check(recipe)?;
         let start = with_preset(load_model(recipe, context)?, recipe)?;
@@ -160,10 +171,20 @@ impl<'a> Run<'a> {
             observer.on(Event::Message(format!("adapters are attached to {layers}")));
         }
         let method = Method::new(recipe, &start);
+        let samples = Samples::new(recipe, data.groups()[0])?;
+        // A handle, gone before the first step: the weights then belong to the trained model alone.
+        let teacher = samples.as_ref().is_some_and(Samples::lacks_teacher).then(|| start.clone());
         let model = trainable.prepare(start, recipe)?;
         run_folder::write(recipe, context.version)?;
         let checkpoints = Checkpoints::new(&recipe.output_path, recipe.keep);
         let state = State::prepare(recipe, model, &checkpoints, observer)?;
+        observer.open(&recipe.output_path, state.progress.step)?;
+        if let Some(samples) = &samples {
+            samples.continue_after(state.progress.step)?;
+            if let Some(teacher) = teacher {
+                observer.on(Event::Samples(&samples.draw_teacher(teacher, &context.device)?));
+            }
+        }
         let plan = Plan::new(recipe, &data);
         let total_steps = recipe.max_steps.unwrap_or(recipe.num_epochs as u64 * plan.steps_per_epoch);
         let run = Self {
@@ -171,7 +192,7 @@ impl<'a> Run<'a> {
             source: context.source(recipe),
             device: context.device.clone(),
             learning_rate: LearningRate::new(recipe, total_steps),
-            samples: Samples::new(recipe, data.groups()[0].size)?,
+            samples,
             log: Log::open(&recipe.output_path, state.progress.step, recipe.output_layout)?,
             window: (0, Instant::now()),
             data,
@@ -208,7 +229,7 @@ impl<'a> Run<'a> {
             self.log.write(&line)?;
             observer.on(Event::Logged(line));
         }
-        if is_due(self.recipe.sample_steps, step) {
+        if self.samples.as_ref().is_some_and(|samples| samples.is_due(step, self.total_steps)) {
             self.draw_samples(&state, observer)?;
         }
         Ok(state)
@@ -249,6 +270,12 @@ impl<'a> Run<'a> {
 
     fn last_peer_file(&self) -> PathBuf {
         self.recipe.output_path.join(self.peer_file(self.total_steps).expect("the last step leaves a file"))
+    }
+
+    /// The pictures of a student that has not learned yet.
+    fn draw_first_samples(&mut self, state: &State, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let student = self.samples.as_ref().is_some_and(Samples::starts_with_student);
+        if student && state.progress.step == 0 { self.draw_samples(state, observer) } else { Ok(()) }
     }
 
     /// Its time is taken out of the rate that the log shows.

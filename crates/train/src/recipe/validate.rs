@@ -42,7 +42,7 @@ impl Recipe {
             ("log_steps", self.log_steps as usize),
             ("num_inference_steps", self.num_inference_steps),
             ("teacher_num_inference_steps", self.teacher_num_inference_steps),
-            ("sample_num_inference_steps", self.sample_num_inference_steps),
+            ("sample_num_inference_steps", self.sample_num_inference_steps.unwrap_or(1)),
         ]
     }
 
@@ -61,7 +61,7 @@ impl Recipe {
             ("adam_epsilon", self.adam_epsilon),
             ("cfg_scale", self.cfg_scale),
             ("teacher_cfg_scale", self.teacher_cfg_scale),
-            ("sample_cfg_scale", self.sample_cfg_scale),
+            ("sample_cfg_scale", self.sample_cfg_scale.unwrap_or(1.0)),
         ];
         [
             (0.0..=1.0, "a share from 0 to 1", vec![("guidance_dropout", self.guidance_dropout)]),

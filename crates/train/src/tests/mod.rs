@@ -6,4 +6,5 @@ mod goldens;
 mod methods;
 mod peer_runs;
 mod runs;
+mod seen;
 mod starts;
