@@ -1,6 +1,6 @@
 //! `log.jsonl`: passes a run's events on to whoever started it, and writes them down.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fewstep_report::run::{Happening, LOG_FILE, LogEntry};
 
@@ -13,6 +13,8 @@ use crate::{Outcome, TrainError};
 pub(crate) struct Journal<'a> {
     observer: &'a mut dyn Observer,
     version: &'a str,
+    /// The run's folder; paths in it are written as they are seen from there.
+    run: PathBuf,
     /// The step that present events belong to.
     step: u64,
     file: Option<LogFile>,
@@ -25,7 +27,7 @@ pub(crate) struct Journal<'a> {
 impl<'a> Journal<'a> {
     /// A journal that keeps in memory what it hears until [`Journal::open`].
     pub(crate) fn new(observer: &'a mut dyn Observer, version: &'a str) -> Self {
-        Self { observer, version, step: 0, file: None, early: Vec::new(), failed: None }
+        Self { observer, version, run: PathBuf::new(), step: 0, file: None, early: Vec::new(), failed: None }
     }
 
     /// Opens a run's log to continue after `step`; lines of later steps, which the run comes past again, are cut.
@@ -36,6 +38,7 @@ impl<'a> Journal<'a> {
         let path = run.join(LOG_FILE);
         let kept = up_to_step(&read(&path)?, step);
         self.file = Some(LogFile::replace(path, &kept)?);
+        run.clone_into(&mut self.run);
         self.step = step;
         for entry in std::mem::take(&mut self.early) {
             self.write(&LogEntry { step, ..entry });
@@ -56,7 +59,7 @@ impl<'a> Journal<'a> {
 
     /// Writes down how the run ended, and its page. A page that cannot be written is told and no more: the run itself
     /// is what matters.
-    pub(crate) fn end(&mut self, run: &Path, outcome: &Result<Outcome, TrainError>) {
+    pub(crate) fn end(&mut self, outcome: &Result<Outcome, TrainError>) {
         if self.file.is_none() {
             return;
         }
@@ -65,7 +68,7 @@ impl<'a> Journal<'a> {
             Ok(Outcome::Stopped(_)) => self.record(Happening::Stopped),
             Err(error) => self.record(Happening::Failed { text: error.to_string() }),
         }
-        if let Err(error) = fewstep_report::run::write_report(run, wall_time_secs()) {
+        if let Err(error) = fewstep_report::run::write_report(&self.run, wall_time_secs()) {
             self.observer.on(Event::Message(error.to_string()));
         }
     }
@@ -88,7 +91,7 @@ impl<'a> Journal<'a> {
 
     /// What an event leaves in the log.
     fn happening(&self, event: &Event<'_>) -> Option<Happening> {
-        let path = |path: &Path| path.display().to_string();
+        let path = |path: &Path| path.strip_prefix(&self.run).unwrap_or(path).display().to_string();
         Some(match event {
             Event::Step { .. } => return None,
             Event::Started(started) => started_line(started, self.version),
@@ -167,10 +170,12 @@ mod tests {
         journal.open(run.path(), 4).unwrap();
         journal.begin_step(5);
         journal.on(Event::Message("late".into()));
+        journal.on(Event::Checkpoint(&run.path().join("checkpoints/x")));
         let text = std::fs::read_to_string(run.path().join(LOG_FILE)).unwrap();
         let lines: Vec<serde_json::Value> =
             text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         let told: Vec<_> = lines.iter().map(|line| (line["step"].as_u64(), line["text"].as_str())).collect();
-        assert_eq!(told, [(Some(4), Some("early")), (Some(5), Some("late"))]);
+        assert_eq!(told, [(Some(4), Some("early")), (Some(5), Some("late")), (Some(5), None)]);
+        assert_eq!(lines[2]["path"], "checkpoints/x");
     }
 }

@@ -66,7 +66,7 @@ pub fn run(
     }
     let mut journal = Journal::new(observer, context.version);
     let outcome = train(recipe, &context, &mut journal);
-    journal.end(&recipe.output_path, &outcome);
+    journal.end(&outcome);
     outcome
 }
 

@@ -11,8 +11,8 @@ use crate::html::duration;
 
 /// Events listed, the newest.
 const MAX_EVENTS: usize = 40;
-/// Share of a curve's points that its strong line averages over.
-const SMOOTHING: usize = 40;
+/// A curve's strong line averages over one of so many parts of its points.
+const SMOOTHING: usize = 16;
 
 /// Status, progress and the latest numbers.
 pub(super) fn state(state: &State, log: &[LogEntry]) -> String {

@@ -65,7 +65,7 @@ pub enum Happening {
     },
     /// A checkpoint is complete.
     Checkpoint {
-        /// Its folder.
+        /// Its folder, seen from the run's, as all paths here.
         path: String,
     },
     /// Sample pictures are complete.

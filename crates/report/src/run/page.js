@@ -116,7 +116,7 @@ function showSamples() {
   const chosen = reference.value || (teacher ? teacher.name : steps[0].name);
   reference.replaceChildren(...references().map((set) => new Option(set.name, set.name, false, set.name === chosen)));
   byId("scrubber").max = steps.length - 1;
-  byId("drawing").title = left_out > 0 ? `${left_out} more drawings are in the run's folder` : "";
+  byId("left-out").textContent = left_out > 0 ? `${left_out} more drawings are in the run's folder.` : "";
   showDrawing(shown);
 }
 
