@@ -124,8 +124,8 @@ fn bar_style(unit: Unit) -> ProgressStyle {
 /// Shows a training run.
 pub struct TrainProgress {
     terminal: Terminal,
-    /// Of the last step.
-    loss: f64,
+    /// Of the last step, once there is one.
+    loss: Option<f64>,
     /// As the log last said.
     samples_per_sec: Option<f64>,
 }
@@ -133,13 +133,13 @@ pub struct TrainProgress {
 impl TrainProgress {
     /// Shows progress on standard error, or nothing at all.
     pub fn new(quiet: bool) -> Self {
-        Self { terminal: Terminal::new(quiet), loss: f64::NAN, samples_per_sec: None }
+        Self { terminal: Terminal::new(quiet), loss: None, samples_per_sec: None }
     }
 
-    /// Ends the bar and tells the most memory the process ever had.
+    /// Ends the bar and, of a run that took steps, tells the most memory the process ever had.
     pub fn finish(&self) {
         self.terminal.finish();
-        if let Some(memory) = Memory::of_process() {
+        if let (Some(_), Some(memory)) = (self.loss, Memory::of_process()) {
             self.say(&format!("peak memory: {}", BinaryBytes(memory.peak_bytes)));
         }
     }
@@ -154,7 +154,8 @@ impl TrainProgress {
         let speed = self.samples_per_sec.map_or(String::new(), |rate| format!(", {rate:.1} samples/s"));
         let memory = Memory::of_process()
             .map_or(String::new(), |memory| format!(", {} memory", BinaryBytes(memory.resident_bytes)));
-        self.terminal.note(&format!("loss {:.4}{speed}{memory}", self.loss));
+        let loss = self.loss.map_or(String::new(), |loss| format!("loss {loss:.4}"));
+        self.terminal.note(&format!("{loss}{speed}{memory}"));
     }
 
     fn started(&self, started: &Started) {
@@ -170,7 +171,7 @@ impl Observer for TrainProgress {
         match event {
             Event::Started(started) => self.started(&started),
             Event::Step { loss, .. } => {
-                self.loss = loss;
+                self.loss = Some(loss);
                 self.note();
                 self.terminal.advance(1);
             }
