@@ -2,7 +2,8 @@
 //!
 //! [`judge`] turns pictures into features, [`metrics`] compares features, latents and pixels, [`report`] holds one
 //! evaluation and writes it as a terminal table, `report.json` and a self-contained `report.html` with [`charts`];
-//! [`grid`] draws the contact sheets that a training leaves behind. Sampling and timing are the caller's.
+//! [`grid`] draws the contact sheets that a training leaves behind, [`run`] is the page of a training. Sampling and timing
+//! are the caller's.
 
 pub mod charts;
 pub mod error;

@@ -1,6 +1,6 @@
 //! A training run as a page: what its folder holds at any moment, and the page that shows it.
 //!
-//! [`Run::read`] never fails: a folder may not be there yet, and the run writes while it is read. [`page`] is the page
+//! [`Run::read`] never fails: a folder may not be there yet, and the run writes while it is read. [`page()`] is the page
 //! that asks a server for news, [`write_report`] the same page in one file with everything inside. Serving is the
 //! application's.
 

@@ -14,7 +14,7 @@ pub struct MonitorLine {
     pub step: u64,
     /// Mean squared error to the teacher's latents.
     pub paired_error: f64,
-    /// Saturation, contrast, sharpness and diversity over the teacher's, in the order of [`RATIOS`].
+    /// Saturation, contrast, sharpness and diversity over the teacher's, in this order.
     pub ratios: [f64; 4],
     /// Whether it was the best so far.
     pub best: bool,
