@@ -11,6 +11,7 @@ use crate::generate::GenerateArgs;
 use crate::inspect::InspectArgs;
 use crate::lora::LoraArgs;
 use crate::train::TrainArgs;
+use crate::watch::WatchArgs;
 
 /// Makes diffusion models few-step
 #[derive(Parser, Debug)]
@@ -36,6 +37,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Tell what a file or folder is; for a model, the memory and time it takes
     Inspect(InspectArgs),
+    /// Show a training run as a web page on this machine, while it goes on or later
+    Watch(WatchArgs),
     /// Convert LoRA files, or fuse them into full weights
     Lora(LoraArgs),
 }

@@ -14,6 +14,7 @@ pub mod parse;
 pub mod progress;
 pub mod prompts;
 pub mod train;
+pub mod watch;
 
 /// Exit code of a run that a signal stopped, as shells report SIGINT.
 pub const INTERRUPTED: u8 = 130;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use fewstep::args::{Cli, Command};
 use fewstep::progress::Terminal;
-use fewstep::{INTERRUPTED, WRONG_USAGE, demo, download, evaluate, generate, inspect, lora, train};
+use fewstep::{INTERRUPTED, WRONG_USAGE, demo, download, evaluate, generate, inspect, lora, train, watch};
 
 fn main() -> ExitCode {
     fewstep_kernels::tune_allocator();
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
             false => ExitCode::from(INTERRUPTED),
         }),
         Command::Inspect(flags) => inspect::run(flags).map(|()| ExitCode::SUCCESS),
+        Command::Watch(flags) => watch::run(flags),
         Command::Lora(flags) => lora::run(flags, &terminal).map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| fail(&error))

@@ -4,8 +4,8 @@ use std::cell::RefCell;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use fewstep_train::{Event, Observer, Started};
-use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+use fewstep_train::{Event, Memory, Observer, Started};
+use indicatif::{BinaryBytes, HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 
 /// Time between plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -124,22 +124,38 @@ fn bar_style(unit: Unit) -> ProgressStyle {
 /// Shows a training run.
 pub struct TrainProgress {
     terminal: Terminal,
+    /// Of the last step, once there is one.
+    loss: Option<f64>,
+    /// As the log last said.
+    samples_per_sec: Option<f64>,
 }
 
 impl TrainProgress {
     /// Shows progress on standard error, or nothing at all.
     pub fn new(quiet: bool) -> Self {
-        Self { terminal: Terminal::new(quiet) }
+        Self { terminal: Terminal::new(quiet), loss: None, samples_per_sec: None }
     }
 
-    /// Ends the bar.
+    /// Ends the bar and, of a run that took steps, tells the most memory the process ever had.
     pub fn finish(&self) {
         self.terminal.finish();
+        if let (Some(_), Some(memory)) = (self.loss, Memory::of_process()) {
+            self.say(&format!("peak memory: {}", BinaryBytes(memory.peak_bytes)));
+        }
     }
 
     /// Prints a line.
     pub fn say(&self, line: &str) {
         self.terminal.say(line);
+    }
+
+    /// Loss, speed and memory, behind the bar's rate and time left.
+    fn note(&self) {
+        let speed = self.samples_per_sec.map_or(String::new(), |rate| format!(", {rate:.1} samples/s"));
+        let memory = Memory::of_process()
+            .map_or(String::new(), |memory| format!(", {} memory", BinaryBytes(memory.resident_bytes)));
+        let loss = self.loss.map_or(String::new(), |loss| format!("loss {loss:.4}"));
+        self.terminal.note(&format!("{loss}{speed}{memory}"));
     }
 
     fn started(&self, started: &Started) {
@@ -155,11 +171,13 @@ impl Observer for TrainProgress {
         match event {
             Event::Started(started) => self.started(&started),
             Event::Step { loss, .. } => {
-                self.terminal.note(&format!("loss {loss:.4}"));
+                self.loss = Some(loss);
+                self.note();
                 self.terminal.advance(1);
             }
             Event::Logged(line) => {
-                self.terminal.note(&format!("loss {:.4}, {:.1} samples/s", line.loss, line.samples_per_sec))
+                self.samples_per_sec = Some(line.samples_per_sec);
+                self.note();
             }
             Event::Message(message) => self.say(&message),
             Event::Samples(path) => self.say(&format!("samples: {}", path.display())),

@@ -116,7 +116,12 @@ fn pictures_become_a_student_and_a_report() {
     assert_eq!(lines.next(), Some("images/000000.png,a dark square,0,cpu,4,1.0"));
     assert_eq!(lines.count(), 5);
 
-    run(&strs(&fixture.distil("data", "student")));
+    let said = run(&strs(&fixture.distil("data", "student")));
+    let last = said.lines().find(|line| line.starts_with("step 3/3")).unwrap_or_else(|| panic!("{said}"));
+    assert!(last.contains("/s, ") && last.contains(" left ") && last.contains("loss 0."), "{said}");
+    if cfg!(target_os = "linux") {
+        assert!(last.ends_with("B memory") && said.contains("peak memory: "), "{said}");
+    }
     let lora = fixture.arg("student/lora.safetensors");
     let student = format!("student={lora}");
     let report = fixture.arg("report");

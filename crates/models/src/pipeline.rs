@@ -159,11 +159,26 @@ impl Pipeline {
     /// If the requests differ in anything but prompts, seeds and the content of their input pictures.
     pub fn generate_batch(&self, requests: &[Request]) -> Result<Vec<Generated>, ModelError> {
         let Some(first) = requests.first() else { return Ok(Vec::new()) };
+        self.generate_on_grid(requests, self.grid(first)?)
+    }
+
+    /// As [`Pipeline::generate_batch`], on a grid other than the requests' own, such as one a student is trained on.
+    ///
+    /// # Errors
+    /// As [`Pipeline::generate`].
+    ///
+    /// # Panics
+    /// As [`Pipeline::generate_batch`].
+    pub fn generate_on_grid(
+        &self,
+        requests: &[Request],
+        grid: SigmaGrid,
+    ) -> Result<Vec<Generated>, ModelError> {
+        let Some(first) = requests.first() else { return Ok(Vec::new()) };
         assert!(
             requests.iter().all(|request| alike(first, request)),
             "requests of one batch differ in their settings"
         );
-        let grid = self.grid(first)?;
         let guidance = self.guidance(requests)?;
         let noise = self.noise(requests)?;
         let start = self.start(requests, noise.clone(), &grid);

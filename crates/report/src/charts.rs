@@ -32,8 +32,19 @@ pub struct Chart {
     pub curves: Vec<Curve>,
 }
 
-const WIDTH: f64 = 600.0;
-const HEIGHT: f64 = 280.0;
+/// The size a chart is drawn at, in the units of its type: a page shows the one that fits the window.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Frame {
+    /// Its class in the style sheet.
+    class: &'static str,
+    width: f64,
+    height: f64,
+}
+
+/// For windows wider than a phone.
+pub(crate) const WIDE: Frame = Frame { class: "wide", width: 600.0, height: 280.0 };
+/// For phones, where [`WIDE`] would shrink its type below what can be read.
+pub(crate) const NARROW: Frame = Frame { class: "narrow", width: 340.0, height: 240.0 };
 /// Around the plot, room for tick labels and axis names.
 const LEFT: f64 = 62.0;
 const RIGHT: f64 = 14.0;
@@ -62,14 +73,21 @@ pub fn smoothed(values: &[f64], length: usize) -> Vec<f64> {
 
 impl Chart {
     /// The chart as an `<svg>` element; empty when no point can be drawn. The legend is the caller's.
-    pub(crate) fn svg(&self) -> String {
-        let Some((x, y)) = self.axes() else { return String::new() };
+    ///
+    /// `data-x` holds the horizontal axis, for scripts: its first and last value, and where they are drawn.
+    pub(crate) fn svg(&self, frame: Frame) -> String {
+        let Some((x, y)) = self.axes(frame) else { return String::new() };
+        let Frame { class, width, height } = frame;
         let mut svg = format!(
-            r#"<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{}">"#,
-            escape(&self.title)
+            r#"<svg class="{class}" viewBox="0 0 {width} {height}" role="img" aria-label="{}" data-x="{} {} {} {}">"#,
+            escape(&self.title),
+            x.low,
+            x.high,
+            x.pixels.start,
+            x.pixels.end,
         );
         draw_ticks(&mut svg, &x, &y);
-        self.draw_labels(&mut svg);
+        self.draw_labels(&mut svg, frame);
         for (index, curve) in self.curves.iter().enumerate() {
             let class = format!("c{}", index % COLOURS);
             let raw = |points: &[(f64, f64)], class: &str| {
@@ -83,21 +101,21 @@ impl Chart {
         svg + "</svg>"
     }
 
-    fn axes(&self) -> Option<(Axis, Axis)> {
+    fn axes(&self, frame: Frame) -> Option<(Axis, Axis)> {
         let drawable = |(x, y): &&(f64, f64)| x.is_finite() && y.is_finite() && (!self.log_y || *y > 0.0);
         let points: Vec<(f64, f64)> =
             self.curves.iter().flat_map(|curve| curve.points.iter().filter(drawable).copied()).collect();
-        let x = Axis::over(points.iter().map(|point| point.0), LEFT..WIDTH - RIGHT, false)?;
-        let y = Axis::over(points.iter().map(|point| point.1), HEIGHT - BOTTOM..TOP, self.log_y)?;
+        let x = Axis::over(points.iter().map(|point| point.0), LEFT..frame.width - RIGHT, false)?;
+        let y = Axis::over(points.iter().map(|point| point.1), frame.height - BOTTOM..TOP, self.log_y)?;
         Some((x, y))
     }
 
-    fn draw_labels(&self, svg: &mut String) {
-        let middle = (LEFT + WIDTH - RIGHT) / 2.0;
+    fn draw_labels(&self, svg: &mut String, frame: Frame) {
+        let middle = (LEFT + frame.width - RIGHT) / 2.0;
         let _ = write!(
             svg,
             r#"<text class="axis" x="{middle}" y="{}" text-anchor="middle">{}</text><text class="axis" x="4" y="13">{}{}</text>"#,
-            HEIGHT - 6.0,
+            frame.height - 6.0,
             escape(&self.x_label),
             escape(&self.y_label),
             if self.log_y { " (log)" } else { "" },
@@ -177,18 +195,17 @@ impl Axis {
 }
 
 fn draw_ticks(svg: &mut String, x: &Axis, y: &Axis) {
+    let (right, base) = (x.pixels.end, y.pixels.start);
     for tick in y.ticks() {
         let at = y.at(tick);
         let _ = write!(
             svg,
-            r#"<path class="grid" d="M{LEFT} {at:.1}H{}"/><text x="{}" y="{:.1}" text-anchor="end">{}</text>"#,
-            WIDTH - RIGHT,
+            r#"<path class="grid" d="M{LEFT} {at:.1}H{right}"/><text x="{}" y="{:.1}" text-anchor="end">{}</text>"#,
             LEFT - 7.0,
             at + 4.0,
             number(tick),
         );
     }
-    let base = HEIGHT - BOTTOM;
     for tick in x.ticks() {
         let at = x.at(tick);
         let _ = write!(
@@ -198,19 +215,15 @@ fn draw_ticks(svg: &mut String, x: &Axis, y: &Axis) {
             number(tick),
         );
     }
-    let _ = write!(svg, r#"<path class="tick" d="M{LEFT} {base}H{}"/>"#, WIDTH - RIGHT);
+    let _ = write!(svg, r#"<path class="tick" d="M{LEFT} {base}H{right}"/>"#);
 }
 
-/// Path data through at most [`MAX_POINTS`] of the points, interrupted where a point cannot be drawn.
+/// Path data through the [`thinned`] points, interrupted where a point cannot be drawn.
 fn path(points: &[(f64, f64)], x: &Axis, y: &Axis) -> String {
-    let stride = points.len().div_ceil(MAX_POINTS).max(1);
     let mut data = String::new();
     let mut pen = 'M';
-    for (index, (px, py)) in points.iter().enumerate() {
-        if index % stride != 0 && index + 1 != points.len() {
-            continue;
-        }
-        let (at_x, at_y) = (x.at(*px), y.at(*py));
+    for (px, py) in thinned(points) {
+        let (at_x, at_y) = (x.at(px), y.at(py));
         if at_x.is_finite() && at_y.is_finite() {
             let _ = write!(data, "{pen}{at_x:.1} {at_y:.1}");
             pen = 'L';
@@ -219,6 +232,20 @@ fn path(points: &[(f64, f64)], x: &Axis, y: &Axis) -> String {
         }
     }
     data
+}
+
+/// At most [`MAX_POINTS`] of the points and the last: of each stretch the lowest and the highest, so that no spike is
+/// lost.
+pub(crate) fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let Some(last) = points.last().filter(|_| points.len() > MAX_POINTS) else { return points.to_vec() };
+    let stretch = points.len().div_ceil(MAX_POINTS / 2);
+    let extremes = |stretch: &[(f64, f64)]| {
+        let by_height = |a: &(usize, f64), b: &(usize, f64)| a.1.total_cmp(&b.1);
+        let heights = || stretch.iter().map(|point| point.1).enumerate();
+        let (low, high) = (heights().min_by(by_height)?.0, heights().max_by(by_height)?.0);
+        Some([stretch[low.min(high)], stretch[low.max(high)]])
+    };
+    points.chunks(stretch).filter_map(extremes).flatten().chain([*last]).collect()
 }
 
 /// A tick's value, short: 25000 as 25k, 0.0004 as 4e-4.
@@ -287,27 +314,34 @@ mod tests {
 
     #[test]
     fn the_first_point_is_low_left_and_the_last_high_right() {
-        let svg = chart(false, &[(0.0, 1.0), (10.0, 5.0)]).svg();
-        let line = format!("M{LEFT:.1} {:.1}L{:.1} {TOP:.1}", HEIGHT - BOTTOM, WIDTH - RIGHT);
+        let svg = chart(false, &[(0.0, 1.0), (10.0, 5.0)]).svg(WIDE);
+        let line = format!("M{LEFT:.1} {:.1}L{:.1} {TOP:.1}", WIDE.height - BOTTOM, WIDE.width - RIGHT);
         assert!(svg.contains(&line), "{svg}");
         assert!(svg.contains("a &lt; b"), "{svg}");
     }
 
     #[test]
     fn what_cannot_be_drawn_leaves_a_gap_and_not_a_broken_axis() {
-        let svg = chart(true, &[(0.0, 1.0), (1.0, 0.0), (2.0, 10.0), (3.0, f64::NAN), (4.0, 100.0)]).svg();
+        let svg =
+            chart(true, &[(0.0, 1.0), (1.0, 0.0), (2.0, 10.0), (3.0, f64::NAN), (4.0, 100.0)]).svg(WIDE);
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
         let line = svg.split("c0").nth(1).unwrap();
         assert_eq!(line.matches('M').count(), 3, "{line}");
-        assert_eq!(chart(true, &[(0.0, -1.0)]).svg(), "");
+        assert_eq!(chart(true, &[(0.0, -1.0)]).svg(WIDE), "");
     }
 
     #[test]
-    fn long_curves_are_thinned_and_keep_their_end() {
-        let points: Vec<(f64, f64)> = (0..10_000).map(|index| (index as f64, 1.0 + index as f64)).collect();
-        let svg = chart(false, &points).svg();
+    fn long_curves_are_thinned_and_keep_their_end_and_their_spikes() {
+        let mut points: Vec<(f64, f64)> =
+            (0..10_000).map(|index| (index as f64, 1.0 + index as f64)).collect();
+        let svg = chart(false, &points).svg(WIDE);
         assert!(svg.matches('L').count() <= MAX_POINTS, "{}", svg.len());
-        assert!(svg.contains(&format!("L{:.1} {TOP:.1}", WIDTH - RIGHT)));
+        assert!(svg.contains(&format!("L{:.1} {TOP:.1}", WIDE.width - RIGHT)));
+        points[5_555].1 = 1e6;
+        points[7_777].1 = -1e6;
+        let kept = thinned(&points);
+        assert!(kept.contains(&points[5_555]) && kept.contains(&points[7_777]));
+        assert!(kept.len() <= MAX_POINTS + 1 && kept.is_sorted_by(|a, b| a.0 <= b.0));
     }
 
     #[test]

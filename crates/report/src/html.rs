@@ -6,11 +6,13 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use fewstep_data::image::Picture;
 
-use crate::charts::{COLOURS, Chart, escape};
+use crate::charts::{COLOURS, Chart, NARROW, WIDE, escape};
 use crate::report::{Grid, GridRow, Report, Row, Stage};
 use crate::table::{Better, COLUMNS, Column, is_compared};
 
-const STYLE: &str = include_str!("style.css");
+/// What all pages share.
+pub(crate) const STYLE: &str = include_str!("style.css");
+const EVALUATION_STYLE: &str = include_str!("evaluation.css");
 
 /// The whole page.
 pub(crate) fn page(report: &Report) -> String {
@@ -26,7 +28,7 @@ pub(crate) fn page(report: &Report) -> String {
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
-         <style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n<p class=\"facts\">{}</p>\n{}</main>\n</body>\n</html>\n",
+         <style>\n{STYLE}{EVALUATION_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n<p class=\"facts\">{}</p>\n{}</main>\n</body>\n</html>\n",
         escape(&facts(report)),
         sections.concat(),
     )
@@ -107,8 +109,9 @@ fn grid(grid: &Grid) -> String {
         grid.columns.iter().map(|name| format!("<th scope=\"col\">{}</th>", escape(name))).collect();
     let rows: String = grid.rows.iter().map(|row| grid_row(row, &grid.columns)).collect();
     format!(
-        "<h3>{}</h3>\n<div class=\"scroll\"><table class=\"pictures\">\n<thead><tr><th scope=\"row\"></th>{heads}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n",
+        "<h3>{}</h3>\n<div class=\"scroll\"><table class=\"pictures\" style=\"--columns:{}\">\n<thead><tr><th scope=\"row\"></th>{heads}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n",
         escape(&grid.title),
+        grid.columns.len(),
     )
 }
 
@@ -131,10 +134,11 @@ fn charts(charts: &[Chart]) -> String {
     if figures.is_empty() { figures } else { format!("<div class=\"charts\">\n{figures}</div>\n") }
 }
 
-fn figure(chart: &Chart) -> String {
-    let svg = chart.svg();
-    if svg.is_empty() {
-        return svg;
+/// A chart with title and legend; empty when no point can be drawn.
+pub(crate) fn figure(chart: &Chart) -> String {
+    let svgs = [chart.svg(WIDE), chart.svg(NARROW)].concat();
+    if svgs.is_empty() {
+        return svgs;
     }
     let entry = |(index, name): (usize, &str)| {
         format!("<span><i class=\"c{}\"></i>{}</span>", index % COLOURS, escape(name))
@@ -142,7 +146,7 @@ fn figure(chart: &Chart) -> String {
     let legend: String =
         chart.curves.iter().map(|curve| curve.name.as_str()).enumerate().map(entry).collect();
     format!(
-        "<figure><figcaption>{}<div class=\"legend\">{legend}</div></figcaption>{svg}</figure>\n",
+        "<figure><figcaption>{}<div class=\"legend\">{legend}</div></figcaption>{svgs}</figure>\n",
         escape(&chart.title)
     )
 }
@@ -167,7 +171,8 @@ fn stages(stages: &[Stage]) -> String {
     )
 }
 
-fn duration(secs: f64) -> String {
+/// Seconds as a person says them.
+pub(crate) fn duration(secs: f64) -> String {
     let whole = secs.round() as u64;
     match whole {
         0..10 => format!("{secs:.1} s"),

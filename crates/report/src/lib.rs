@@ -2,8 +2,8 @@
 //!
 //! [`judge`] turns pictures into features, [`metrics`] compares features, latents and pixels, [`appearance`] measures
 //! how pictures look, [`report`] holds one evaluation and writes it as a terminal table, `report.json` and a
-//! self-contained `report.html` with [`charts`]; [`grid`] draws the contact sheets that a training leaves behind.
-//! Sampling and timing are the caller's.
+//! self-contained `report.html` with [`charts`]; [`grid`] draws the contact sheets that a training leaves behind, [`run`]
+//! is the page of a training. Sampling and timing are the caller's.
 
 pub mod appearance;
 pub mod charts;
@@ -15,6 +15,7 @@ pub mod metrics;
 mod mobilenet;
 mod product;
 pub mod report;
+pub mod run;
 mod table;
 
 pub use appearance::{Appearance, diversity};

@@ -37,7 +37,8 @@ pub(crate) struct Log {
     events: LogFile,
 }
 
-struct LogFile {
+/// A file that is replaced once and then grows.
+pub(crate) struct LogFile {
     path: PathBuf,
     file: File,
 }
@@ -98,13 +99,14 @@ impl Log {
 }
 
 impl LogFile {
-    fn replace(path: PathBuf, content: &[u8]) -> Result<Self, TrainError> {
+    /// Gives the file its first content.
+    pub(crate) fn replace(path: PathBuf, content: &[u8]) -> Result<Self, TrainError> {
         atomic::write(&path, content).map_err(TrainError::io(&path))?;
         let file = OpenOptions::new().append(true).open(&path).map_err(TrainError::io(&path))?;
         Ok(Self { path, file })
     }
 
-    fn append(&mut self, bytes: &[u8]) -> Result<(), TrainError> {
+    pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<(), TrainError> {
         self.file.write_all(bytes).map_err(TrainError::io(&self.path))
     }
 
@@ -113,7 +115,8 @@ impl LogFile {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, TrainError> {
+/// A file's bytes; none where it is absent.
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, TrainError> {
     match path.exists() {
         true => fs::read(path).map_err(TrainError::io(path)),
         false => Ok(Vec::new()),
@@ -128,7 +131,8 @@ fn csv_up_to_step(header: &str, old: &str, last_step: u64) -> String {
     std::iter::once(header).chain(kept).collect()
 }
 
-fn wall_time_secs() -> f64 {
+/// Unix time.
+pub(crate) fn wall_time_secs() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |elapsed| elapsed.as_secs_f64())
 }
 

@@ -10,6 +10,7 @@ use fewstep_models::{Components, LoadOptions, Model, ModelSource};
 
 use crate::checkpoint::{Checkpoints, Progress};
 use crate::dataset::{Dataset, Preparation, Survey};
+use crate::journal::Journal;
 use crate::learning_rate::LearningRate;
 use crate::loader::Loader;
 use crate::log::{Log, LogLine};
@@ -66,13 +67,28 @@ pub fn run(
     if recipe.task.stage() == Stage::DataProcess {
         return process(recipe, &context, &folder, observer);
     }
-    let Some((mut run, mut state)) = Run::prepare(recipe, &context, &folder, observer)? else {
+    let mut journal = Journal::new(observer, context.version);
+    let outcome = train(recipe, &context, &folder, &mut journal);
+    journal.end(&outcome);
+    outcome
+}
+
+fn train(
+    recipe: &Recipe,
+    context: &Context<'_>,
+    folder: &RunFolder,
+    observer: &mut Journal<'_>,
+) -> Result<Outcome, TrainError> {
+    let Some((mut run, mut state)) = Run::prepare(recipe, context, folder, observer)? else {
         return Ok(Outcome::Stopped(Checkpoints::new(recipe).newest_step()?));
     };
     observer.on(Event::Started(run.started(&state)));
+    run.draw_first_samples(&state, observer)?;
     run.look(&mut state, observer)?;
     while !run.is_over(&state) {
+        observer.begin_step(state.progress.step + 1);
         state = run.step(state, observer)?;
+        observer.check()?;
         run.write_peer_file(&state, context.version)?;
         let stopped = context.stop.load(Ordering::Relaxed);
         let done = run.is_over(&state);
@@ -161,7 +177,7 @@ impl<'a> Run<'a> {
         recipe: &'a Recipe,
         context: &Context<'_>,
         folder: &RunFolder,
-        observer: &mut dyn Observer,
+        observer: &mut Journal<'_>,
     ) -> Result<Option<(Self, State)>, TrainError> {
         let (source, device) = (context.source(recipe), &context.device);
         let start = with_preset(load_model(recipe, &source, device)?, recipe)?;
@@ -187,6 +203,14 @@ impl<'a> Run<'a> {
         };
         let checkpoints = Checkpoints::new(recipe);
         let state = State::prepare(recipe, model, &checkpoints, observer)?;
+        observer.open(&recipe.output_path, state.progress.step)?;
+        let samples = Samples::new(recipe, data.groups()[0])?;
+        if let Some(samples) = &samples {
+            samples.continue_after(state.progress.step)?;
+            if samples.lacks_teacher() {
+                observer.on(Event::Samples(&samples.draw_teacher(start.clone(), device)?));
+            }
+        }
         let monitor = held_out.map(|rows| Monitor::new(recipe, rows, &start, &state.progress));
         let monitor = monitor.transpose()?;
         drop(start); // weights are updated in place only where there is one handle to them
@@ -196,7 +220,7 @@ impl<'a> Run<'a> {
             device: device.clone(),
             source,
             learning_rate: LearningRate::new(recipe, loader.total_steps),
-            samples: Samples::new(recipe, data.groups()[0].size)?,
+            samples,
             monitor,
             log: Log::open(&recipe.output_path, state.progress.step, recipe.output_layout)?,
             window: (0, Instant::now()),
@@ -239,7 +263,7 @@ impl<'a> Run<'a> {
             self.log.write(&line)?;
             observer.on(Event::Logged(line));
         }
-        if is_due(self.recipe.sample_steps, step) {
+        if self.samples.as_ref().is_some_and(|samples| samples.is_due(step, self.total_steps)) {
             self.draw_samples(&state, observer)?;
         }
         self.look(&mut state, observer)?;
@@ -343,6 +367,12 @@ impl<'a> Run<'a> {
 
     fn last_peer_file(&self) -> PathBuf {
         self.recipe.output_path.join(self.peer_file(self.total_steps).expect("the last step leaves a file"))
+    }
+
+    /// The pictures of a student that has not learned yet.
+    fn draw_first_samples(&mut self, state: &State, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let student = self.samples.as_ref().is_some_and(Samples::starts_with_student);
+        if student && state.progress.step == 0 { self.draw_samples(state, observer) } else { Ok(()) }
     }
 
     /// Its time is taken out of the rate that the log shows.

@@ -19,13 +19,13 @@ use fewstep_models::sampling::sample_latents;
 use fewstep_models::{Denoiser, Model};
 use fewstep_report::{Appearance, diversity, latent_mse};
 
-use crate::TrainError;
 use crate::batch::Batch;
 use crate::checkpoint::Progress;
 use crate::guard::storable;
 use crate::host::{HostTensor, to_vec};
 use crate::observer::{Event, Observer};
 use crate::recipe::{Objective, Recipe};
+use crate::{TrainError, samples};
 use files::Files;
 pub(crate) use held_out::{HeldOut, training_rows};
 pub use history::Check;
@@ -136,8 +136,11 @@ impl<'a> Monitor<'a> {
                 recipe.student_guidance.scale(group.cfg_scale()),
             ),
             Objective::FlowMatching => (
-                model.sigma_grid(recipe.sample_num_inference_steps, group.size.height, group.size.width)?,
-                recipe.sample_cfg_scale as f32,
+                {
+                    let steps = recipe.sample_num_inference_steps.unwrap_or(samples::DEFAULT_STEPS);
+                    model.sigma_grid(steps, group.size.height, group.size.width)?
+                },
+                recipe.sample_cfg_scale.map_or(samples::DEFAULT_CFG_SCALE, |scale| scale as f32),
             ),
         };
         let guidance = batch.guidance(model, cfg_scale)?;

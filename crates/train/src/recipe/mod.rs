@@ -254,18 +254,19 @@ pub struct Recipe {
     /// Accepted, without effect: the TensorBoard file is always written
     #[arg(long, help_heading = "Output")]
     pub enable_tensorboard_log: bool,
-    /// Optimiser steps between sample pictures; 0 is off
+    /// Optimiser steps between sample pictures; 0 is off. They are drawn after the last step too, and by a student
+    /// before the first
     #[arg(long, default_value_t = 0, help_heading = "Output")]
     pub sample_steps: u64,
     /// Prompts of the sample pictures: repeat the flag, or give one .txt file with a prompt per line
     #[arg(long, help_heading = "Output")]
     pub sample_prompts: Vec<String>,
-    /// Sampling steps of the sample pictures
-    #[arg(long, default_value_t = 25, help_heading = "Output")]
-    pub sample_num_inference_steps: usize,
-    /// Guidance of the sample pictures; 1 is off
-    #[arg(long, default_value_t = 4.0, help_heading = "Output")]
-    pub sample_cfg_scale: f64,
+    /// Sampling steps of the sample pictures [default: 25, or what a student is trained for]
+    #[arg(long, help_heading = "Output")]
+    pub sample_num_inference_steps: Option<usize>,
+    /// Guidance of the sample pictures; 1 is off [default: 4, or what a student is trained with]
+    #[arg(long, help_heading = "Output")]
+    pub sample_cfg_scale: Option<f64>,
     /// Spelling of the keys in LoRA files: DiffSynth-Studio's, which diffusers reads too, or that of diffusers and PEFT
     #[arg(long, value_enum, default_value = "diffsynth", help_heading = "Output")]
     pub lora_format: LoraFormat,

@@ -49,7 +49,7 @@ impl Recipe {
             ("log_steps", self.log_steps as usize),
             ("num_inference_steps", self.num_inference_steps),
             ("teacher_num_inference_steps", self.teacher_num_inference_steps),
-            ("sample_num_inference_steps", self.sample_num_inference_steps),
+            ("sample_num_inference_steps", self.sample_num_inference_steps.unwrap_or(1)),
             ("max_skipped_steps", self.max_skipped_steps as usize),
             ("monitor_rows", self.monitor_rows),
             ("monitor_seeds", self.monitor_seeds),
@@ -71,7 +71,7 @@ impl Recipe {
             ("adam_epsilon", self.adam_epsilon),
             ("cfg_scale", self.cfg_scale),
             ("teacher_cfg_scale", self.teacher_cfg_scale),
-            ("sample_cfg_scale", self.sample_cfg_scale),
+            ("sample_cfg_scale", self.sample_cfg_scale.unwrap_or(1.0)),
         ];
         let shares = [
             ("guidance_dropout", self.guidance_dropout),

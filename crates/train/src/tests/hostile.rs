@@ -18,7 +18,7 @@ fn values_that_no_run_needs_are_refused_before_anything_is_allocated() {
         (Recipe { num_epochs: 1 << 50, ..sft(&bench) }, "num_epochs is 1125899906842624"),
         (Recipe { dataset_repeat: 1 << 40, ..sft(&bench) }, "dataset_repeat is 1099511627776"),
         (Recipe { num_inference_steps: 1_000_000_000, ..sft(&bench) }, "expected at most 10000"),
-        (Recipe { sample_num_inference_steps: 10_001, ..sft(&bench) }, "expected at most 10000"),
+        (Recipe { sample_num_inference_steps: Some(10_001), ..sft(&bench) }, "expected at most 10000"),
         (Recipe { cfg_scale: 1e300, ..sft(&bench) }, "cfg_scale is 1000"),
         (
             Recipe { seed: u64::MAX, ..sft(&bench) },

@@ -10,4 +10,5 @@ mod methods;
 mod monitor;
 mod peer_runs;
 mod runs;
+mod seen;
 mod starts;

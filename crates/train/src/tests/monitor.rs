@@ -292,7 +292,7 @@ fn without_a_teacher_the_error_is_that_of_the_velocity_on_held_out_pictures() {
         monitor_steps: 1,
         monitor_rows: 1,
         max_steps: Some(1),
-        sample_num_inference_steps: 2,
+        sample_num_inference_steps: Some(2),
         ..bench.recipe()
     };
     train(&recipe);

@@ -295,7 +295,7 @@ fn samples_are_drawn_on_the_way() {
         task: Task::Sft,
         sample_steps: 3,
         sample_prompts: vec!["a, b".into(), "c".into(), "d".into()],
-        sample_num_inference_steps: 2,
+        sample_num_inference_steps: Some(2),
         ..bench.recipe()
     };
     train(&recipe);
