@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
@@ -130,6 +132,29 @@ impl WeightFiles {
         Ok(self.view(key)?.1.data())
     }
 
+    /// The number type of a tensor as files spell it.
+    ///
+    /// # Errors
+    /// If the key is absent.
+    pub(crate) fn type_name(&self, key: &str) -> Result<String, ModelError> {
+        Ok(format!("{:?}", self.view(key)?.1.dtype()))
+    }
+
+    /// Lets go of the memory that reading a tensor's pages took; they are read from the file again when needed.
+    pub(crate) fn forget(&self, key: &str) {
+        #[cfg(unix)]
+        if let (Some(index), Ok(bytes)) = (self.keys.get(key), self.bytes(key)) {
+            let map = &self.maps[*index].1;
+            let offset = bytes.as_ptr() as usize - map.as_ptr() as usize;
+            // SAFETY: the map is a read-only one of a file, so its pages come back with what they held.
+            #[allow(unsafe_code)]
+            let advised =
+                unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, bytes.len()) };
+            // Only a hint: where the system does not take it, the memory goes when the file is closed.
+            drop(advised);
+        }
+    }
+
     /// Shape and values of a tensor, as f32.
     ///
     /// # Errors
@@ -175,7 +200,7 @@ pub fn weights_hash(source: &ModelSource) -> Result<String, ModelError> {
     let mut hash = Sha256::new();
     for (name, path) in source.weight_files()? {
         hash.update(name.as_bytes());
-        hash.update(map_file(&path)?);
+        hash_file(&path, &mut hash)?;
     }
     Ok(hex(hash.finalize().as_slice()))
 }
@@ -185,7 +210,16 @@ pub fn weights_hash(source: &ModelSource) -> Result<String, ModelError> {
 /// # Errors
 /// If it cannot be read.
 pub(crate) fn file_hash(path: &Path) -> Result<String, ModelError> {
-    Ok(hex(Sha256::digest(map_file(path)?).as_slice()))
+    let mut hash = Sha256::new();
+    hash_file(path, &mut hash)?;
+    Ok(hex(hash.finalize().as_slice()))
+}
+
+/// Read and not mapped: the pages of a map count as memory of the process until it is closed.
+fn hash_file(path: &Path, hash: &mut Sha256) -> Result<(), ModelError> {
+    let mut file = File::open(path).map_err(ModelError::io(path))?;
+    std::io::copy(&mut file, hash).map_err(ModelError::io(path))?;
+    Ok(())
 }
 
 fn hex(bytes: &[u8]) -> String {

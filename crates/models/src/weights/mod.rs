@@ -3,6 +3,8 @@
 mod files;
 mod fill;
 mod folder;
+mod narrow;
+mod numbers;
 mod shapes;
 mod write;
 
@@ -10,6 +12,7 @@ pub use files::{TensorEntry, WeightFiles, read_info, weights_hash};
 pub(crate) use files::{component_files, file_hash};
 pub(crate) use fill::{initialize, load, unfilled};
 pub(crate) use folder::{Shards, copy_tree, is_weights, write_shards};
+pub use numbers::{Numbers, read_numbers, save_numbers};
 pub use shapes::TensorShapes;
 pub(crate) use shapes::{compare, expected};
 pub(crate) use write::{RawTensor, carry_ignored, collect, values, write};
