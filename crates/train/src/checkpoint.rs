@@ -9,16 +9,16 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use fewstep_data::atomic;
-use fewstep_kernels::Moments;
-use fewstep_models::{WeightFiles, WeightType, save_tensors};
+use fewstep_models::{WeightFiles, WeightType, read_numbers, save_numbers, save_tensors};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::TrainError;
 use crate::host::{HostTensor, HostTensors};
+use crate::update::SavedState;
 
 const WEIGHTS: &str = "weights.safetensors";
-const MOMENTS: &str = "optimizer.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
 const AVERAGES: &str = "ema.safetensors";
 const PROGRESS: &str = "trainer.json";
 
@@ -42,8 +42,8 @@ pub(crate) struct Snapshot {
     pub(crate) progress: Progress,
     /// Trained parameters by name.
     pub(crate) weights: HostTensors,
-    /// Optimiser moments by parameter name.
-    pub(crate) moments: BTreeMap<String, Moments>,
+    /// The optimiser's state.
+    pub(crate) optimizer: SavedState,
     /// Averaged parameters by name, where the run averages.
     pub(crate) averages: Option<HostTensors>,
 }
@@ -147,10 +147,12 @@ fn write(folder: &Path, snapshot: Snapshot) -> Result<(), TrainError> {
         Ok(())
     };
     save(WEIGHTS, snapshot.weights)?;
-    save(MOMENTS, flatten(snapshot.moments))?;
     if let Some(averages) = snapshot.averages {
         save(AVERAGES, averages)?;
     }
+    let path = folder.join(OPTIMIZER);
+    save_numbers(&path, &snapshot.optimizer)?;
+    files.insert(OPTIMIZER.to_owned(), hash(&path)?);
     let manifest = Manifest { progress: snapshot.progress, files };
     let json = serde_json::to_string_pretty(&manifest).expect("plain fields always serialise");
     let path = folder.join(PROGRESS);
@@ -194,7 +196,7 @@ fn read(folder: &Path) -> Result<Snapshot, String> {
     let averaged = manifest.files.contains_key(AVERAGES);
     Ok(Snapshot {
         weights: tensors(WEIGHTS)?,
-        moments: unflatten(tensors(MOMENTS)?),
+        optimizer: read_numbers(&folder.join(OPTIMIZER)).map_err(|error| error.to_string())?,
         averages: averaged.then(|| tensors(AVERAGES)).transpose()?,
         progress: manifest.progress,
     })
@@ -214,30 +216,4 @@ fn hash(path: &Path) -> Result<String, TrainError> {
     let mut file = File::open(path).map_err(TrainError::io(path))?;
     std::io::copy(&mut file, &mut hash).map_err(TrainError::io(path))?;
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-const FIRST: &str = ".first";
-const SECOND: &str = ".second";
-
-fn flatten(moments: BTreeMap<String, Moments>) -> HostTensors {
-    let tensor = |values: Vec<f32>| HostTensor { shape: vec![values.len()], values };
-    let pair = |(name, moments): (String, Moments)| {
-        [
-            (format!("{name}{FIRST}"), tensor(moments.first)),
-            (format!("{name}{SECOND}"), tensor(moments.second)),
-        ]
-    };
-    moments.into_iter().flat_map(pair).collect()
-}
-
-fn unflatten(tensors: HostTensors) -> BTreeMap<String, Moments> {
-    let mut moments: BTreeMap<String, Moments> = BTreeMap::new();
-    for (key, tensor) in tensors {
-        if let Some(name) = key.strip_suffix(FIRST) {
-            moments.entry(name.to_owned()).or_default().first = tensor.values;
-        } else if let Some(name) = key.strip_suffix(SECOND) {
-            moments.entry(name.to_owned()).or_default().second = tensor.values;
-        }
-    }
-    moments
 }

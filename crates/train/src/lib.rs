@@ -27,7 +27,6 @@ mod processed;
 mod provenance;
 mod random;
 pub mod recipe;
-mod rounded_adamw;
 mod run_folder;
 mod samples;
 mod source;
@@ -40,6 +39,7 @@ mod tensorboard;
 mod tests;
 mod trainable;
 mod trainer;
+mod update;
 
 pub use batch::Batch;
 pub use dataset::{Dataset, Group};

@@ -46,9 +46,8 @@ impl State {
             return Ok(Self { model, optimizer, ema, progress: Progress::default() });
         };
         observer.on(Event::Message(format!("continuing after step {}", snapshot.progress.step)));
-        optimizer.updates = snapshot.progress.updates;
-        optimizer.moments = snapshot.moments;
         let model = with_parameters(model, |name| Some(snapshot.weights.get(name)?.values.as_slice()));
+        optimizer.restore(snapshot.progress.updates, snapshot.optimizer, &model)?;
         let ema = snapshot.averages.map(|saved| Ema::from_saved(recipe.ema_decay, saved));
         Ok(Self { model, optimizer, ema, progress: snapshot.progress })
     }
@@ -94,9 +93,14 @@ impl State {
         Snapshot {
             progress: self.progress.clone(),
             weights: trainable_values(&self.model),
-            moments: self.optimizer.moments.clone(),
+            optimizer: self.optimizer.saved(),
             averages: self.ema.as_ref().map(|ema| ema.averages().clone()),
         }
+    }
+
+    /// The step size that a learning rate amounts to; another where the optimiser finds its own.
+    pub(crate) fn step_size(&self, learning_rate: f64) -> f64 {
+        self.optimizer.step_size(learning_rate)
     }
 
     /// The model on the plain side, with averaged weights where the run averages.

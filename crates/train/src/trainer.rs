@@ -106,7 +106,8 @@ fn process(
 /// The model of a recipe, with the parts its task needs.
 fn load_model(recipe: &Recipe, context: &Context<'_>) -> Result<Model, TrainError> {
     if recipe.initial_weights == InitialWeights::Random {
-        return Ok(Model::random(&context.source(recipe), recipe.seed, &context.device)?);
+        let model = Model::random(&context.source(recipe), recipe.seed, &context.device)?;
+        return Ok(model.stored_in(recipe.dtype.into()));
     }
     let options = LoadOptions {
         device: context.device.clone(),
@@ -200,6 +201,7 @@ impl<'a> Run<'a> {
         let learning_rate = self.learning_rate.at(state.progress.step);
         let (sum, loss, samples) = self.gradients(&state)?;
         let (mut state, norm) = state.update(sum, loss, learning_rate, observer)?;
+        let learning_rate = state.step_size(learning_rate);
         let step = state.progress.step;
         self.window.0 += samples;
         observer.on(Event::Step { step, loss, learning_rate, samples });

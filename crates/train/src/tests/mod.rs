@@ -4,6 +4,7 @@ mod bad_input;
 mod fixtures;
 mod goldens;
 mod methods;
+mod optimizers;
 mod peer_runs;
 mod runs;
 mod starts;
