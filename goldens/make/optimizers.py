@@ -28,7 +28,7 @@ def draws():
     return start, [{name: (0.1 * noisy(name)).bfloat16() for name in SHAPES} for _ in range(STEPS)]
 
 
-def run(start, gradients, make, rates=RATES):
+def run(start, gradients, make, rates):
     """Parameters after the first step and after the last, and the optimisers; `make` maps parameters to those."""
     parameters = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     optimizers, records = make(parameters), {}
@@ -96,8 +96,9 @@ def main():
                 for step, named in enumerate(gradients, start=1) for name, value in named.items()}
     tensors["rates"] = torch.tensor(RATES, dtype=torch.float64)
 
-    def record(optimizer, make, rates=RATES):
-        records, optimizers, parameters = run(start, gradients, make, rates)
+    def record(optimizer, make, rates=RATES, scale=1.0):
+        scaled = {name: scale * value for name, value in start.items()}
+        records, optimizers, parameters = run(scaled, gradients, make, rates)
         tensors.update({f"{optimizer}.{key}": value for key, value in records.items()})
         return optimizers, parameters
 
@@ -107,9 +108,10 @@ def main():
     tensors |= {f"adamw8bit.{key}": state[key] for key in ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2")}
     assert optimizer.state[parameters["tall"]]["state1"].dtype == torch.float32
     record("adafactor", adafactor)
-    # Far above the usual 1, so that ten steps from an estimate of 1e-6 move parameters of size 1.
+    # Far above the usual 1, so that ten steps from an estimate of 1e-6 go far. The first ones are short, and the
+    # estimate is made of differences to the start: that has to be small for them not to be lost in rounding.
     multipliers = [rate * 500 for rate in RATES]
-    [optimizer], _ = record("prodigy", prodigy, multipliers)
+    [optimizer], _ = record("prodigy", prodigy, multipliers, scale=2.0**-10)
     tensors["prodigy.d"] = torch.tensor([optimizer.param_groups[0]["d"]], dtype=torch.float64)
     _muon.torch = Float32()
     record("muon", muon)

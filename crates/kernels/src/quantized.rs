@@ -127,7 +127,7 @@ mod tests {
                 let least = map.fractions.iter().map(|fraction| distance(*fraction)).fold(1.0, f64::min);
                 // A middle is rounded to f32, which the nearer of two fractions may depend on.
                 assert!(
-                    found <= least + 1e-8,
+                    found <= least + f64::from(value.abs() * f32::EPSILON),
                     "{value}: {found} from the fraction found, {least} from the nearest"
                 );
             }

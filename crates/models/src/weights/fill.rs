@@ -112,9 +112,10 @@ fn fill<const D: usize>(parameter: Param<Tensor<D>>, data: TensorData) -> Param<
 }
 
 fn all_finite(data: &TensorData) -> bool {
+    let read = "read in this type";
     match data.dtype() {
-        DType::BF16 => data.iter::<bf16>().all(bf16::is_finite),
-        DType::F16 => data.iter::<f16>().all(f16::is_finite),
-        _ => data.iter::<f32>().all(f32::is_finite),
+        DType::BF16 => data.as_slice::<bf16>().expect(read).iter().all(|value| value.is_finite()),
+        DType::F16 => data.as_slice::<f16>().expect(read).iter().all(|value| value.is_finite()),
+        _ => data.as_slice::<f32>().expect(read).iter().all(|value| value.is_finite()),
     }
 }

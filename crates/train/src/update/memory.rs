@@ -158,7 +158,7 @@ pub(crate) fn save(memories: &BTreeMap<String, Memory>) -> SavedState {
 pub(crate) fn restore(saved: SavedState) -> Result<BTreeMap<String, Memory>, String> {
     let mut grouped: BTreeMap<String, BTreeMap<String, Numbers>> = BTreeMap::new();
     for (key, numbers) in saved {
-        let (name, part) = key.rsplit_once('.').unwrap_or(("", &key));
+        let (name, part) = key.rsplit_once('.').unwrap_or((&key, ""));
         grouped.entry(name.to_owned()).or_default().insert(part.to_owned(), numbers);
     }
     let whole = |(name, parts): (String, _)| match Memory::from_parts(parts) {
