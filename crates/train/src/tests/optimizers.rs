@@ -14,34 +14,34 @@ use crate::{Outcome, TrainError, Trainable};
 use OptimizerName::{Adafactor, Adamw8bit, Muon, Prodigy};
 
 #[track_caller]
-fn assert_learns(optimizer: OptimizerName, learning_rate: f64) {
+fn assert_learns(optimizer: OptimizerName, learning_rate: f64, steps: u64) {
     let bench = Bench::new().with_teacher_data();
-    let recipe = Recipe { optimizer, learning_rate, max_steps: Some(30), batch_size: 3, ..bench.recipe() };
+    let recipe = Recipe { optimizer, learning_rate, max_steps: Some(steps), batch_size: 3, ..bench.recipe() };
     let (losses, _) = train(&recipe);
     let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
-    let (first, last) = (mean(&losses[..5]), mean(&losses[25..]));
+    let (first, last) = (mean(&losses[..5]), mean(&losses[losses.len() - 5..]));
     assert!(last < 0.6 * first, "{optimizer:?}: the loss went from {first} to {last}");
 }
 
 #[test]
 fn adamw8bit_learns() {
-    assert_learns(Adamw8bit, 1e-3);
+    assert_learns(Adamw8bit, 1e-3, 30);
 }
 
 #[test]
 fn adafactor_learns() {
-    assert_learns(Adafactor, 1e-3);
+    assert_learns(Adafactor, 1e-3, 30);
 }
 
 /// From an estimate of 1e-6, which has to grow by itself.
 #[test]
 fn prodigy_learns_without_being_told_a_rate() {
-    assert_learns(Prodigy, 1.0);
+    assert_learns(Prodigy, 1.0, 120);
 }
 
 #[test]
 fn muon_learns_with_adamws_rate() {
-    assert_learns(Muon, 1e-3);
+    assert_learns(Muon, 1e-3, 30);
 }
 
 #[test]
