@@ -13,7 +13,8 @@ fn source() -> ModelSource {
 }
 
 fn load(dtype: WeightType) -> Model {
-    Model::from_pretrained(&source(), &LoadOptions { dtype, ..LoadOptions::default() }).unwrap()
+    let options = LoadOptions { dtype, ..LoadOptions::default() };
+    Model::from_pretrained(&source(), &options).expect("the golden model loads")
 }
 
 struct Widen;
@@ -42,8 +43,8 @@ fn stored_bytes(model: &Model) -> usize {
 
 /// Text states of a prompt, and a velocity.
 fn outputs(model: &Model) -> [Vec<f32>; 2] {
-    let condition: Condition = model.encode_prompts(&["a red apple".to_owned()]).unwrap();
-    let [channels, height, width] = model.latent_shape(64, 64).unwrap();
+    let condition: Condition = model.encode_prompts(&["a red apple".to_owned()]).expect("a prompt");
+    let [channels, height, width] = model.latent_shape(64, 64).expect("a size of the model");
     let noisy = random([1, channels, height, width], 3, &Device::flex());
     let sigma = Tensor::from_floats([0.7], &Device::flex());
     let velocity = model.velocity(noisy, sigma, &condition);
@@ -105,7 +106,7 @@ impl NamedMapper for Shift {
 fn an_adapter_merges_into_half_weights_rounded_once() {
     let config = lora::LoraConfig { rank: 2, alpha: 2.0, target_modules: vec!["to_q".to_owned()] };
     let merged = |dtype| {
-        let (mut model, _) = lora::attach(load(dtype), &config, 1).unwrap();
+        let (mut model, _) = lora::attach(load(dtype), &config, 1).expect("there are such layers");
         model = map_named(model, &mut FillUp);
         lora::merge(model)
     };
