@@ -1,9 +1,10 @@
 //! Tensors that are no weights, such as an optimiser's state: flat lists of numbers, kept to the bit.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::write::{RawTensor, write};
+use super::write::write_streamed;
 use super::{TensorEntry, WeightFiles};
 use crate::ModelError;
 
@@ -19,13 +20,21 @@ pub enum Numbers {
 }
 
 impl Numbers {
-    fn to_raw(&self) -> RawTensor {
-        let (dtype, len, bytes) = match self {
-            Self::F32(values) => ("F32", values.len(), values.iter().flat_map(|x| x.to_le_bytes()).collect()),
-            Self::F64(values) => ("F64", values.len(), values.iter().flat_map(|x| x.to_le_bytes()).collect()),
-            Self::U8(codes) => ("U8", codes.len(), codes.clone()),
+    fn entry(&self, key: &str) -> TensorEntry {
+        let (dtype, len, width) = match self {
+            Self::F32(values) => ("F32", values.len(), 4),
+            Self::F64(values) => ("F64", values.len(), 8),
+            Self::U8(codes) => ("U8", codes.len(), 1),
         };
-        RawTensor::from_bytes(dtype, vec![len], bytes)
+        TensorEntry { key: key.to_owned(), dtype: dtype.to_owned(), shape: vec![len], bytes: len * width }
+    }
+
+    fn bytes(&self) -> Cow<'_, [u8]> {
+        match self {
+            Self::F32(values) => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Self::F64(values) => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Self::U8(codes) => Cow::Borrowed(codes),
+        }
     }
 
     fn from_bytes(dtype: &str, bytes: &[u8]) -> Option<Self> {
@@ -43,8 +52,8 @@ impl Numbers {
 /// # Errors
 /// If the file cannot be written; an older file of that name is then untouched.
 pub fn save_numbers(path: &Path, numbers: &BTreeMap<String, Numbers>) -> Result<(), ModelError> {
-    let raw = numbers.iter().map(|(key, numbers)| (key.clone(), numbers.to_raw())).collect();
-    write(path, &raw, &BTreeMap::new())
+    let entries: Vec<TensorEntry> = numbers.iter().map(|(key, numbers)| numbers.entry(key)).collect();
+    write_streamed(path, &entries, &BTreeMap::new(), &mut |entry| Ok(numbers[&entry.key].bytes()))
 }
 
 /// Reads what [`save_numbers`] wrote.

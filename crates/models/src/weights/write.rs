@@ -39,11 +39,6 @@ impl RawTensor {
         Self { dtype: dtype.name(), shape, bytes: dtype.encode(values) }
     }
 
-    /// A tensor of a type by its name in files, of little-endian numbers.
-    pub(crate) fn from_bytes(dtype: &'static str, shape: Vec<usize>, bytes: Vec<u8>) -> Self {
-        Self { dtype, shape, bytes }
-    }
-
     /// Whether a file holds this very tensor.
     pub(crate) fn is(&self, entry: &TensorEntry, bytes: &[u8]) -> bool {
         self.dtype == entry.dtype && self.shape == entry.shape && self.bytes == bytes

@@ -45,16 +45,18 @@ pub(crate) fn step(parameter: &mut [f32], gradient: &[f32], squares: &mut MeanSq
             let mean = rows.iter().copied().map(f64::from).sum::<f64>() / rows.len() as f64;
             let by_row: Vec<f32> =
                 rows.iter().map(|row| (f64::from(*row) / mean).sqrt().recip() as f32).collect();
-            let by_column: Vec<f32> = columns.iter().map(|column| column.sqrt().recip()).collect();
-            let root = |index: usize| by_row[index / width] * by_column[index % width];
-            apply(parameter, gradient, at, root);
+            apply(parameter, gradient, at, [&by_row, &inverse_roots(columns)]);
         }
         MeanSquares::Whole(squares) => {
             let new: Vec<f32> = gradient.iter().map(|gradient| square(*gradient, at) as f32).collect();
             follow(squares, &new, keep);
-            apply(parameter, gradient, at, |index| squares[index].sqrt().recip());
+            apply(parameter, gradient, at, [&[1.0], &inverse_roots(squares)]);
         }
     }
+}
+
+fn inverse_roots(squares: &[f32]) -> Vec<f32> {
+    squares.iter().map(|square| square.sqrt().recip()).collect()
 }
 
 fn square(gradient: f32, at: &Step) -> f64 {
@@ -87,22 +89,26 @@ fn follow(means: &mut [f32], new: &[f32], keep: f64) {
     means.iter_mut().zip(new).for_each(|(mean, new)| *mean = *mean * keep + weight * new);
 }
 
-/// Takes gradient · inverse root, no longer than the threshold, off the parameter, and the decay.
-fn apply(parameter: &mut [f32], gradient: &[f32], at: &Step, inverse_root: impl Fn(usize) -> f32 + Sync) {
-    let update = |index: usize| gradient[index] * at.gradient_scale * inverse_root(index);
-    let pieces: Vec<f64> = (0..gradient.len())
-        .into_par_iter()
-        .step_by(PIECE)
-        .map(|start| {
-            (start..gradient.len().min(start + PIECE)).map(|index| f64::from(update(index)).powi(2)).sum()
+/// Takes gradient · inverse root of its row and column, no longer than the threshold, off the parameter, and the decay.
+fn apply(parameter: &mut [f32], gradient: &[f32], at: &Step, [by_row, by_column]: [&[f32]; 2]) {
+    let width = by_column.len();
+    let update = |gradient: f32, row: f32, column: f32| gradient * at.gradient_scale * (row * column);
+    let lengths: Vec<f64> = gradient
+        .par_chunks(width)
+        .zip(by_row)
+        .map(|(gradient, row)| {
+            let updates =
+                gradient.iter().zip(by_column).map(|(gradient, column)| update(*gradient, *row, *column));
+            updates.map(|update| f64::from(update).powi(2)).sum()
         })
         .collect();
-    let root_mean_square = (pieces.iter().sum::<f64>() / gradient.len() as f64).sqrt();
+    let root_mean_square = (lengths.iter().sum::<f64>() / gradient.len() as f64).sqrt();
     let rate = (at.learning_rate / (root_mean_square / CLIP_THRESHOLD).max(1.0)) as f32;
     let decay = (1.0 - at.learning_rate * at.weight_decay) as f32;
-    parameter.par_chunks_mut(PIECE).enumerate().for_each(|(piece, parameter)| {
-        for (offset, parameter) in parameter.iter_mut().enumerate() {
-            *parameter = *parameter * decay - rate * update(piece * PIECE + offset);
+    let rows = parameter.par_chunks_mut(width).zip(gradient.par_chunks(width)).zip(by_row);
+    rows.for_each(|((parameter, gradient), row)| {
+        for ((parameter, gradient), column) in parameter.iter_mut().zip(gradient).zip(by_column) {
+            *parameter = *parameter * decay - rate * update(*gradient, *row, *column);
         }
     });
 }
