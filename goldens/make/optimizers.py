@@ -49,8 +49,8 @@ def adamw(parameters):
 
 
 def nearest_codes(values, codes, scales, out, block):
-    """The nearest code of each number, as on a GPU and in the paper. On the CPU the package looks codes up by 16 bits of
-    the number, which misses the nearest one near zero (here 163 times in 8,580)."""
+    """The nearest code of each number, as the paper says. On a CPU the package looks codes up by 16 bits of the number,
+    which misses the nearest one near zero (163 of 8,580 codes here differ after ten steps)."""
     middles = (codes[1:] + codes[:-1]) / 2
     for index, part in enumerate(values.flatten().split(block)):
         scales[index] = part.abs().max()
