@@ -31,7 +31,7 @@ fn leaf<const D: usize>(shape: [usize; D]) -> Tensor<D> {
 }
 
 fn dense(input: usize, output: usize) -> Projection {
-    Projection { weight: leaf([output, input]), bias: Some(leaf([output])), low_rank: None }
+    Projection { weight: leaf([output, input]), bias: Some(leaf([output])), low_rank: None, rounded_to: None }
 }
 
 /// Frozen, with a tracked branch.
@@ -39,7 +39,7 @@ fn adapted(input: usize, output: usize) -> Projection {
     let device = Device::flex().autodiff();
     let branch = LowRank { down: leaf([16, input]), up: leaf([output, 16]), scale: 1.0 };
     let (weight, bias) = (random([output, input], 1, &device), random([output], 1, &device));
-    Projection { weight, bias: Some(bias), low_rank: Some(branch) }
+    Projection { weight, bias: Some(bias), low_rank: Some(branch), rounded_to: None }
 }
 
 fn linear_layers([batch, image, _, width]: [usize; 4]) {

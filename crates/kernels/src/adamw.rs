@@ -123,7 +123,13 @@ impl Factors {
     }
 
     #[inline(always)]
-    fn update(&self, parameter: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32]) {
+    pub(crate) fn update(
+        &self,
+        parameter: &mut [f32],
+        gradient: &[f32],
+        first: &mut [f32],
+        second: &mut [f32],
+    ) {
         for (((parameter, gradient), first), second) in
             parameter.iter_mut().zip(gradient).zip(first).zip(second)
         {

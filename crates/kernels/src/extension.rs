@@ -13,7 +13,8 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::{Bytes, DType, Device, Shape, Tensor};
+use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
+use half::{bf16, f16};
 
 type Differentiable = FloatTensor<Autodiff<Flex>>;
 
@@ -79,20 +80,27 @@ impl Input {
     }
 }
 
-/// The values of one tensor in row-major order, shared with burn: cloning copies nothing.
+/// The values of one tensor in row-major order, shared with burn: cloning copies nothing. They are f32, save for
+/// the weights of linear layers (`crate::weight`).
 #[derive(Clone)]
 pub(crate) struct Values(FlexTensor);
 
 impl Values {
     /// Copies only tensors whose values are not in row-major order.
     pub(crate) fn new(tensor: FlexTensor) -> Self {
-        assert_eq!(
-            tensor.dtype(),
-            DType::F32,
-            "fused operations take f32 tensors, found {:?}",
-            tensor.dtype()
-        );
-        if tensor.as_slice::<f32>().is_some() { Self(tensor) } else { Self(tensor.to_contiguous()) }
+        let in_order = tensor.layout().contiguous_offsets().is_some();
+        if in_order { Self(tensor) } else { Self(tensor.to_contiguous()) }
+    }
+
+    /// The values by their number type.
+    pub(crate) fn stored(&self) -> Stored<'_> {
+        let expected = "the type was matched, and the order checked when it was made";
+        match self.0.dtype() {
+            DType::F32 => Stored::F32(self.0.as_slice().expect(expected)),
+            DType::BF16 => Stored::Bf16(self.0.as_slice().expect(expected)),
+            DType::F16 => Stored::F16(self.0.as_slice().expect(expected)),
+            other => panic!("fused operations take floating point tensors, found {other:?}"),
+        }
     }
 
     pub(crate) fn from_vec(values: Vec<f32>, shape: &[usize]) -> Self {
@@ -122,8 +130,41 @@ impl Deref for Values {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        self.0.as_slice::<f32>().expect("checked when it was made")
+        let values = self.0.as_slice::<f32>();
+        values.unwrap_or_else(|| panic!("fused operations take f32 tensors, found {:?}", self.0.dtype()))
     }
+}
+
+/// Values of any type that weights are kept in.
+pub(crate) enum Stored<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+/// Lends a tensor's values, in row-major order; only devices other than the CPU, and views, pay for a copy.
+pub fn with_values<const D: usize, R>(tensor: Tensor<D>, read: impl FnOnce(&[f32]) -> R) -> R {
+    let tensor = tensor.inner();
+    if is_fused(&tensor) && tensor.dtype() == DType::F32 {
+        return read(&Values::detached(tensor));
+    }
+    read(&tensor.try_into_vec_as::<f32>().expect("a float tensor can be read as f32"))
+}
+
+/// A tensor whose values `update` has changed, outside of any graph.
+///
+/// They are changed in place where they are in host memory and nobody else holds them, and in a copy otherwise.
+pub fn updated<const D: usize>(tensor: Tensor<D>, update: impl FnOnce(&mut [f32])) -> Tensor<D> {
+    assert!(!tensor.device().is_autodiff(), "values are changed without autodiff history");
+    if is_fused(&tensor) {
+        let mut values = Values::detached(tensor);
+        update(values.as_mut_slice());
+        return values.into_tensor();
+    }
+    let (shape, device) = (tensor.dims(), tensor.device());
+    let mut values: Vec<f32> = tensor.try_into_vec_as().expect("a float tensor can be read as f32");
+    update(&mut values);
+    Tensor::from_data(TensorData::new(values, shape), &device)
 }
 
 /// A buffer for an operation that writes every element before any is read.

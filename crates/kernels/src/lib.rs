@@ -5,13 +5,14 @@
 //! It is registered as one node of burn's autodiff graph. On every other device the same call runs [`plain`], the
 //! same formula written with burn's own operations; the tests hold both to each other.
 //!
-//! Everything is `f32`. The same input gives the same bits on every run: work is cut into fixed pieces that do not
+//! Everything is `f32`, save that a linear layer's weight may be stored in bf16 or f16. The same input gives the same bits on every run: work is cut into fixed pieces that do not
 //! depend on which thread runs them. `unsafe` code of the project lives here, save for one memory map in the models crate.
 //!
 //! The crate leaves out convolution, mixed precision and anything that reads or writes files.
 
 mod activation;
 mod adamw;
+mod adamw8bit;
 mod allocator;
 mod attention;
 mod extension;
@@ -21,20 +22,26 @@ mod matmul;
 mod norm;
 mod parallel;
 pub mod plain;
+mod quantized;
 mod residual;
 mod rotary;
 mod simd;
 #[cfg(test)]
 mod testing;
 mod tokens;
+mod weight;
 
 pub use activation::{Gelu, gelu};
 pub use adamw::{AdamW, AdamWStep, Moments, lerp_in_place, squared_norm};
+pub use adamw8bit::Moments8bit;
 pub use allocator::tune_allocator;
 pub use attention::{AttentionOptions, KeyMask, attention};
+pub use extension::{updated, with_values};
 pub use inject::inject;
 pub use linear::{LowRank, Projection, linear, linear_concat};
 pub use norm::{Modulation, norm_modulate, rms_norm};
+pub use quantized::Quantized;
 pub use residual::gated_residual;
 pub use rotary::{QkvStream, RotaryTable, joint_qkv};
 pub use tokens::split_tokens;
+pub use weight::HalfType;

@@ -1,11 +1,13 @@
 //! Linear layers with bias and low-rank branch in one operation, alone or several side by side.
 //!
-//! A frozen weight costs neither its gradient nor the memory of the input that the gradient would need.
+//! A frozen weight costs neither its gradient nor the memory of the input that the gradient would need, and may be kept
+//! in bf16 or f16: it is widened to f32 in a buffer that is used again, and the arithmetic is f32 throughout.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::matmul::{Cores, Matrix, MatrixMut, Output, multiply};
+use crate::weight::{HalfType, with_f32};
 use crate::{parallel, plain};
 
 /// A low-rank branch added to a linear layer: `scale · (x downᵀ) upᵀ`.
@@ -22,8 +24,10 @@ pub struct LowRank {
 /// The parameters of one linear layer.
 #[derive(Clone, Debug)]
 pub struct Projection {
-    /// `[output, input]`, torch's layout.
+    /// `[output, input]`, torch's layout; f32, or where it is frozen also bf16 or f16.
     pub weight: Tensor<2>,
+    /// Computes with the weight's nearest numbers of this type. Its gradient is theirs: the rounding passes it on.
+    pub rounded_to: Option<HalfType>,
     /// `[output]`
     pub bias: Option<Tensor<1>>,
     /// The adapter, if there is one.
@@ -64,7 +68,7 @@ fn project<const P: usize, const N: usize, const D: usize>(
     let mut shape = input_shape;
     shape[D - 1] = layout.width;
     let mut inputs = vec![Input::new(x)];
-    for Projection { weight, bias, low_rank } in projections {
+    for Projection { weight, bias, low_rank, rounded_to: _ } in projections {
         let (down, up) = low_rank.map(|branch| (branch.down, branch.up)).unzip();
         inputs.extend([
             Input::new(weight),
@@ -103,6 +107,7 @@ struct Part {
     output: usize,
     has_bias: bool,
     low_rank: Option<Branch>,
+    rounded_to: Option<HalfType>,
 }
 
 #[derive(Clone, Copy)]
@@ -139,6 +144,8 @@ impl Part {
     fn new(projection: &Projection, input: usize, first_column: usize) -> Self {
         let [output, weight_input] = projection.weight.dims();
         assert_eq!(weight_input, input, "weight [{output}, {weight_input}] meets an input of width {input}");
+        let dtype = projection.weight.dtype();
+        assert!(dtype == DType::F32 || !projection.weight.is_tracked(), "{dtype:?} weight that learns");
         if let Some(bias) = &projection.bias {
             assert_eq!(bias.dims(), [output], "bias of a weight [{output}, {input}]");
         }
@@ -147,7 +154,8 @@ impl Part {
             assert_eq!((down.dims(), up.dims()), ([rank, input], [output, rank]), "low-rank branch");
             Branch { rank, scale: *scale }
         });
-        Self { first_column, output, has_bias: projection.bias.is_some(), low_rank }
+        let (has_bias, rounded_to) = (projection.bias.is_some(), projection.rounded_to);
+        Self { first_column, output, has_bias, low_rank, rounded_to }
     }
 }
 
@@ -165,9 +173,11 @@ fn forward(layout: &Layout, values: &[Values]) -> (Vec<f32>, Vec<Vec<f32>>) {
     let parts = layout.parts.iter().zip(values[1..].chunks_exact(INPUTS));
     let hidden = parts.map(|(part, tensors)| {
         let target = &mut output[part.first_column..];
-        let weight = Matrix::new(&tensors[WEIGHT], part.output, layout.input).transposed();
-        let columns = MatrixMut::strided(target, layout.rows, part.output, layout.width);
-        multiply((columns, mode), 1.0, x, weight, Cores::All);
+        with_f32(&tensors[WEIGHT], part.rounded_to, |weight| {
+            let weight = Matrix::new(weight, part.output, layout.input).transposed();
+            let columns = MatrixMut::strided(target, layout.rows, part.output, layout.width);
+            multiply((columns, mode), 1.0, x, weight, Cores::All);
+        });
         part.low_rank.map(|branch| add_branch(layout, (part, branch), x, tensors, target)).unwrap_or_default()
     });
     let hidden = hidden.collect();
@@ -302,9 +312,11 @@ impl<const N: usize> Saved<N> {
         let mut mode = Output::Overwrite;
         for (index, part) in self.layout.parts.iter().enumerate() {
             let tensors = self.tensors(index);
-            let weight = Matrix::new(&tensors[WEIGHT], part.output, input);
             let columns = self.layout.columns(part, gradient);
-            multiply((MatrixMut::new(&mut output, rows, input), mode), 1.0, columns, weight, Cores::All);
+            with_f32(&tensors[WEIGHT], part.rounded_to, |weight| {
+                let weight = Matrix::new(weight, part.output, input);
+                multiply((MatrixMut::new(&mut output, rows, input), mode), 1.0, columns, weight, Cores::All);
+            });
             mode = Output::Accumulate;
             if let Some(Branch { rank, .. }) = part.low_rank {
                 let down = Matrix::new(&tensors[DOWN], rank, input);
@@ -335,6 +347,7 @@ mod tests {
     fn projection(probe: &mut Probe, [input, output, rank]: [usize; 3], tracked: Tracked) -> Projection {
         Projection {
             weight: probe.input([output, input], tracked.base),
+            rounded_to: None,
             bias: Some(probe.input([output], tracked.base)),
             low_rank: (rank > 0).then(|| LowRank {
                 down: probe.input([rank, input], tracked.branch),
@@ -406,6 +419,7 @@ mod tests {
             let x = cut.next([rows, input]);
             let projection = Projection {
                 weight: cut.next([output, input]),
+                rounded_to: None,
                 bias: Some(cut.next([output])),
                 low_rank: Some(LowRank {
                     down: cut.next([rank, input]),
@@ -422,6 +436,7 @@ mod tests {
         let device = burn::tensor::Device::flex();
         let projection = Projection {
             weight: Tensor::from_data([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], &device),
+            rounded_to: None,
             bias: Some(Tensor::from_data([0.5, 0.0, -0.5], &device)),
             low_rank: Some(LowRank {
                 down: Tensor::from_data([[1.0, -1.0]], &device),
@@ -446,10 +461,65 @@ mod tests {
         let run = |operation: fn(Tensor<2>, Projection) -> Tensor<2>| {
             let mut probe = Probe::new();
             let (x, weight) = (probe.tracked([4, 6]), probe.tracked([6, 5]));
-            let projection = Projection { weight: weight.transpose(), bias: None, low_rank: None };
+            let weight = weight.transpose();
+            let projection = Projection { weight, bias: None, low_rank: None, rounded_to: None };
             let output = operation(x, projection);
             probe.finish(output)
         };
         assert_agree(&run(linear), &run(plain::linear), TOLERANCE);
+    }
+    const HALVES: [HalfType; 2] = [HalfType::Bf16, HalfType::F16];
+
+    /// Output and gradients with a weight that `prepare` makes of an f32 one.
+    fn run_prepared(
+        operation: fn(Tensor<3>, Projection) -> Tensor<3>,
+        tracked: Tracked,
+        prepare: impl Fn(Projection) -> Projection,
+    ) -> Outcome {
+        let mut probe = Probe::new();
+        let x = probe.input([3, 33, 72], tracked.x);
+        let projection = prepare(projection(&mut probe, [72, 96, 4], tracked));
+        let output = operation(x, projection);
+        probe.finish(output)
+    }
+
+    fn with_weight(projection: Projection, change: impl Fn(Tensor<2>) -> Tensor<2>) -> Projection {
+        Projection { weight: change(projection.weight), ..projection }
+    }
+
+    #[test]
+    fn a_half_weight_gives_the_bits_of_the_same_weight_in_f32() {
+        let frozen = Tracked { x: true, base: false, branch: true };
+        for half in HALVES {
+            let stored = |projection| with_weight(projection, |weight| weight.cast(half.dtype()));
+            let widened =
+                |projection| with_weight(projection, |weight| weight.cast(half.dtype()).cast(DType::F32));
+            let found = run_prepared(linear, frozen, stored);
+            assert_eq!(found, run_prepared(linear, frozen, widened));
+            assert_ne!(found, run_prepared(linear, frozen, |projection| projection));
+            assert_agree(&found, &run_prepared(plain::linear, frozen, stored), TOLERANCE);
+        }
+    }
+
+    #[test]
+    fn a_weight_that_learns_computes_rounded_and_gets_the_gradient_of_the_rounded_one() {
+        let all = Tracked { x: true, base: true, branch: false };
+        for half in HALVES {
+            let rounding = |projection| Projection { rounded_to: Some(half), ..projection };
+            let found = run_prepared(linear, all, rounding);
+            assert_agree(&found, &run_prepared(plain::linear, all, rounding), TOLERANCE);
+            assert_ne!(found, run_prepared(linear, all, |projection| projection));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "BF16 weight that learns")]
+    fn a_half_weight_cannot_learn() {
+        let device = burn::tensor::Device::flex().autodiff();
+        let weight = Tensor::<2>::ones([2, 3], &device).cast(DType::BF16).require_grad();
+        linear(
+            Tensor::<2>::ones([1, 3], &device),
+            Projection { weight, bias: None, low_rank: None, rounded_to: None },
+        );
     }
 }

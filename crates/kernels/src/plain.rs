@@ -4,13 +4,13 @@
 use std::ops::Range;
 
 use burn::tensor::activation::{sigmoid, softmax};
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
 
 use crate::activation::{SIGMOID_SLOPE, TANH_CUBIC, TANH_SCALE};
 use crate::adamw::Factors;
 use crate::{
-    AdamW, AdamWStep, AttentionOptions, Gelu, KeyMask, LowRank, Modulation, Moments, Projection, QkvStream,
-    RotaryTable,
+    AdamW, AdamWStep, AttentionOptions, Gelu, HalfType, KeyMask, LowRank, Modulation, Moments, Projection,
+    QkvStream, RotaryTable,
 };
 
 /// See [`crate::linear`].
@@ -18,7 +18,8 @@ pub fn linear<const D: usize>(x: Tensor<D>, projection: Projection) -> Tensor<D>
     let mut shape = x.dims();
     let input = shape[D - 1];
     let rows = shape[..D - 1].iter().product();
-    let Projection { weight, bias, low_rank } = projection;
+    let Projection { weight, bias, low_rank, rounded_to } = projection;
+    let weight = widened(weight, rounded_to);
     shape[D - 1] = weight.dims()[0];
     let x: Tensor<2> = x.reshape([rows, input]);
     let mut output = x.clone().matmul(weight.transpose());
@@ -29,6 +30,15 @@ pub fn linear<const D: usize>(x: Tensor<D>, projection: Projection) -> Tensor<D>
         output = output + x.matmul(down.transpose()).matmul(up.transpose()).mul_scalar(scale);
     }
     output.reshape(shape)
+}
+
+/// A weight as f32.
+fn widened(weight: Tensor<2>, rounded_to: Option<HalfType>) -> Tensor<2> {
+    match rounded_to {
+        Some(half) => half.nearest(weight),
+        None if weight.dtype() == DType::F32 => weight,
+        None => weight.cast(DType::F32),
+    }
 }
 
 /// See [`crate::linear_concat`].

@@ -31,5 +31,6 @@ pub use pipeline::{Generated, LoraFile, Pipeline, PipelineOptions, Request};
 pub use qwen_image::PromptLength;
 pub use source::ModelSource;
 pub use weights::{
-    TensorEntry, TensorShapes, WeightFiles, WeightType, read_info, save_streamed, save_tensors, weights_hash,
+    Numbers, TensorEntry, TensorShapes, WeightFiles, WeightType, read_info, read_numbers, save_numbers,
+    save_streamed, save_tensors, weights_hash,
 };

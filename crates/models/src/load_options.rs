@@ -18,7 +18,7 @@ pub struct LoadOptions {
     /// What the peers compute differently.
     pub conventions: Conventions,
     /// Weights, and what the peers hand from one part to the next (noise, text states, timesteps, velocities,
-    /// latents, pixels), are rounded to this type; the arithmetic inside a part stays f32.
+    /// latents, pixels), are rounded to this type; the arithmetic inside a part stays f32. Matrices are stored in it.
     pub dtype: WeightType,
     /// Which parts are loaded.
     pub components: Components,
@@ -63,22 +63,35 @@ impl From<WeightType> for NoiseType {
 pub(crate) fn rounded<const D: usize>(values: Tensor<D>, dtype: WeightType) -> Tensor<D> {
     match dtype {
         WeightType::F32 => values,
-        WeightType::F16 => values.cast(DType::F16).cast(DType::F32),
-        WeightType::BF16 => values.cast(DType::BF16).cast(DType::F32),
+        half => values.cast(half.dtype()).cast(DType::F32),
     }
 }
 
-/// Rounds every parameter to the nearest number of a type.
-pub(crate) fn round_weights<M: Module>(module: M, dtype: WeightType) -> M {
-    if dtype == WeightType::F32 { module } else { map_named(module, &mut Round(dtype)) }
+/// The type that a parameter of a rank is stored in. Matrices are nearly all there is of a model, and linear layers and
+/// tables read any type; the rest takes part in f32 arithmetic, and is only rounded.
+pub(crate) fn storage(rank: usize, dtype: WeightType) -> WeightType {
+    if rank == 2 { dtype } else { WeightType::F32 }
 }
 
-struct Round(WeightType);
+/// Rounds every parameter to the nearest number of a type, and stores matrices in it.
+pub(crate) fn store_weights<M: Module>(module: M, dtype: WeightType) -> M {
+    if dtype == WeightType::F32 { module } else { map_named(module, &mut Store(dtype)) }
+}
 
-impl NamedMapper for Round {
+struct Store(WeightType);
+
+impl NamedMapper for Store {
     fn map<const D: usize>(&mut self, _name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        parameter.map(|values| rounded(values, self.0))
+        parameter.map(|values| match storage(D, self.0) {
+            WeightType::F32 => rounded(values, self.0),
+            half => values.cast(half.dtype()),
+        })
     }
+}
+
+/// Values as f32.
+pub(crate) fn widened<const D: usize>(values: Tensor<D>) -> Tensor<D> {
+    if values.dtype() == DType::F32 { values } else { values.cast(DType::F32) }
 }
 
 #[cfg(test)]
@@ -93,10 +106,22 @@ mod tests {
         let mut linear = Linear::unfilled(2, 1, false, &device);
         linear.weight = Param::from_tensor(Tensor::from_floats([[1.003, -1.0002]], &device));
         // bf16 has 8 bits of precision (steps of 2⁻⁷ above 1), f16 has 11 (2⁻¹⁰).
-        let rounded = |dtype| values(round_weights(linear.clone(), dtype).weight.val());
+        let rounded = |dtype| values(store_weights(linear.clone(), dtype).weight.val());
         assert_close(&rounded(WeightType::BF16), &[1.0, -1.0], 0.0);
         assert_close(&rounded(WeightType::F16), &[1.0 + 3.0 / 1024.0, -1.0], 0.0);
         assert_close(&rounded(WeightType::F32), &[1.003, -1.0002], 0.0);
+    }
+
+    #[test]
+    fn matrices_are_stored_in_the_type_and_the_rest_is_rounded_in_f32() {
+        let device = Device::flex();
+        let mut linear = Linear::unfilled(1, 1, true, &device);
+        linear.weight = Param::from_tensor(Tensor::from_floats([[1.003]], &device));
+        linear.bias = Some(Param::from_tensor(Tensor::from_floats([1.003], &device)));
+        let stored = store_weights(linear, WeightType::BF16);
+        let bias = stored.bias.expect("it had one").val();
+        assert_eq!((stored.weight.val().dtype(), bias.dtype()), (DType::BF16, DType::F32));
+        assert_close(&values(bias), &[1.0], 0.0);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::guided;
 use fewstep_flow::schedule::GridRequest;
 
-use crate::load_options::{round_weights, rounded};
+use crate::load_options::{rounded, store_weights};
 use crate::qwen_image::{self, PromptLength, QwenImage};
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare, copy_tree, is_weights};
 use crate::{Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource};
@@ -60,8 +60,7 @@ impl Model {
     /// If a folder names no known family, a file is missing or damaged, or weights do not fit.
     pub fn from_pretrained(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
         check_family(source)?;
-        let model = QwenImage::from_pretrained(source, options).map(Model::QwenImage)?;
-        Ok(round_weights(model, options.dtype))
+        QwenImage::from_pretrained(source, options).map(Model::QwenImage)
     }
 
     /// Builds a model's configs with fresh weights; the same seed gives the same weights.
@@ -71,6 +70,13 @@ impl Model {
     pub fn random(source: &ModelSource, seed: u64, device: &Device) -> Result<Self, ModelError> {
         check_family(source)?;
         QwenImage::random(source, seed, device).map(Model::QwenImage)
+    }
+
+    /// The model with weights, and what its parts hand on, in a number type: as one loaded in it.
+    pub fn stored_in(self, dtype: WeightType) -> Self {
+        match store_weights(self, dtype) {
+            Model::QwenImage(model) => Model::QwenImage(model.with_dtype(dtype)),
+        }
     }
 
     /// Writes a complete model folder: the weights of this model's components that can learn, every other file
@@ -261,6 +267,23 @@ impl Model {
         let half = |ours, theirs| Some(format!("{}{theirs}", key.strip_suffix(ours)?));
         let lora = half(".lora.down", ".lora_A.default.weight");
         (component, lora.or_else(|| half(".lora.up", ".lora_B.default.weight")).unwrap_or(key))
+    }
+
+    /// Parameters that are tables whose rows are looked up, and not matrices that something is multiplied by.
+    pub fn tables(&self) -> &'static [&'static str] {
+        match self {
+            Model::QwenImage(_) => qwen_image::TABLES,
+        }
+    }
+
+    /// The model with a component that computes with the nearest numbers of the model's type to its matrices: what a
+    /// component does whose weights learn in f32. Gradients pass the rounding.
+    pub fn rounding(mut self, component: &str) -> Self {
+        let half = self.dtype().half();
+        match &mut self {
+            Model::QwenImage(model) => model.round_to(component, half),
+        }
+        self
     }
 
     /// The denoiser's projections with their module names, for adapters.

@@ -9,8 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use fewstep_data::atomic::{self, NewFolder};
-use fewstep_kernels::Moments;
-use fewstep_models::{WeightFiles, WeightType, save_tensors};
+use fewstep_models::{Numbers, WeightFiles, WeightType, read_numbers, save_numbers, save_tensors};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -18,10 +17,11 @@ use crate::guard::GuardState;
 use crate::host::{HostTensor, HostTensors};
 use crate::monitor::Check;
 use crate::recipe::Recipe;
+use crate::update::SavedState;
 use crate::{TrainError, exact_floats, hash, monitor};
 
 const WEIGHTS: &str = "weights.safetensors";
-const MOMENTS: &str = "optimizer.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
 const AVERAGES: &str = "ema.safetensors";
 const PROGRESS: &str = "trainer.json";
 const MANIFEST: &str = "files.json";
@@ -61,8 +61,8 @@ pub(crate) struct Snapshot {
     pub(crate) progress: Progress,
     /// Trained parameters by name.
     pub(crate) weights: HostTensors,
-    /// Optimiser moments by parameter name.
-    pub(crate) moments: BTreeMap<String, Moments>,
+    /// The optimiser's state.
+    pub(crate) optimizer: SavedState,
     /// Averaged parameters by name, where the run averages.
     pub(crate) averages: Option<HostTensors>,
 }
@@ -71,9 +71,8 @@ impl Snapshot {
     /// Bytes of its numbers, about what its files need.
     fn bytes(&self) -> u64 {
         let tensors = self.weights.values().chain(self.averages.iter().flat_map(BTreeMap::values));
-        let moments = self.moments.values().map(|moments| moments.first.len() + moments.second.len());
-        let numbers: usize = tensors.map(|tensor| tensor.values.len()).chain(moments).sum();
-        (size_of::<f32>() * numbers) as u64
+        let numbers: usize = tensors.map(|tensor| tensor.values.len()).sum();
+        (size_of::<f32>() * numbers) as u64 + self.optimizer.values().map(Numbers::size_bytes).sum::<u64>()
     }
 }
 
@@ -200,10 +199,12 @@ fn write(folder: &Path, snapshot: Snapshot) -> Result<(), TrainError> {
         Ok(())
     };
     save(WEIGHTS, snapshot.weights)?;
-    save(MOMENTS, flatten(snapshot.moments))?;
     if let Some(averages) = snapshot.averages {
         save(AVERAGES, averages)?;
     }
+    let path = folder.join(OPTIMIZER);
+    save_numbers(&path, &snapshot.optimizer)?;
+    manifest.insert(OPTIMIZER.to_owned(), hash::of_file(&path)?);
     let progress = folder.join(PROGRESS);
     write_json(&progress, &snapshot.progress)?;
     manifest.insert(PROGRESS.to_owned(), hash::of_file(&progress)?);
@@ -228,7 +229,7 @@ fn read(folder: &Path) -> Result<Snapshot, String> {
     let averaged = manifest.contains_key(AVERAGES);
     Ok(Snapshot {
         weights: tensors(WEIGHTS)?,
-        moments: unflatten(tensors(MOMENTS)?),
+        optimizer: read_numbers(&folder.join(OPTIMIZER)).map_err(|error| error.to_string())?,
         averages: averaged.then(|| tensors(AVERAGES)).transpose()?,
         progress: read_json(&folder.join(PROGRESS))?,
     })
@@ -247,30 +248,4 @@ fn read_tensors(path: &Path) -> Result<HostTensors, TrainError> {
         Ok((key.to_owned(), HostTensor { shape, values }))
     };
     files.keys().map(read).collect()
-}
-
-const FIRST: &str = ".first";
-const SECOND: &str = ".second";
-
-fn flatten(moments: BTreeMap<String, Moments>) -> HostTensors {
-    let tensor = |values: Vec<f32>| HostTensor { shape: vec![values.len()], values };
-    let pair = |(name, moments): (String, Moments)| {
-        [
-            (format!("{name}{FIRST}"), tensor(moments.first)),
-            (format!("{name}{SECOND}"), tensor(moments.second)),
-        ]
-    };
-    moments.into_iter().flat_map(pair).collect()
-}
-
-fn unflatten(tensors: HostTensors) -> BTreeMap<String, Moments> {
-    let mut moments: BTreeMap<String, Moments> = BTreeMap::new();
-    for (key, tensor) in tensors {
-        if let Some(name) = key.strip_suffix(FIRST) {
-            moments.entry(name.to_owned()).or_default().first = tensor.values;
-        } else if let Some(name) = key.strip_suffix(SECOND) {
-            moments.entry(name.to_owned()).or_default().second = tensor.values;
-        }
-    }
-    moments
 }

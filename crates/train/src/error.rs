@@ -138,6 +138,14 @@ pub enum TrainError {
         /// The newest checkpoint there is.
         newest: Option<PathBuf>,
     },
+    /// A checkpoint's optimiser state belongs to another optimiser or model.
+    #[error(
+        "the checkpoint's optimiser state does not fit this run's optimizer or model: {name}\nhint: continue with the recipe that wrote it, or give a new output_path"
+    )]
+    OptimizerState {
+        /// The parameter, or the part of the state.
+        name: String,
+    },
     /// There is nothing to train on.
     #[error("{}: no rows to train on", path.display())]
     Empty {

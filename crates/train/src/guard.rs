@@ -98,7 +98,7 @@ pub(crate) fn roll_back(
         observer.on(Event::Message(damaged(reason)));
     }
     let mut state = match good {
-        Some(Ok(snapshot)) => state.restore(snapshot),
+        Some(Ok(snapshot)) => state.restore(snapshot)?,
         _ => {
             drop(state);
             State::new(recipe, start()?)

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use burn::backend::Flex;
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
+pub(crate) use fewstep_kernels::with_values;
 use fewstep_models::{Model, NamedMapper, NamedVisitor, map_named, visit_named};
 
 /// Shape and values of one tensor.
@@ -38,17 +38,6 @@ impl HostTensor {
 
 /// Parameters by name.
 pub(crate) type HostTensors = BTreeMap<String, HostTensor>;
-
-/// Lends a tensor's elements; only devices other than the CPU, and views, pay for a copy.
-pub(crate) fn with_values<const D: usize, R>(tensor: Tensor<D>, use_values: impl FnOnce(&[f32]) -> R) -> R {
-    let tensor = tensor.inner();
-    if let Ok(primitive) = tensor.clone().try_into_primitive::<Flex>()
-        && let Some(values) = primitive.as_slice::<f32>()
-    {
-        return use_values(values);
-    }
-    use_values(&to_vec(tensor))
-}
 
 /// A tensor's elements in row-major order.
 pub(crate) fn to_vec<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {

@@ -35,7 +35,6 @@ mod processed;
 mod provenance;
 mod random;
 pub mod recipe;
-mod rounded_adamw;
 mod run_folder;
 mod samples;
 mod shelf;
@@ -49,6 +48,7 @@ mod tensorboard;
 mod tests;
 mod trainable;
 mod trainer;
+mod update;
 mod workers;
 
 pub use batch::Batch;

@@ -40,7 +40,7 @@ impl State {
         let start = Self::new(recipe, model);
         let Some(snapshot) = found.snapshot else { return Ok(start) };
         observer.on(Event::Message(format!("continuing after step {}", snapshot.progress.step)));
-        Ok(start.restore(snapshot))
+        start.restore(snapshot)
     }
 
     /// The state before the first step.
@@ -55,12 +55,15 @@ impl State {
     }
 
     /// The state of a checkpoint; parameters that do not learn stay as they are.
-    pub(crate) fn restore(mut self, snapshot: Snapshot) -> Self {
-        self.optimizer.updates = snapshot.progress.updates;
-        self.optimizer.moments = snapshot.moments;
+    ///
+    /// # Errors
+    /// If the optimiser's state is another one's.
+    pub(crate) fn restore(mut self, snapshot: Snapshot) -> Result<Self, TrainError> {
         self.ema = self.ema.zip(snapshot.averages).map(|(ema, averages)| ema.with_averages(averages));
         let values = |name: &str| Some(snapshot.weights.get(name)?.values.as_slice());
-        Self { model: with_parameters(self.model, values), progress: snapshot.progress, ..self }
+        self.model = with_parameters(self.model, values);
+        self.optimizer.restore(snapshot.progress.updates, snapshot.optimizer, &self.model)?;
+        Ok(Self { progress: snapshot.progress, ..self })
     }
 
     /// Moves the weights, unless loss or gradient is not finite or a spike; returns the gradient's norm.
@@ -91,27 +94,33 @@ impl State {
     }
 
     /// The state whose weights are a run's result: this last one, or the best the monitor saw.
+    ///
+    /// # Errors
+    /// As [`State::restore`].
     pub(crate) fn for_result(
         self,
         weights: ResultWeights,
         checkpoints: &Checkpoints,
         observer: &mut dyn Observer,
-    ) -> Self {
+    ) -> Result<Self, TrainError> {
         let best = monitor::best(&self.progress.checks).map(|check| check.step);
         let Some(step) = best.filter(|step| weights == ResultWeights::Best && *step != self.progress.step)
         else {
-            return self;
+            return Ok(self);
         };
-        let (state, message) = match checkpoints.load(step) {
+        let (snapshot, message) = match checkpoints.load(step) {
             Ok(snapshot) => {
-                (self.restore(snapshot), format!("the result has the weights of step {step}, the best ones"))
+                (Some(snapshot), format!("the result has the weights of step {step}, the best ones"))
             }
             Err(reason) => {
-                (self, format!("the best checkpoint is damaged, the result has the last weights: {reason}"))
+                (None, format!("the best checkpoint is damaged, the result has the last weights: {reason}"))
             }
         };
         observer.on(Event::Message(message));
-        state
+        match snapshot {
+            Some(snapshot) => self.restore(snapshot),
+            None => Ok(self),
+        }
     }
 
     /// A copy of everything an exact resume needs.
@@ -119,9 +128,14 @@ impl State {
         Snapshot {
             progress: self.progress.clone(),
             weights: trainable_values(&self.model),
-            moments: self.optimizer.moments.clone(),
+            optimizer: self.optimizer.saved(),
             averages: self.ema.as_ref().map(|ema| ema.averages().clone()),
         }
+    }
+
+    /// The step size that a learning rate amounts to; another where the optimiser finds its own.
+    pub(crate) fn step_size(&self, learning_rate: f64) -> f64 {
+        self.optimizer.step_size(learning_rate)
     }
 
     /// The model on the plain side, with averaged weights where the run averages.

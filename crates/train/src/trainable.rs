@@ -1,7 +1,7 @@
 //! Which parameters learn: whole components, or LoRA adapters beside frozen weights.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use fewstep_models::lora::{self, LoraConfig};
 use fewstep_models::{Model, NamedMapper, map_named};
 
@@ -67,7 +67,18 @@ impl Trainable {
             Some(path) => start_weights::overlay(model, path, self, recipe.lora_scale())?,
             None => model,
         };
-        Ok(map_named(model, &mut Freeze(self, recipe.state_dtype())).train())
+        let model = map_named(model, &mut Freeze(self, recipe.state_dtype()));
+        Ok(self.rounding(model, recipe.state_dtype()).train())
+    }
+
+    /// Components that learn in f32 compute in the model's type, as everything around them does.
+    fn rounding(&self, model: Model, state: Dtype) -> Model {
+        match self {
+            Self::Full(components) if state == Dtype::F32 => {
+                components.iter().fold(model, |model, component| model.rounding(component))
+            }
+            _ => model,
+        }
     }
 
     /// Whether a parameter learns.
@@ -111,22 +122,22 @@ fn check(key: &'static str, found: &str, expected: &[String]) -> Result<(), Trai
     }
 }
 
-/// Marks what learns, and rounds it to the numbers it is trained in.
+/// Marks what learns, stores it in f32, and rounds it to the numbers it is trained in.
 struct Freeze<'a>(&'a Trainable, Dtype);
 
 impl NamedMapper for Freeze<'_> {
     fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let learns = self.0.includes(name);
-        let parameter = match self.1 {
-            Dtype::F32 => parameter,
-            _ if !learns => parameter,
-            dtype => parameter.map(|values| rounded(values, dtype)),
-        };
+        let parameter = if learns { parameter.map(|values| rounded(values, self.1)) } else { parameter };
         parameter.set_require_grad(learns)
     }
 }
 
+/// The nearest numbers of a type, as f32.
 fn rounded<const D: usize>(values: Tensor<D>, dtype: Dtype) -> Tensor<D> {
+    if dtype == Dtype::F32 && values.dtype() == DType::F32 {
+        return values;
+    }
     let (shape, device) = (values.dims(), values.device());
     let values: Vec<f32> = to_vec(values).into_iter().map(|value| dtype.round(value)).collect();
     Tensor::from_data(TensorData::new(values, shape), &device)

@@ -132,7 +132,7 @@ fn process(
 /// The model of a recipe, with the parts its task needs.
 fn load_model(recipe: &Recipe, source: &ModelSource, device: &Device) -> Result<Model, TrainError> {
     if recipe.initial_weights == InitialWeights::Random {
-        return Ok(Model::random(source, recipe.seed, device)?);
+        return Ok(Model::random(source, recipe.seed, device)?.stored_in(recipe.dtype.into()));
     }
     let options = LoadOptions {
         device: device.clone(),
@@ -251,6 +251,7 @@ impl<'a> Run<'a> {
             self.learning_rate.at(state.progress.step) * guard::rate_factor(self.recipe, &state.progress);
         let (sum, loss, samples) = self.gradients(&state)?;
         let (mut state, norm) = state.update(sum, loss, learning_rate, observer);
+        let learning_rate = state.step_size(learning_rate);
         if state.progress.skipped_in_a_row >= self.recipe.max_skipped_steps {
             let start = || self.untrained();
             state = guard::roll_back(state, self.recipe, &self.checkpoints, start, observer)?;
@@ -321,7 +322,7 @@ impl<'a> Run<'a> {
         if let Some(reason) = self.early_end(&state) {
             observer.on(Event::Message(format!("stopped early at step {}: {reason}", state.progress.step)));
         }
-        let state = state.for_result(self.recipe.result, &self.checkpoints, observer);
+        let state = state.for_result(self.recipe.result, &self.checkpoints, observer)?;
         let step = state.progress.step;
         match self.recipe.output_layout {
             OutputLayout::Fewstep => output::write(&self.origin(version), state.averaged(), step),

@@ -139,7 +139,7 @@ fn measured_speed() -> f64 {
     let weight = Tensor::<2>::ones([SIZE, SIZE], &device);
     let run = || {
         let start = Instant::now();
-        let projection = Projection { weight: weight.clone(), bias: None, low_rank: None };
+        let projection = Projection { weight: weight.clone(), bias: None, low_rank: None, rounded_to: None };
         let product = linear(x.clone(), projection);
         // Reading a value waits for the product.
         let _ = product.slice([0..1, 0..1]).into_scalar::<f32>();

@@ -22,6 +22,7 @@ pub use file::{LoraLayer, LoraWeights};
 pub use fuse::{Fusion, MAX_SHARD_BYTES, fuse};
 pub use keys::LoraFormat;
 
+use crate::load_options::widened;
 use crate::weights::{WeightType, read_info, save_tensors, values, weights_hash};
 use crate::{Linear, LowRankAdapter, Model, ModelError, ModelSource};
 use keys::Half;
@@ -74,12 +75,17 @@ pub fn layers(model: &Model) -> Vec<(String, [usize; 2])> {
     model.denoiser_linears().into_iter().map(named).collect()
 }
 
-/// The model with its adapters added into the base weights, W + scale · up · down, and none beside them.
+/// The model with its adapters added into the base weights, W + scale · up · down, and none beside them. Computed in
+/// f32, and rounded once where the weights are stored in another type.
 pub fn merge(mut model: Model) -> Model {
     for (_, linear) in model.denoiser_linears() {
         if let Some(lora) = linear.lora.take() {
             let update = lora.up.val().matmul(lora.down.val()).mul_scalar(lora.scale);
-            linear.weight = linear.weight.clone().map(|weight| weight + update);
+            linear.weight = linear.weight.clone().map(|weight| {
+                let dtype = weight.dtype();
+                let merged = widened(weight) + update;
+                if dtype == merged.dtype() { merged } else { merged.cast(dtype) }
+            });
         }
     }
     model

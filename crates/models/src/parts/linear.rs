@@ -2,19 +2,23 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use fewstep_kernels::{LowRank, Projection, linear};
+use fewstep_kernels::{HalfType, LowRank, Projection, linear};
 
 use crate::weights::unfilled;
 
 /// `y = x Wᵀ + b`, plus the adapter's branch where one is attached.
 #[derive(Module, Debug)]
 pub struct Linear {
-    /// `[out, in]`, the layout of the weight files: nothing is transposed on loading or saving.
+    /// `[out, in]`, the layout of the weight files: nothing is transposed on loading or saving. f32, or where it is
+    /// frozen also bf16 or f16.
     pub weight: Param<Tensor<2>>,
     /// `[out]`.
     pub bias: Option<Param<Tensor<1>>>,
     /// The adapter; `None` in the base model.
     pub lora: Option<LowRankAdapter>,
+    /// Computes with the weight's nearest numbers of this type; gradients pass.
+    #[module(skip)]
+    pub(crate) rounded_to: Option<HalfType>,
 }
 
 /// A low-rank update `scale · up · down` of one [`Linear`] (LoRA, arXiv 2106.09685).
@@ -35,6 +39,7 @@ impl Linear {
             weight: unfilled([output, input], device),
             bias: bias.then(|| unfilled([output], device)),
             lora: None,
+            rounded_to: None,
         }
     }
 
@@ -42,6 +47,7 @@ impl Linear {
     pub(crate) fn projection(&self) -> Projection {
         Projection {
             weight: self.weight.val(),
+            rounded_to: self.rounded_to,
             bias: self.bias.as_ref().map(Param::val),
             low_rank: self.lora.as_ref().map(|lora| LowRank {
                 down: lora.down.val(),

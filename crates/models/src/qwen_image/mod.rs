@@ -26,6 +26,7 @@ use fewstep_flow::guidance::{guided, rescaled};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path::velocity_of_clean;
 use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
+use fewstep_kernels::HalfType;
 
 pub use config::{PredictionType, PromptTemplate, Rope, TextEncoderConfig, TransformerConfig};
 pub(crate) use footprint::footprint;
@@ -36,7 +37,7 @@ pub use transformer::Transformer;
 pub use vae::{Autoencoder, AutoencoderConfig, PixelUnshuffle, PixelUnshuffleConfig, Vae, VaeConfig};
 
 use self::config::{ConfigFile, Configs};
-use crate::load_options::rounded;
+use crate::load_options::{rounded, store_weights};
 use crate::weights::{KeyMap, TensorShapes, WeightType, carry_ignored, collect, expected, initialize, write};
 use crate::{Components, Condition, Conventions, GuidanceRule, Linear, LoadOptions, ModelError, ModelSource};
 
@@ -68,6 +69,9 @@ pub(crate) const LORA_TARGETS: &[&str] = &[
     "txt_mlp.net.2",
     "txt_mod.1",
 ];
+
+/// Parameters whose rows are looked up.
+pub(crate) const TABLES: &[&str] = &["text_encoder.embed_tokens.weight"];
 
 /// The component that denoises.
 pub(crate) const DENOISER: &str = "transformer";
@@ -110,25 +114,22 @@ impl QwenImage {
         if options.components == Components::All {
             Configs::read(source)?; // checked against each other before anything large is read
         }
-        let device = &options.device;
-        let transformer = || Transformer::from_pretrained(source, device);
-        let text_encoder = || TextEncoder::from_pretrained(source, device);
+        let (device, dtype) = (&options.device, options.dtype);
+        let transformer = || Transformer::from_pretrained_in(source, dtype, device);
+        let text_encoder = || TextEncoder::from_pretrained_in(source, dtype, device);
+        let vae = || Ok::<_, ModelError>(store_weights(Vae::from_pretrained(source, device)?, dtype));
         let parts = match options.components {
-            Components::All => Parts {
-                text_encoder: Some(text_encoder()?),
-                transformer: Some(transformer()?),
-                vae: Vae::from_pretrained(source, device)?,
-            },
+            Components::All => {
+                Parts { text_encoder: Some(text_encoder()?), transformer: Some(transformer()?), vae: vae()? }
+            }
             Components::Denoiser => Parts {
                 text_encoder: None,
                 transformer: Some(transformer()?),
                 vae: Vae::absent(source, TransformerConfig::read(source)?.out_channels)?,
             },
-            Components::Encoders => Parts {
-                text_encoder: Some(text_encoder()?),
-                transformer: None,
-                vae: Vae::from_pretrained(source, device)?,
-            },
+            Components::Encoders => {
+                Parts { text_encoder: Some(text_encoder()?), transformer: None, vae: vae()? }
+            }
         };
         Self::with_parts(source, parts, options)
     }
@@ -224,6 +225,17 @@ impl QwenImage {
         self.transformer.as_mut().map(Transformer::linears).unwrap_or_default()
     }
 
+    /// See [`crate::Model::rounding`].
+    pub(crate) fn round_to(&mut self, component: &str, half: Option<HalfType>) {
+        match component {
+            DENOISER => self.linears().into_iter().for_each(|(_, linear)| linear.rounded_to = half),
+            _ => {
+                let encoder = self.text_encoder.as_mut().filter(|_| component == "text_encoder");
+                encoder.into_iter().for_each(|encoder| encoder.round_to(half));
+            }
+        }
+    }
+
     /// The transformer.
     ///
     /// # Panics
@@ -278,6 +290,11 @@ impl QwenImage {
         let [_, channels, height, width] = conditional.dims();
         let rescaled = rescaled(latents::pack(combined), latents::pack(conditional));
         rounded(latents::unpack(rescaled, [channels, height, width]), self.dtype)
+    }
+
+    /// With another number type for what its parts hand on.
+    pub(crate) fn with_dtype(self, dtype: WeightType) -> Self {
+        Self { dtype, ..self }
     }
 
     /// What the model was loaded with.

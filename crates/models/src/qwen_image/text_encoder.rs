@@ -8,14 +8,15 @@ use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::module::embedding;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use fewstep_kernels::{AttentionOptions, attention, rms_norm};
+use fewstep_kernels::{AttentionOptions, HalfType, attention, rms_norm};
 
 use super::config::TextEncoderConfig;
 use super::tokenizer::PromptTokens;
+use crate::load_options::widened;
 use crate::parts::linear::Linear;
 use crate::parts::rotary::frequencies;
 use crate::weights::{KeyMap, load, unfilled};
-use crate::{Condition, ModelError, ModelSource};
+use crate::{Condition, ModelError, ModelSource, WeightType};
 
 /// The published files hold the vision tower and an output head too. Folders written by transformers 4.52 and
 /// later may nest both towers in `model.`.
@@ -40,6 +41,9 @@ pub struct TextEncoder {
 struct Embedding {
     /// `[vocabulary, J]`
     weight: Param<Tensor<2>>,
+    /// Gives the nearest numbers of this type; gradients pass.
+    #[module(skip)]
+    rounded_to: Option<HalfType>,
 }
 
 #[derive(Module, Debug)]
@@ -83,14 +87,26 @@ impl TextEncoder {
     /// # Errors
     /// If its config or weights are missing, damaged or do not fit each other.
     pub fn from_pretrained(source: &ModelSource, device: &Device) -> Result<Self, ModelError> {
+        Self::from_pretrained_in(source, WeightType::F32, device)
+    }
+
+    /// The same in a number type.
+    pub(super) fn from_pretrained_in(
+        source: &ModelSource,
+        dtype: WeightType,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         let empty = Self::unfilled(&TextEncoderConfig::read(source)?, device);
-        load(empty, &source.weights("text_encoder")?, &KEYS)
+        load(empty, &source.weights("text_encoder")?, &KEYS, dtype)
     }
 
     pub(super) fn unfilled(config: &TextEncoderConfig, device: &Device) -> Self {
         let norm = || RmsNorm { weight: unfilled([config.hidden_size], device) };
         Self {
-            embed_tokens: Embedding { weight: unfilled([config.vocab_size, config.hidden_size], device) },
+            embed_tokens: Embedding {
+                weight: unfilled([config.vocab_size, config.hidden_size], device),
+                rounded_to: None,
+            },
             layers: (0..config.num_hidden_layers)
                 .map(|_| Layer {
                     input_layernorm: norm(),
@@ -112,6 +128,14 @@ impl TextEncoder {
     /// J, the width of its states.
     pub(super) fn width(&self) -> usize {
         self.config.hidden_size
+    }
+
+    /// Computes with the nearest numbers of a type to its matrices.
+    pub(super) fn round_to(&mut self, half: Option<HalfType>) {
+        self.embed_tokens.rounded_to = half;
+        for layer in &mut self.layers {
+            layer.linears().into_iter().for_each(|linear| linear.rounded_to = half);
+        }
     }
 
     /// Runs the prompts as one right-padded batch and drops the template's leading tokens.
@@ -139,7 +163,7 @@ impl TextEncoder {
     fn run(&self, tokens: &PromptTokens, observe: &mut dyn FnMut(&Tensor<3>)) -> Tensor<3> {
         let device = self.embed_tokens.weight.val().device();
         let longest = tokens.ids.iter().map(Vec::len).max().unwrap_or(0);
-        let mut hidden = embedding(self.embed_tokens.weight.val(), padded_ids(&tokens.ids, longest, &device));
+        let mut hidden = self.embed_tokens.forward(padded_ids(&tokens.ids, longest, &device));
         observe(&hidden);
         let rotation = self.rotation(longest, &device);
         for layer in &self.layers {
@@ -183,6 +207,17 @@ fn zero_padding(condition: Condition) -> Condition {
     Condition { text: condition.text * mask, lengths: condition.lengths }
 }
 
+impl Embedding {
+    /// `[B, T]` to `[B, T, J]`.
+    fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        let rows = widened(embedding(self.weight.val(), ids));
+        match self.rounded_to {
+            Some(half) => half.nearest(rows),
+            None => rows,
+        }
+    }
+}
+
 impl RmsNorm {
     fn forward(&self, x: Tensor<3>, config: &TextEncoderConfig) -> Tensor<3> {
         rms_norm(x, self.weight.val(), config.rms_norm_eps)
@@ -190,6 +225,19 @@ impl RmsNorm {
 }
 
 impl Layer {
+    fn linears(&mut self) -> [&mut Linear; 7] {
+        let (attention, mlp) = (&mut self.self_attn, &mut self.mlp);
+        [
+            &mut attention.q_proj,
+            &mut attention.k_proj,
+            &mut attention.v_proj,
+            &mut attention.o_proj,
+            &mut mlp.gate_proj,
+            &mut mlp.up_proj,
+            &mut mlp.down_proj,
+        ]
+    }
+
     fn forward(&self, x: Tensor<3>, rotation: &Rotation, config: &TextEncoderConfig) -> Tensor<3> {
         let attended =
             self.self_attn.forward(self.input_layernorm.forward(x.clone(), config), rotation, config);

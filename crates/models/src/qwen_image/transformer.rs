@@ -14,7 +14,7 @@ use super::rotary::joint_table;
 use crate::parts::linear::Linear;
 use crate::parts::timestep::sinusoidal;
 use crate::weights::{KeyMap, load, unfilled};
-use crate::{Condition, ModelError, ModelSource};
+use crate::{Condition, ModelError, ModelSource, WeightType};
 
 pub(super) const KEYS: KeyMap = KeyMap {
     rules: &[
@@ -134,8 +134,17 @@ impl Transformer {
     /// # Errors
     /// If its config or weights are missing, damaged or do not fit each other.
     pub fn from_pretrained(source: &ModelSource, device: &Device) -> Result<Self, ModelError> {
+        Self::from_pretrained_in(source, WeightType::F32, device)
+    }
+
+    /// The same in a number type.
+    pub(super) fn from_pretrained_in(
+        source: &ModelSource,
+        dtype: WeightType,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         let empty = Self::unfilled(&TransformerConfig::read(source)?, device);
-        load(empty, &source.weights("transformer")?, &KEYS)
+        load(empty, &source.weights("transformer")?, &KEYS, dtype)
     }
 
     /// J.

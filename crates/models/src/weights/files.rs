@@ -164,6 +164,14 @@ impl WeightFiles {
         read.map(|()| bytes).map_err(ModelError::io(path))
     }
 
+    /// The number type of a tensor as files spell it.
+    ///
+    /// # Errors
+    /// If the key is absent.
+    pub(crate) fn type_name(&self, key: &str) -> Result<&str, ModelError> {
+        Ok(&self.place(key)?.entry.dtype)
+    }
+
     /// Shape and values of a tensor, as f32.
     ///
     /// # Errors

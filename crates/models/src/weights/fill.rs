@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, Param, ParamId};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use fewstep_flow::noise::TorchGenerator;
+use half::{bf16, f16};
 
 use super::shapes::{compare, expected, spellings};
 use super::{KeyMap, WeightFiles};
-use crate::{ModelError, NamedMapper, map_named};
+use crate::load_options::storage;
+use crate::{ModelError, NamedMapper, WeightType, map_named};
 
 /// A parameter that takes memory only once it is filled.
 pub(crate) fn unfilled<const D: usize>(shape: [usize; D], device: &Device) -> Param<Tensor<D>> {
@@ -19,13 +21,18 @@ pub(crate) fn unfilled<const D: usize>(shape: [usize; D], device: &Device) -> Pa
     Param::uninitialized(ParamId::new(), zeros, device.clone(), true, shape.into())
 }
 
-/// Loads every parameter of a component.
+/// Loads every parameter of a component, rounded to a type and stored as [`storage`] says, one tensor at a time.
 ///
 /// # Errors
-/// As [`compare`] and [`WeightFiles::read`].
-pub(crate) fn load<M: Module>(module: M, files: &WeightFiles, keys: &KeyMap) -> Result<M, ModelError> {
+/// As [`compare`], or names a tensor with values that are not finite in that type.
+pub(crate) fn load<M: Module>(
+    module: M,
+    files: &WeightFiles,
+    keys: &KeyMap,
+    dtype: WeightType,
+) -> Result<M, ModelError> {
     compare(files, &expected(&module, keys), keys)?;
-    let mut loader = Loader { files, keys, spellings: spellings(files, keys), error: None };
+    let mut loader = Loader { files, keys, dtype, spellings: spellings(files, keys), error: None };
     let module = map_named(module, &mut loader);
     loader.error.map_or(Ok(module), Err)
 }
@@ -33,14 +40,26 @@ pub(crate) fn load<M: Module>(module: M, files: &WeightFiles, keys: &KeyMap) -> 
 struct Loader<'a> {
     files: &'a WeightFiles,
     keys: &'a KeyMap,
+    dtype: WeightType,
     spellings: BTreeMap<String, String>,
     error: Option<ModelError>,
 }
 
+impl Loader<'_> {
+    fn read<const D: usize>(&self, key: &str, shape: [usize; D]) -> Result<TensorData, ModelError> {
+        let data = self.files.read_as(key, self.dtype, storage(D, self.dtype), shape)?;
+        if !all_finite(&data) {
+            return Err(ModelError::NotFinite { path: self.files.path().to_owned(), key: key.to_owned() });
+        }
+        Ok(data)
+    }
+}
+
 impl NamedMapper for Loader<'_> {
     fn map<const D: usize>(&mut self, name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match self.files.read(&self.spellings[&self.keys.key(name)]) {
-            Ok((_, values)) => fill(parameter, values),
+        let shape = parameter.lazy_shape().dims::<D>();
+        match self.read(&self.spellings[&self.keys.key(name)], shape) {
+            Ok(data) => fill(parameter, data),
             Err(error) => {
                 self.error.get_or_insert(error);
                 parameter
@@ -81,12 +100,21 @@ impl NamedMapper for Initializer<'_> {
                 if name.contains("embed_tokens") { EMBEDDING_DEVIATION } else { fan_in.sqrt().recip() };
             self.generator.randn(count).into_iter().map(|value| value * deviation).collect()
         };
-        fill(parameter, values)
+        fill(parameter, TensorData::new(values, shape))
     }
 }
 
-fn fill<const D: usize>(parameter: Param<Tensor<D>>, values: Vec<f32>) -> Param<Tensor<D>> {
-    let data = TensorData::new(values, parameter.lazy_shape().dims::<D>());
-    let (id, tensor) = (parameter.id, Tensor::from_data(data, &parameter.lazy_device()));
+fn fill<const D: usize>(parameter: Param<Tensor<D>>, data: TensorData) -> Param<Tensor<D>> {
+    let options = (&parameter.lazy_device(), data.dtype());
+    let (id, tensor) = (parameter.id, Tensor::from_data(data, options));
     parameter.transform_for_load(tensor, id)
+}
+
+fn all_finite(data: &TensorData) -> bool {
+    let read = "read in this type";
+    match data.dtype() {
+        DType::BF16 => data.as_slice::<bf16>().expect(read).iter().all(|value| value.is_finite()),
+        DType::F16 => data.as_slice::<f16>().expect(read).iter().all(|value| value.is_finite()),
+        _ => data.as_slice::<f32>().expect(read).iter().all(|value| value.is_finite()),
+    }
 }

@@ -5,6 +5,8 @@ mod fill;
 mod folder;
 mod hash;
 mod header;
+mod narrow;
+mod numbers;
 mod shapes;
 mod write;
 
@@ -14,6 +16,7 @@ pub(crate) use fill::{initialize, load, unfilled};
 pub(crate) use folder::{Shards, copy_tree, is_weights, write_shards};
 pub(crate) use hash::file_hash;
 pub use hash::weights_hash;
+pub use numbers::{Numbers, read_numbers, save_numbers};
 pub use shapes::TensorShapes;
 pub(crate) use shapes::{compare, expected};
 pub(crate) use write::{RawTensor, carry_ignored, collect, values, write};

@@ -7,7 +7,8 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
+use fewstep_kernels::HalfType;
 use half::{bf16, f16};
 use serde_json::json;
 
@@ -56,6 +57,24 @@ impl WeightType {
             Self::F32 => "F32",
             Self::F16 => "F16",
             Self::BF16 => "BF16",
+        }
+    }
+
+    /// burn's name of it.
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::BF16 => DType::BF16,
+        }
+    }
+
+    /// The type as one of two bytes a number, if it is.
+    pub fn half(self) -> Option<HalfType> {
+        match self {
+            Self::F32 => None,
+            Self::F16 => Some(HalfType::F16),
+            Self::BF16 => Some(HalfType::Bf16),
         }
     }
 

@@ -293,9 +293,9 @@ pub enum Schedule {
     /// A third for the first five steps: what the peer's `ConstantLR` does with its defaults.
     #[value(alias = "constant-lr")]
     ConstantLr,
-    /// Falls on a line to zero at the last step.
+    /// Falls on a line to lr_end at the last step.
     Linear,
-    /// Falls on half a cosine to zero at the last step.
+    /// Falls on half a cosine to lr_end at the last step.
     Cosine,
 }
 

@@ -5,6 +5,7 @@
 
 mod bounds;
 mod choices;
+mod optimizer;
 mod peers;
 mod resolve;
 mod validate;
@@ -19,6 +20,7 @@ pub use choices::{
     Objective, OutputLayout, RandomNumbers, ResizedTargets, ResultWeights, Schedule, Stage, StateNumbers,
     StudentGuidance, Task, TimestepSampling, TrainingGrid,
 };
+pub use optimizer::OptimizerName;
 pub use peers::PeerFlags;
 
 /// All settings of a training run.
@@ -47,7 +49,7 @@ pub struct Recipe {
     /// Where to train
     #[arg(long, value_enum, default_value = "cpu", help_heading = "Run")]
     pub device: Compute,
-    /// Number type that frozen weights are rounded to; arithmetic is f32
+    /// Number type that weights are used in and frozen ones are stored in, norms and biases aside; arithmetic is f32
     #[arg(long, value_enum, default_value = "f32", help_heading = "Run")]
     pub dtype: Dtype,
     /// Activation of the denoiser's MLPs, where not the model's own or that of compat
@@ -127,13 +129,13 @@ pub struct Recipe {
     /// Optimiser steps over which the learning rate rises from zero
     #[arg(long, default_value_t = 0, help_heading = "Optimiser")]
     pub warmup_steps: u64,
-    /// AdamW's decay of the mean of gradients
+    /// Decay of the mean of gradients, in AdamW and its kin
     #[arg(long, default_value_t = 0.9, help_heading = "Optimiser")]
     pub adam_beta_1: f64,
-    /// AdamW's decay of the mean of squared gradients
+    /// Decay of the mean of squared gradients, in AdamW and its kin
     #[arg(long, default_value_t = 0.999, help_heading = "Optimiser")]
     pub adam_beta_2: f64,
-    /// AdamW's epsilon
+    /// Epsilon of AdamW and its kin
     #[arg(long, default_value_t = 1e-8, help_heading = "Optimiser")]
     pub adam_epsilon: f64,
     /// Decoupled weight decay per unit of learning rate
@@ -151,6 +153,24 @@ pub struct Recipe {
     /// Decay of the running average of the weights that samples and results are made with; 0 is off
     #[arg(long, default_value_t = 0.0, help_heading = "Optimiser")]
     pub ema_decay: f64,
+    /// How gradients move parameters
+    #[arg(
+        long,
+        alias = "customized-optimizer",
+        value_enum,
+        default_value = "adamw",
+        help_heading = "Optimiser"
+    )]
+    pub optimizer: OptimizerName,
+    /// Learning rate that lr_schedule linear and cosine fall to
+    #[arg(long, default_value_t = 0.0, help_heading = "Optimiser")]
+    pub lr_end: f64,
+    /// prodigy: factor of its estimate of the rate; 0.5 to 2 is usual
+    #[arg(long, default_value_t = 1.0, help_heading = "Optimiser")]
+    pub prodigy_d_coef: f64,
+    /// muon: decay of the momentum
+    #[arg(long, default_value_t = 0.95, help_heading = "Optimiser")]
+    pub muon_momentum: f64,
 
     /// Components trained in full, separated by commas; dit is another name of transformer
     #[arg(long, value_delimiter = ',', default_value = "transformer", help_heading = "What is trained")]

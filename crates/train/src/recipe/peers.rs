@@ -4,7 +4,7 @@ use clap::Args;
 use fewstep_models::{Conventions, Peer};
 use toml::{Table, toml};
 
-use super::{Activation, Compat, Dtype, Recipe, StateNumbers};
+use super::{Activation, Compat, Dtype, OptimizerName, Recipe, StateNumbers};
 use crate::TrainError;
 
 impl Compat {
@@ -79,10 +79,15 @@ impl Recipe {
         }
     }
 
-    /// A sentence for each peer's flag that is given and has no effect.
+    /// A sentence for each key that has not the effect its value lets one expect.
     pub fn notes(&self) -> Vec<&'static str> {
         let checkpointing = self.use_gradient_checkpointing || self.use_gradient_checkpointing_offload;
+        let slow = self.optimizer == OptimizerName::Prodigy && self.learning_rate < 0.1;
         let notes = [
+            (
+                slow,
+                "learning_rate multiplies the rate that prodigy finds: with less than 0.1 little is learned, 1 is usual",
+            ),
             (
                 self.find_unused_parameters,
                 "find_unused_parameters has no effect: parameters without a gradient are skipped in any case",
@@ -106,8 +111,6 @@ pub struct PeerFlags {
     offload_models: Option<String>,
     #[arg(long, hide = true)]
     quant_options: Option<String>,
-    #[arg(long, hide = true)]
-    customized_optimizer: Option<String>,
     #[arg(long, hide = true)]
     template_model_id_or_path: Option<String>,
     #[arg(long, hide = true)]
@@ -153,17 +156,16 @@ impl PeerFlags {
         }
     }
 
-    fn given(&self) -> [(&'static str, bool, &'static str); 18] {
-        const OFFLOAD: &str = "weights stay where they are; dtype bf16 rounds them but does not shrink them";
+    fn given(&self) -> [(&'static str, bool, &'static str); 17] {
+        const OFFLOAD: &str = "weights stay where they are; dtype bf16 halves the memory of frozen ones";
         const EDIT: &str = "picture editing models are not supported";
         const VIDEO: &str = "video models are not supported";
         const LOGS: &str = "loss.csv and the TensorBoard file are always written; nothing is sent anywhere";
-        const QUANTISED: &str = "weights are kept in f32";
+        const QUANTISED: &str = "weights are kept in f32, bf16 or f16";
         [
             ("fp8_models", self.fp8_models.is_some(), QUANTISED),
             ("offload_models", self.offload_models.is_some(), OFFLOAD),
             ("quant_options", self.quant_options.is_some(), QUANTISED),
-            ("customized_optimizer", self.customized_optimizer.is_some(), "the optimiser is AdamW"),
             (
                 "template_model_id_or_path",
                 self.template_model_id_or_path.is_some(),

@@ -6,7 +6,7 @@ use clap::ArgMatches;
 use clap::parser::ValueSource;
 use fewstep_data::bounded;
 
-use super::{Compat, Recipe};
+use super::{Compat, OptimizerName, Recipe};
 use crate::TrainError;
 
 /// Keys on which no trained number depends: where a run works, how fast, and what it writes on the way.
@@ -123,11 +123,14 @@ fn parse_table(path: &Path, text: &str) -> Result<toml::Table, TrainError> {
     toml::from_str(text).map_err(malformed)
 }
 
-/// Lays valid keys over the choices of the peer among them.
+/// Lays valid keys over the choices of the peer among them and the defaults of their optimiser.
 fn over_compat(given: toml::Table) -> Recipe {
     let valid = "every key has been checked";
     let peer: Option<Compat> = given.get("compat").map(|name| name.clone().try_into().expect(valid));
     let mut table = peer.map(Compat::choices).unwrap_or_default();
+    let optimizer: Option<OptimizerName> =
+        given.get("optimizer").map(|name| name.clone().try_into().expect(valid));
+    table.extend(optimizer.map(OptimizerName::defaults).unwrap_or_default());
     table.extend(given);
     table.try_into().expect(valid)
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use fewstep_data::bounded;
 
-use super::{Recipe, Stage};
+use super::{Dtype, OptimizerName, Recipe, Stage};
 use crate::TrainError;
 
 /// Columns that reach a method; all others of a row are read where they are needed or not at all.
@@ -63,12 +63,18 @@ impl Recipe {
             ("ema_decay", self.ema_decay),
             ("adam_beta_1", self.adam_beta_1),
             ("adam_beta_2", self.adam_beta_2),
+            ("muon_momentum", self.muon_momentum),
         ];
-        let positive = [("learning_rate", self.learning_rate), ("huber_c", self.huber_c)];
+        let positive = [
+            ("learning_rate", self.learning_rate),
+            ("huber_c", self.huber_c),
+            ("prodigy_d_coef", self.prodigy_d_coef),
+        ];
         let not_negative = [
             ("weight_decay", self.weight_decay),
             ("max_grad_norm", self.max_grad_norm),
             ("adam_epsilon", self.adam_epsilon),
+            ("lr_end", self.lr_end),
             ("cfg_scale", self.cfg_scale),
             ("teacher_cfg_scale", self.teacher_cfg_scale),
             ("sample_cfg_scale", self.sample_cfg_scale.unwrap_or(1.0)),
@@ -102,6 +108,12 @@ impl Recipe {
         }
         if self.monitor_metadata_path.is_some() && self.monitor_steps == 0 {
             return half("monitor_metadata_path", "monitor_steps");
+        }
+        if self.lr_end > self.learning_rate {
+            return wrong("lr_end", self.lr_end, "no more than learning_rate");
+        }
+        if self.state_dtype() != Dtype::F32 && self.optimizer != OptimizerName::Adamw {
+            return wrong("state_numbers", "dtype", "f32 where the optimizer is not adamw");
         }
         if self.task.stage() != Stage::Whole && self.online_teacher {
             return wrong("online_teacher", true, "false where a task is split in two");

@@ -8,7 +8,7 @@ use fewstep_data::provenance::Provenance;
 use fewstep_testkit::golden;
 
 use super::fixtures::{Bench, SIDE_PX, fail, train};
-use crate::recipe::{Compat, PeerFlags, Recipe, Schedule, Task};
+use crate::recipe::{Compat, OptimizerName, PeerFlags, Recipe, Schedule, Task};
 
 #[track_caller]
 pub(super) fn assert_says(error: &str, parts: &[&str]) {
@@ -60,19 +60,35 @@ fn a_peers_choices_lie_under_the_file_and_the_flags() {
 }
 
 #[test]
+fn prodigys_learning_rate_is_one_unless_it_is_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run.toml");
+    let read = |text: &str| {
+        fs::write(&path, text).unwrap();
+        Recipe::read(&path).unwrap()
+    };
+    assert_eq!(read("optimizer = \"prodigy\"").learning_rate, 1.0);
+    let slow = read("optimizer = \"prodigy\"\nlearning_rate = 1e-4");
+    assert_eq!(slow.learning_rate, 1e-4);
+    assert_says(slow.notes()[0], &["prodigy finds", "1 is usual"]);
+    assert_eq!(read("optimizer = \"muon\"").learning_rate, Recipe::default().learning_rate);
+}
+
+#[test]
 fn the_peers_arguments_are_taken_with_their_meaning() {
     let command = Recipe::augment_args(PeerFlags::augment_args(Command::new("train")));
     let arguments = [
         "train --task direct_distill:train --data-file-keys image --extra-inputs seed,cfg_scale",
         "--dataset-num-workers 8 --find-unused-parameters --use-gradient-checkpointing --shuffle false",
         "--lora-base-model dit --save-steps 7 --dtype bfloat16 --initialize-model-on-cpu",
+        "--customized-optimizer bitsandbytes.optim.AdamW8bit",
     ];
     let matches = command.get_matches_from(arguments.join(" ").split(' '));
     PeerFlags::from_arg_matches(&matches).unwrap().check().unwrap();
     let recipe = Recipe::from_arg_matches(&matches).unwrap();
     recipe.validate().unwrap();
     assert_eq!((recipe.task, recipe.shuffle, recipe.save_steps), (Task::DirectDistillTrain, false, Some(7)));
-    assert_eq!(recipe.notes().len(), 2);
+    assert_eq!((recipe.notes().len(), recipe.optimizer), (2, OptimizerName::Adamw8bit));
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod guards;
 mod hostile;
 mod methods;
 mod monitor;
+mod optimizers;
 mod peer_runs;
 mod runs;
 mod seen;

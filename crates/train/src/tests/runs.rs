@@ -89,7 +89,7 @@ fn log(recipe: &Recipe) -> Vec<String> {
     csv.lines().map(|line| line.rsplit_once(',').unwrap().0.to_owned()).collect()
 }
 
-fn resumable(bench: &Bench, task: Task) -> Recipe {
+pub(super) fn resumable(bench: &Bench, task: Task) -> Recipe {
     Recipe {
         task,
         ema_decay: 0.9,
@@ -104,7 +104,7 @@ fn resumable(bench: &Bench, task: Task) -> Recipe {
 }
 
 #[track_caller]
-fn assert_resumes_to_the_bit(whole: &Recipe, bench: &Bench) {
+pub(super) fn assert_resumes_to_the_bit(whole: &Recipe, bench: &Bench) {
     train(whole);
     let parts = Recipe { output_path: bench.path("parts"), ..whole.clone() };
     for last in [1, 4] {

@@ -10,7 +10,7 @@ use super::layers::{
 };
 use super::{AutoencoderConfig, per_channel};
 use crate::weights::{KeyMap, WeightFiles, load};
-use crate::{ModelError, NamedMapper, map_named};
+use crate::{ModelError, NamedMapper, WeightType, map_named};
 
 pub(in super::super) const KEYS: KeyMap = KeyMap {
     rules: &[
@@ -75,7 +75,7 @@ impl Autoencoder {
         files: &WeightFiles,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        let mut loaded = load(Self::unfilled(config, device), files, &KEYS)?;
+        let mut loaded = load(Self::unfilled(config, device), files, &KEYS, WeightType::F32)?;
         loaded.resamplers().for_each(Resampler::drop_time);
         Ok(map_named(loaded, &mut KeepLastFrame))
     }

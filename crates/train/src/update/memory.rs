@@ -1,0 +1,218 @@
+//! What an optimiser remembers of one parameter, and its form in a checkpoint: tensors called `parameter.part`.
+
+use std::collections::BTreeMap;
+
+use fewstep_kernels::{Moments, Moments8bit, Quantized};
+use fewstep_models::Numbers;
+
+use super::adafactor::MeanSquares;
+use super::prodigy::Travelled;
+
+/// One parameter's state, by optimiser.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Memory {
+    /// AdamW's, and that of the parameters which other optimisers leave to it.
+    Moments(Moments),
+    Moments8bit(Moments8bit),
+    MeanSquares(MeanSquares),
+    Travelled(Travelled),
+    Momentum(Vec<f32>),
+}
+
+/// The numbers of one part.
+enum Values<'a> {
+    F32(&'a [f32]),
+    U8(&'a [u8]),
+}
+
+impl Values<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::U8(codes) => codes.len(),
+        }
+    }
+
+    fn to_numbers(&self) -> Numbers {
+        match self {
+            Self::F32(values) => Numbers::F32(values.to_vec()),
+            Self::U8(codes) => Numbers::U8(codes.to_vec()),
+        }
+    }
+}
+
+/// The state of a whole optimiser as it is saved.
+pub(crate) type SavedState = BTreeMap<String, Numbers>;
+
+const FIRST: &str = "first";
+const SECOND: &str = "second";
+const FIRST_SCALES: &str = "first_scales";
+const SECOND_SCALES: &str = "second_scales";
+const ROWS: &str = "rows";
+const COLUMNS: &str = "columns";
+const SQUARES: &str = "squares";
+const SUM: &str = "sum";
+const START: &str = "start";
+const MOMENTUM: &str = "momentum";
+
+impl Memory {
+    /// Prodigy's, of a parameter that starts here.
+    pub(crate) fn travelled(start: &[f32]) -> Self {
+        Self::Travelled(Travelled::from(start))
+    }
+
+    /// Prodigy's.
+    ///
+    /// # Panics
+    /// If it is another optimiser's, which is ruled out when a state is restored.
+    pub(crate) fn as_travelled(&mut self) -> &mut Travelled {
+        match self {
+            Self::Travelled(travelled) => travelled,
+            other => panic!("expected Prodigy's state, found {other:?}"),
+        }
+    }
+
+    /// Whether it could be the other's later state: of the same optimiser, for a parameter of the same shape.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let sizes = |memory: &Self| {
+            memory.parts().iter().map(|(part, values)| (*part, values.len())).collect::<Vec<_>>()
+        };
+        sizes(self) == sizes(other)
+    }
+
+    /// Its tensors by the name of the part.
+    fn parts(&self) -> Vec<(&'static str, Values<'_>)> {
+        use Values::{F32, U8};
+        match self {
+            Self::Moments(moments) => vec![(FIRST, F32(&moments.first)), (SECOND, F32(&moments.second))],
+            Self::Moments8bit(Moments8bit { first, second }) => vec![
+                (FIRST, U8(&first.codes)),
+                (FIRST_SCALES, F32(&first.scales)),
+                (SECOND, U8(&second.codes)),
+                (SECOND_SCALES, F32(&second.scales)),
+            ],
+            Self::MeanSquares(MeanSquares::Factored { rows, columns }) => {
+                vec![(ROWS, F32(rows)), (COLUMNS, F32(columns))]
+            }
+            Self::MeanSquares(MeanSquares::Whole(squares)) => vec![(SQUARES, F32(squares))],
+            Self::Travelled(Travelled { moments, sum, start }) => vec![
+                (FIRST, F32(&moments.first)),
+                (SECOND, F32(&moments.second)),
+                (SUM, F32(sum)),
+                (START, F32(start)),
+            ],
+            Self::Momentum(momentum) => vec![(MOMENTUM, F32(momentum))],
+        }
+    }
+
+    /// The memory these parts make up; `None` where they are of none.
+    fn from_parts(mut parts: BTreeMap<String, Numbers>) -> Option<Self> {
+        let names: Vec<String> = parts.keys().cloned().collect();
+        let mut f32s = |part: &str| match parts.remove(part)? {
+            Numbers::F32(values) => Some(values),
+            _ => None,
+        };
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        match names.as_slice() {
+            [FIRST, SECOND] => Some(Self::Moments(Moments { first: f32s(FIRST)?, second: f32s(SECOND)? })),
+            [FIRST, FIRST_SCALES, SECOND, SECOND_SCALES] => {
+                let scales = [f32s(FIRST_SCALES)?, f32s(SECOND_SCALES)?];
+                let mut codes = |part: &str| match parts.remove(part)? {
+                    Numbers::U8(codes) => Some(codes),
+                    _ => None,
+                };
+                let codes = [codes(FIRST)?, codes(SECOND)?];
+                let mut pairs =
+                    codes.into_iter().zip(scales).map(|(codes, scales)| Quantized { codes, scales });
+                Some(Self::Moments8bit(Moments8bit { first: pairs.next()?, second: pairs.next()? }))
+            }
+            [COLUMNS, ROWS] => {
+                Some(Self::MeanSquares(MeanSquares::Factored { rows: f32s(ROWS)?, columns: f32s(COLUMNS)? }))
+            }
+            [SQUARES] => Some(Self::MeanSquares(MeanSquares::Whole(f32s(SQUARES)?))),
+            [FIRST, SECOND, START, SUM] => Some(Self::Travelled(Travelled {
+                moments: Moments { first: f32s(FIRST)?, second: f32s(SECOND)? },
+                sum: f32s(SUM)?,
+                start: f32s(START)?,
+            })),
+            [MOMENTUM] => Some(Self::Momentum(f32s(MOMENTUM)?)),
+            _ => None,
+        }
+    }
+}
+
+/// The memories of all parameters as they are saved.
+pub(crate) fn save(memories: &BTreeMap<String, Memory>) -> SavedState {
+    let mut saved = SavedState::new();
+    for (name, memory) in memories {
+        let parts = memory.parts().into_iter();
+        saved.extend(parts.map(|(part, values)| (format!("{name}.{part}"), values.to_numbers())));
+    }
+    saved
+}
+
+/// The memories by parameter, from their saved tensors.
+///
+/// # Errors
+/// The parameter whose tensors are of no optimiser.
+pub(crate) fn restore(saved: SavedState) -> Result<BTreeMap<String, Memory>, String> {
+    let mut grouped: BTreeMap<String, BTreeMap<String, Numbers>> = BTreeMap::new();
+    for (key, numbers) in saved {
+        let (name, part) = key.rsplit_once('.').unwrap_or((&key, ""));
+        grouped.entry(name.to_owned()).or_default().insert(part.to_owned(), numbers);
+    }
+    let whole = |(name, parts): (String, _)| match Memory::from_parts(parts) {
+        Some(memory) => Ok((name, memory)),
+        None => Err(name),
+    };
+    grouped.into_iter().map(whole).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_memory_comes_back_from_its_saved_form() {
+        let moments = || Moments { first: vec![1.0, 2.0], second: vec![3.0, 4.0] };
+        let quantized = |code| Quantized { codes: vec![code, 7], scales: vec![0.5] };
+        let memories = BTreeMap::from([
+            ("a.weight".to_owned(), Memory::Moments(moments())),
+            (
+                "b.weight".to_owned(),
+                Memory::Moments8bit(Moments8bit { first: quantized(1), second: quantized(2) }),
+            ),
+            (
+                "c.weight".to_owned(),
+                Memory::MeanSquares(MeanSquares::Factored { rows: vec![1.0], columns: vec![2.0, 3.0] }),
+            ),
+            ("c.bias".to_owned(), Memory::MeanSquares(MeanSquares::Whole(vec![5.0, 6.0]))),
+            (
+                "d.weight".to_owned(),
+                Memory::Travelled(Travelled {
+                    moments: moments(),
+                    sum: vec![5.0, 6.0],
+                    start: vec![7.0, 8.0],
+                }),
+            ),
+            ("e.weight".to_owned(), Memory::Momentum(vec![9.0, 1.0])),
+        ]);
+        assert_eq!(restore(save(&memories)), Ok(memories));
+    }
+
+    #[test]
+    fn a_memory_is_like_that_of_the_same_optimiser_and_shape() {
+        let zeros = |len| Memory::Moments8bit(Moments8bit::zeros(len));
+        assert!(zeros(300).is_like(&zeros(300)));
+        assert!(!zeros(300).is_like(&zeros(299)));
+        assert!(!Memory::Momentum(vec![0.0; 300]).is_like(&Memory::Moments(Moments::zeros(300))));
+    }
+
+    #[test]
+    fn parts_of_no_optimiser_name_their_parameter() {
+        let saved = SavedState::from([("a.weight.first".to_owned(), Numbers::F32(vec![1.0]))]);
+        assert_eq!(restore(saved), Err("a.weight".to_owned()));
+        let codes = |part: &str| (format!("a.weight.{part}"), Numbers::U8(vec![1]));
+        assert!(restore(SavedState::from([codes("first"), codes("second")])).is_err());
+    }
+}
