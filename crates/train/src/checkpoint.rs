@@ -108,6 +108,15 @@ impl Checkpoints {
         }
     }
 
+    /// The optimiser step of the newest checkpoint, by its name alone.
+    ///
+    /// # Errors
+    /// If the folder cannot be read.
+    pub(crate) fn newest_step(&self) -> Result<Option<u64>, TrainError> {
+        let step = |path: &PathBuf| path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok();
+        Ok(self.list()?.iter().filter_map(step).max())
+    }
+
     /// Oldest first.
     fn list(&self) -> Result<Vec<PathBuf>, TrainError> {
         self.entries("step-")

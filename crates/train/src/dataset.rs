@@ -59,7 +59,11 @@ pub struct Group {
 }
 
 impl Group {
-    fn new(row: &SourceRow, size: Size, model: &Model) -> Result<Self, TrainError> {
+    /// The group of a row whose picture is trained at a size.
+    ///
+    /// # Errors
+    /// If the size does not fit the model.
+    pub(crate) fn new(row: &SourceRow, size: Size, model: &Model) -> Result<Self, TrainError> {
         let latent_shape = model.latent_shape(size.height, size.width)?;
         Ok(Self::of(latent_shape, size, (row.num_inference_steps, row.cfg_scale)))
     }
@@ -134,20 +138,7 @@ impl Dataset {
     /// As [`processed::read`], or if the latents are not of the model's sizes.
     pub(crate) fn read(recipe: &Recipe, model: &Model, device: &Device) -> Result<Self, TrainError> {
         let (samples, tables, text) = processed::read(recipe)?;
-        for group in samples.iter().map(|sample| sample.group) {
-            let expected = model.latent_shape(group.size.height, group.size.width)?;
-            if group.latent_shape != expected {
-                let path = recipe.dataset_base_path.clone();
-                let (found, expected) = (group.latent_shape.to_vec(), expected.to_vec());
-                return Err(TrainError::Shape { path, what: "latents", found, expected });
-            }
-        }
-        let width = model.text_width();
-        if let Some(states) = text.iter().find(|states| states.shape[1] != width) {
-            let path = recipe.dataset_base_path.clone();
-            let (found, expected) = (states.shape.clone(), vec![states.shape[0], width]);
-            return Err(TrainError::Shape { path, what: "text states", found, expected });
-        }
+        check_shapes(recipe, model, &samples, text.iter().map(|states| &states.shape))?;
         let conditions = text.iter().map(|text| from_host(text, device)).collect();
         Ok(Self { samples, tables, conditions, device: device.clone() })
     }
@@ -187,6 +178,12 @@ impl Dataset {
         groups
     }
 
+    /// The generators of the rows' noise, each once.
+    pub(crate) fn rand_devices(&self) -> Vec<RandDevice> {
+        let of = |device: &RandDevice| self.samples.iter().any(|sample| sample.rand_device == *device);
+        [RandDevice::Cpu, RandDevice::Cuda].into_iter().filter(of).collect()
+    }
+
     /// Latents of rows that have pictures, `[B, C, H, W]`.
     pub(crate) fn latents(&self, rows: &[usize]) -> Tensor<4> {
         let [channels, height, width] = self.samples[rows[0]].group.latent_shape;
@@ -213,5 +210,31 @@ impl Dataset {
     /// The plain side of the device that batches go to.
     pub(crate) fn device(&self) -> &Device {
         &self.device
+    }
+}
+
+/// Checks that processed data is of a model's sizes.
+///
+/// # Errors
+/// If latents or text states are not.
+pub(crate) fn check_shapes<'a>(
+    recipe: &Recipe,
+    model: &Model,
+    samples: &[Sample],
+    mut text: impl Iterator<Item = &'a Vec<usize>>,
+) -> Result<(), TrainError> {
+    let wrong = |what, found: Vec<usize>, expected: Vec<usize>| {
+        Err(TrainError::Shape { path: recipe.dataset_base_path.clone(), what, found, expected })
+    };
+    for group in samples.iter().map(|sample| sample.group) {
+        let expected = model.latent_shape(group.size.height, group.size.width)?;
+        if group.latent_shape != expected {
+            return wrong("latents", group.latent_shape.to_vec(), expected.to_vec());
+        }
+    }
+    let width = model.text_width();
+    match text.find(|states| states[1] != width) {
+        Some(states) => wrong("text states", states.clone(), vec![states[0], width]),
+        None => Ok(()),
     }
 }

@@ -18,7 +18,8 @@ use crate::dataset::{Dataset, Group, Sample, Tables};
 use crate::host::HostTensor;
 use crate::recipe::{Objective, Recipe};
 
-const ROWS: &str = "processed.json";
+/// The file of the rows.
+pub(crate) const ROWS: &str = "processed.json";
 const LATENTS: &str = "latents.safetensors";
 const TEXT: &str = "text.safetensors";
 
@@ -89,29 +90,66 @@ pub(crate) fn write(
 /// If it is not there, was made for another task or number type, or is damaged.
 pub(crate) fn read(recipe: &Recipe) -> Result<(Vec<Sample>, Tables, Vec<HostTensor>), TrainError> {
     let folder = &recipe.dataset_base_path;
-    let path = folder.join(ROWS);
-    if !path.is_file() {
-        return Err(TrainError::NotProcessed { path });
-    }
-    let damaged = |reason: String| TrainError::Processed { path: path.clone(), reason };
-    let json = fs::read_to_string(&path).map_err(TrainError::io(&path))?;
-    let found: Processed = serde_json::from_str(&json).map_err(|error| damaged(error.to_string()))?;
-    let made: Recipe = toml::from_str(&found.recipe).map_err(|error| damaged(error.to_string()))?;
-    let expectations = [
-        ("task", &found.task, &objective_name(recipe).to_owned()),
-        ("dtype", &format!("{:?}", made.dtype), &format!("{:?}", recipe.dtype)),
-    ];
-    if let Some((key, found, expected)) = expectations.into_iter().find(|(_, found, here)| found != here) {
-        return Err(damaged(format!("made with {key} {found}, expected {expected}")));
-    }
+    let found = Processed::read(recipe)?;
     let latents = load(&folder.join(LATENTS))?;
     let text = load(&folder.join(TEXT))?;
-    let exists = |row: &ProcessedRow| row.latents < latents.len() && row.prompt < found.prompts.len();
-    if found.rows.is_empty() || text.len() != found.prompts.len() || !found.rows.iter().all(exists) {
-        return Err(damaged("its rows do not fit the files beside it".into()));
-    }
-    let samples = found.rows.iter().map(|row| sample(row, &latents[row.latents])).collect();
+    found.check_rows(recipe, latents.len(), text.len())?;
+    let samples = found.rows.iter().map(|row| sample(row, &latents[row.latents].shape)).collect();
     Ok((samples, Tables { latents, prompts: found.prompts }, text))
+}
+
+/// The rows, and the shapes of latents and text states, from the files' headers alone.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn outline(recipe: &Recipe) -> Result<Outline, TrainError> {
+    let folder = &recipe.dataset_base_path;
+    let found = Processed::read(recipe)?;
+    let (latents, text) = (shapes(&folder.join(LATENTS))?, shapes(&folder.join(TEXT))?);
+    found.check_rows(recipe, latents.len(), text.len())?;
+    let samples = found.rows.iter().map(|row| sample(row, &latents[row.latents])).collect();
+    Ok(Outline { samples, latents, text })
+}
+
+/// Processed data without its numbers.
+pub(crate) struct Outline {
+    pub(crate) samples: Vec<Sample>,
+    /// Shapes of the latents.
+    pub(crate) latents: Vec<Vec<usize>>,
+    /// Shapes of the text states.
+    pub(crate) text: Vec<Vec<usize>>,
+}
+
+impl Processed {
+    fn read(recipe: &Recipe) -> Result<Self, TrainError> {
+        let path = recipe.dataset_base_path.join(ROWS);
+        if !path.is_file() {
+            return Err(TrainError::NotProcessed { path });
+        }
+        let damaged = |reason: String| TrainError::Processed { path: path.clone(), reason };
+        let json = fs::read_to_string(&path).map_err(TrainError::io(&path))?;
+        let found: Self = serde_json::from_str(&json).map_err(|error| damaged(error.to_string()))?;
+        let made: Recipe = toml::from_str(&found.recipe).map_err(|error| damaged(error.to_string()))?;
+        let expectations = [
+            ("task", &found.task, &objective_name(recipe).to_owned()),
+            ("dtype", &format!("{:?}", made.dtype), &format!("{:?}", recipe.dtype)),
+        ];
+        let differs = expectations.into_iter().find(|(_, found, here)| found != here);
+        match differs.map(|(key, found, here)| format!("made with {key} {found}, expected {here}")) {
+            Some(reason) => Err(damaged(reason)),
+            None => Ok(found),
+        }
+    }
+
+    fn check_rows(&self, recipe: &Recipe, latents: usize, text: usize) -> Result<(), TrainError> {
+        let exists = |row: &ProcessedRow| row.latents < latents && row.prompt < self.prompts.len();
+        if self.rows.is_empty() || text != self.prompts.len() || !self.rows.iter().all(exists) {
+            let path = recipe.dataset_base_path.join(ROWS);
+            let reason = "its rows do not fit the files beside it".into();
+            return Err(TrainError::Processed { path, reason });
+        }
+        Ok(())
+    }
 }
 
 fn objective_name(recipe: &Recipe) -> &'static str {
@@ -134,8 +172,8 @@ fn row(sample: &Sample) -> ProcessedRow {
     }
 }
 
-fn sample(row: &ProcessedRow, latents: &HostTensor) -> Sample {
-    let latent_shape = [latents.shape[0], latents.shape[1], latents.shape[2]];
+fn sample(row: &ProcessedRow, latents: &[usize]) -> Sample {
+    let latent_shape = [latents[0], latents[1], latents[2]];
     let size = Size { height: row.height, width: row.width };
     Sample {
         picture: Some(row.latents),
@@ -162,4 +200,9 @@ fn load(path: &Path) -> Result<Vec<HostTensor>, TrainError> {
         Ok(HostTensor { shape, values })
     };
     files.keys().map(read).collect()
+}
+
+fn shapes(path: &Path) -> Result<Vec<Vec<usize>>, TrainError> {
+    let entries = WeightFiles::open(path)?.entries()?;
+    Ok(entries.into_iter().map(|entry| entry.shape).collect())
 }

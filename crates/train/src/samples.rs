@@ -17,7 +17,7 @@ pub(crate) struct Samples {
 }
 
 /// Pictures drawn at once.
-const BATCH: usize = 8;
+pub(crate) const BATCH: usize = 8;
 /// Pixels between the pictures of a sheet.
 const GAP_PX: usize = 2;
 

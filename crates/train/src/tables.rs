@@ -17,9 +17,9 @@ use crate::host::{HostTensor, to_vec};
 use crate::source::PictureSource;
 
 /// Pictures encoded per call.
-const PICTURES_PER_BATCH: usize = 8;
+pub(crate) const PICTURES_PER_BATCH: usize = 8;
 /// Prompts encoded per call.
-const PROMPTS_PER_BATCH: usize = 32;
+pub(crate) const PROMPTS_PER_BATCH: usize = 32;
 
 /// What a data set folder stores beside a picture.
 pub(crate) struct Stored {
@@ -37,6 +37,33 @@ impl Stored {
         match path.is_file() {
             true => Ok(Some(Self { files: WeightFiles::open(&path)?, path })),
             false => Ok(None),
+        }
+    }
+
+    /// Shape of a stored tensor, from the file's header; `None` where there is none of that name.
+    ///
+    /// # Errors
+    /// If the header is damaged.
+    pub(crate) fn shape(&self, key: &str) -> Result<Option<Vec<usize>>, TrainError> {
+        let entries = self.files.entries()?;
+        Ok(entries.into_iter().find(|entry| entry.key == key).map(|entry| entry.shape))
+    }
+
+    /// Checks that stored latents or text states have a shape.
+    ///
+    /// # Errors
+    /// If they have another one.
+    pub(crate) fn check(
+        &self,
+        what: &'static str,
+        found: Vec<usize>,
+        expected: &[usize],
+    ) -> Result<(), TrainError> {
+        match found == expected {
+            true => Ok(()),
+            false => {
+                Err(TrainError::Shape { path: self.path.clone(), what, found, expected: expected.to_vec() })
+            }
         }
     }
 
@@ -97,10 +124,7 @@ impl<'a> PictureTable<'a> {
         let latents = stored.read("latents")?;
         let size = source.size()?;
         let expected = self.with.model.latent_shape(size.height, size.width)?.to_vec();
-        if latents.shape != expected {
-            let (path, found) = (stored.path.clone(), latents.shape);
-            return Err(TrainError::Shape { path, what: "latents", found, expected });
-        }
+        stored.check("latents", latents.shape.clone(), &expected)?;
         Ok((Encoding::Done(latents), size))
     }
 

@@ -16,6 +16,7 @@ use crate::log::{Log, LogLine};
 use crate::method::{GradientSum, Method};
 use crate::observer::{Event, Observer, Started};
 use crate::peer_output::{self, PeerFile};
+use crate::provenance::DataFile;
 use crate::recipe::{InitialWeights, Objective, OutputLayout, Recipe, Stage};
 use crate::samples::Samples;
 use crate::state::State;
@@ -112,13 +113,19 @@ fn load_model(recipe: &Recipe, context: &Context<'_>) -> Result<Model, TrainErro
         device: context.device.clone(),
         conventions: recipe.conventions(),
         dtype: recipe.dtype.into(),
-        components: match recipe.task.stage() {
-            Stage::Train => Components::Denoiser,
-            Stage::DataProcess => Components::Encoders,
-            Stage::Whole => Components::All,
-        },
+        components: components(recipe),
     };
     Ok(Model::from_pretrained(&context.source(recipe), &options)?)
+}
+
+/// The parts of the model that a recipe's task needs.
+pub(crate) fn components(recipe: &Recipe) -> Components {
+    match recipe.task.stage() {
+        _ if recipe.initial_weights == InitialWeights::Random => Components::All,
+        Stage::Train => Components::Denoiser,
+        Stage::DataProcess => Components::Encoders,
+        Stage::Whole => Components::All,
+    }
 }
 
 fn is_due(every: u64, step: u64) -> bool {
@@ -138,6 +145,8 @@ struct Run<'a> {
     samples: Option<Samples>,
     checkpoints: Checkpoints,
     log: Log,
+    /// What the data was when the run began or was continued.
+    data_file: Option<DataFile>,
     /// Samples and time since the last line of the log.
     window: (usize, Instant),
 }
@@ -165,7 +174,7 @@ impl<'a> Run<'a> {
         let checkpoints = Checkpoints::new(&recipe.output_path, recipe.keep);
         let state = State::prepare(recipe, model, &checkpoints, observer)?;
         let plan = Plan::new(recipe, &data);
-        let total_steps = recipe.max_steps.unwrap_or(recipe.num_epochs as u64 * plan.steps_per_epoch);
+        let total_steps = plan.total_steps(recipe);
         let run = Self {
             recipe,
             source: context.source(recipe),
@@ -174,6 +183,7 @@ impl<'a> Run<'a> {
             samples: Samples::new(recipe, data.groups()[0].size)?,
             log: Log::open(&recipe.output_path, state.progress.step, recipe.output_layout)?,
             window: (0, Instant::now()),
+            data_file: DataFile::of(recipe)?,
             data,
             plan,
             method,
@@ -275,7 +285,14 @@ impl<'a> Run<'a> {
     }
 
     fn origin<'b>(&'b self, version: &'b str) -> output::Origin<'b> {
-        output::Origin { recipe: self.recipe, source: &self.source, groups: self.data.groups(), version }
+        output::Origin {
+            recipe: self.recipe,
+            source: &self.source,
+            groups: self.data.groups(),
+            rand_devices: self.data.rand_devices(),
+            data: self.data_file.as_ref(),
+            version,
+        }
     }
 }
 
@@ -298,7 +315,8 @@ fn load_data(
     Dataset::prepare(&source::rows(recipe, resize)?, Preparation { model, device, resize, base, keep_text })
 }
 
-fn resize(recipe: &Recipe, division: usize) -> Resize {
+/// The size rule of a recipe's pictures.
+pub(crate) fn resize(recipe: &Recipe, division: usize) -> Resize {
     match (recipe.height, recipe.width) {
         (Some(height), Some(width)) => Resize::Exact { height, width },
         _ => Resize::MaxPixels { max_pixels: recipe.max_pixels, division },

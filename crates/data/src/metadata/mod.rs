@@ -39,11 +39,18 @@ impl Metadata {
     /// # Errors
     /// When the file cannot be read, is not UTF-8, or breaks its format's rules.
     pub fn read(path: &Path) -> Result<Self, DataError> {
+        let rows = Self::read_rows(path)?.into_iter().collect::<Result<_, _>>()?;
+        Ok(Self { rows, path: path.into() })
+    }
+
+    /// As [`Self::read`], with what is wrong with a row in its place.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is not UTF-8, or breaks its format's rules as a whole.
+    pub fn read_rows(path: &Path) -> Result<Vec<Result<Row, DataError>>, DataError> {
         let file: Arc<Path> = path.into();
-        let records = read::records(path)?;
-        let rows =
-            records.into_iter().zip(1..).map(|(values, number)| Row { number, values, file: file.clone() });
-        Ok(Self { rows: rows.collect(), path: file })
+        let records = read::records(path)?.into_iter().zip(1..);
+        Ok(records.map(|(read, number)| Ok(Row { number, values: read?, file: file.clone() })).collect())
     }
 
     /// Every row's picture and prompt.
@@ -59,7 +66,7 @@ impl Metadata {
     /// # Errors
     /// For the first row with a missing or malformed value.
     pub fn distill_rows(&self) -> Result<Vec<DistillRow>, DataError> {
-        self.rows.iter().map(DistillRow::from_row).collect()
+        self.rows.iter().map(Row::distill).collect()
     }
 
     /// The file of every row's picture.
@@ -75,6 +82,14 @@ impl Row {
     /// The metadata file this row is from.
     pub fn path(&self) -> &Path {
         &self.file
+    }
+
+    /// The row as teacher data: picture, prompt and the teacher's noise.
+    ///
+    /// # Errors
+    /// For the first missing or malformed value.
+    pub fn distill(&self) -> Result<DistillRow, DataError> {
+        DistillRow::from_row(self)
     }
 
     /// The value of a column, if the row has it.

@@ -10,8 +10,11 @@ use crate::DataError;
 /// The named values of one row.
 type Record = Vec<(String, String)>;
 
+/// What a row holds, or what is wrong with it.
+type Read = Result<Record, DataError>;
+
 /// Reads a file in the format its extension names.
-pub(super) fn records(path: &Path) -> Result<Vec<Record>, DataError> {
+pub(super) fn records(path: &Path) -> Result<Vec<Read>, DataError> {
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     let parse = match extension.as_str() {
         "csv" => csv_records,
@@ -26,7 +29,7 @@ pub(super) fn records(path: &Path) -> Result<Vec<Record>, DataError> {
     parse(path, text.trim_start_matches('\u{feff}'))
 }
 
-fn csv_records(path: &Path, text: &str) -> Result<Vec<Record>, DataError> {
+fn csv_records(path: &Path, text: &str) -> Result<Vec<Read>, DataError> {
     let mut reader = csv::Reader::from_reader(text.as_bytes());
     let header = reader.headers().map_err(|fault| malformed(path, None, fault.to_string()))?.clone();
     if let Some(twice) =
@@ -37,10 +40,10 @@ fn csv_records(path: &Path, text: &str) -> Result<Vec<Record>, DataError> {
     let named =
         |record: csv::StringRecord| header.iter().zip(&record).map(|(n, v)| (n.into(), v.into())).collect();
     let rows = reader.records().zip(1..);
-    rows.map(|(record, row)| {
+    let read = |(record, row): (csv::Result<csv::StringRecord>, usize)| {
         record.map(named).map_err(|fault| malformed(path, Some(row), csv_reason(&fault)))
-    })
-    .collect()
+    };
+    Ok(rows.map(read).collect())
 }
 
 /// The csv crate's own message also numbers the records, from another start than ours.
@@ -55,22 +58,22 @@ fn csv_reason(fault: &csv::Error) -> String {
     }
 }
 
-fn json_records(path: &Path, text: &str) -> Result<Vec<Record>, DataError> {
+fn json_records(path: &Path, text: &str) -> Result<Vec<Read>, DataError> {
     let value: Value =
         serde_json::from_str(text).map_err(|fault| malformed(path, None, fault.to_string()))?;
     let Value::Array(rows) = value else {
         return Err(malformed(path, None, format!("found {}, expected a list of objects", kind(&value))));
     };
-    rows.into_iter()
-        .zip(1..)
+    let rows = rows.into_iter().zip(1..);
+    Ok(rows
         .map(|(row, number)| object(row).map_err(|reason| malformed(path, Some(number), reason)))
-        .collect()
+        .collect())
 }
 
-fn jsonl_records(path: &Path, text: &str) -> Result<Vec<Record>, DataError> {
+fn jsonl_records(path: &Path, text: &str) -> Result<Vec<Read>, DataError> {
     let lines = text.lines().filter(|line| !line.trim().is_empty()).zip(1..);
     let parse = |line| serde_json::from_str(line).map_err(|fault| fault.to_string()).and_then(object);
-    lines.map(|(line, row)| parse(line).map_err(|reason| malformed(path, Some(row), reason))).collect()
+    Ok(lines.map(|(line, row)| parse(line).map_err(|reason| malformed(path, Some(row), reason))).collect())
 }
 
 fn object(value: Value) -> Result<Record, String> {

@@ -109,6 +109,11 @@ impl TextEncoder {
         self.config.vocab_size
     }
 
+    /// J.
+    pub(super) fn width(&self) -> usize {
+        self.config.hidden_size
+    }
+
     /// Runs the prompts as one right-padded batch and drops the template's leading tokens.
     ///
     /// Padding comes after the tokens and attention is causal, so no valid token sees it.

@@ -102,10 +102,7 @@ impl Direct {
             Some(teacher) => teacher.latents(noise.clone(), &condition, unconditional()?, batch)?,
             None => batch.latents(),
         };
-        let cfg_scale = match self.student_guidance {
-            StudentGuidance::Apply => group.cfg_scale(),
-            StudentGuidance::Ignore => 1.0,
-        };
+        let cfg_scale = self.student_guidance.scale(group.cfg_scale());
         let unconditional = if cfg_scale == 1.0 { None } else { Some(unconditional()?) };
         Ok(Problem {
             grid: self.training_grid.sigmas(model, group.num_inference_steps, group.size)?,

@@ -219,6 +219,16 @@ pub enum StudentGuidance {
     Ignore,
 }
 
+impl StudentGuidance {
+    /// The guidance that a student with this `cfg_scale` is trained with.
+    pub(crate) fn scale(self, cfg_scale: f32) -> f32 {
+        match self {
+            Self::Apply => cfg_scale,
+            Self::Ignore => 1.0,
+        }
+    }
+}
+
 /// Which files a run leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
