@@ -70,8 +70,8 @@ impl Report {
         if let Some(folder) = machine::unwritable(&recipe.output_path) {
             run.problems.push(format!("{}: nothing can be written there", folder.display()));
         }
-        // Now that threads run and the code of the run is in memory.
-        let process = machine::resident_bytes().unwrap_or(0);
+        // Before the speed is measured, whose buffers are larger than a small run's.
+        let process = machine::computing_bytes().unwrap_or(0);
         run.memory = run.memory.map(|memory| memory.beside("the process itself", process));
         for alternative in &mut run.alternatives {
             alternative.needed_bytes += process;

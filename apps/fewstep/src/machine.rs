@@ -44,6 +44,17 @@ pub fn unwritable(path: &Path) -> Option<PathBuf> {
     (!writable).then_some(folder)
 }
 
+/// Memory this process has after a small forward and backward: with the code of a run, the threads' stacks, and what
+/// the allocator keeps.
+pub fn computing_bytes() -> Option<u64> {
+    const SIZE: usize = 512;
+    let device = Device::flex().autodiff();
+    let weight = Tensor::<2>::ones([SIZE, SIZE], &device).require_grad();
+    let projection = Projection { weight, bias: None, low_rank: None };
+    drop(linear(Tensor::<2>::ones([SIZE, SIZE], &device), projection).square().sum().backward());
+    resident_bytes()
+}
+
 /// Operations per second of a projection of 1024 tokens and a width of 1024: the best of a few runs.
 pub fn measured_speed() -> f64 {
     const SIZE: usize = 1024;

@@ -51,20 +51,19 @@ impl Fixture {
         picture.save(self.path("data").join(name)).unwrap();
     }
 
-    /// `train` on the fixture's model and data, with more flags.
+    /// `train` on the fixture's model and data with adapters; `flags` win.
     fn train(&self, flags: &[&str]) -> Vec<String> {
         let at = |name: &str| self.path(name).to_string_lossy().into_owned();
-        let fixed = [
-            "train",
-            "--model",
-            &at("model"),
-            "--dataset_base_path",
-            &at("data"),
-            "--output_path",
-            &at("run"),
+        let usual = [
+            ["--model", &at("model")],
+            ["--dataset_base_path", &at("data")],
+            ["--output_path", &at("run")],
+            ["--batch_size", "2"],
+            ["--lora_base_model", "transformer"],
+            ["--lora_rank", "4"],
         ];
-        let more = ["--batch_size", "2", "--lora_base_model", "transformer", "--lora_rank", "4"];
-        fixed.iter().chain(&more).chain(flags).map(|flag| (*flag).to_owned()).collect()
+        let usual = usual.iter().filter(|[name, _]| !flags.contains(name)).flatten();
+        ["train"].iter().chain(usual).chain(flags).map(|flag| (*flag).to_owned()).collect()
     }
 
     /// Runs dry and checks that nothing was written.
