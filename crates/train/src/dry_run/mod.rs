@@ -102,7 +102,9 @@ pub fn dry_run(recipe: &Recipe, source: Option<&ModelSource>, device: &Device) -
     if let (Some(source), Some(model)) = (source, &model) {
         check.provenance(source, model);
         if let Some((outline, trained)) = check.trained(source, model) {
-            check.outlook(&mut found, &Subject { source, model, trained, outline: &outline });
+            if found.data.rows > 0 {
+                check.outlook(&mut found, &Subject { source, model, trained, outline: &outline });
+            }
             found.model = Some(outline);
         }
     }
