@@ -23,7 +23,7 @@ fn main() -> anyhow::Result<()> {
     let pictures = GenerateArgs {
         prompt: PROMPTS.map(String::from).to_vec(),
         images_per_prompt: 4,
-        num_inference_steps: 20,
+        num_inference_steps: Some(20),
         ..GenerateArgs::new(teacher, &data, [64, 64])
     };
     generate(&pictures, &Terminal::new(false))?;

@@ -209,6 +209,7 @@ fn evaluation(args: &DemoArgs, size: &Size, teacher: &Path) -> EvaluateArgs {
     let metadata = args.output.join("emoji/held_out.csv");
     EvaluateArgs {
         student: STUDENTS.iter().map(student).collect(),
+        student_num_inference_steps: Some(vec![1, 2, 4, 8]),
         images_per_prompt: size.evaluation_pictures,
         batch_size: BATCH_SIZE,
         judge: args.root.join("assets/judge").join(fewstep_report::Judge::FILE),

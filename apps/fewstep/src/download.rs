@@ -64,10 +64,7 @@ pub fn fetch(
     place: Option<&Place>,
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<PathBuf>>> {
-    let place = place.cloned().unwrap_or_default();
-    let mut settings = Settings::from_env(place.source)?;
-    settings.base_folder = place.local_dir.unwrap_or(settings.base_folder);
-    let hub = Hub::new(settings);
+    let hub = hub(place)?;
     let plan = hub.plan(origins)?;
     if plan.missing_bytes() > 0 {
         progress.start_bytes("downloading", plan.missing_bytes());
@@ -76,6 +73,21 @@ pub fn fetch(
     progress.finish();
     done?;
     Ok((0..origins.len()).map(|index| plan.paths(index).map(PathBuf::from).collect()).collect())
+}
+
+/// The files of each origin that are not there yet, with the bytes that are missing.
+///
+/// # Errors
+/// If the environment is unusable, or the service cannot be asked for its files.
+pub fn missing(origins: &[Origin]) -> Result<Vec<(PathBuf, u64)>> {
+    Ok(hub(None)?.plan(origins)?.missing().map(|(path, bytes)| (path.to_owned(), bytes)).collect())
+}
+
+fn hub(place: Option<&Place>) -> Result<Hub> {
+    let place = place.cloned().unwrap_or_default();
+    let mut settings = Settings::from_env(place.source)?;
+    settings.base_folder = place.local_dir.unwrap_or(settings.base_folder);
+    Ok(Hub::new(settings))
 }
 
 fn show(event: &Event, progress: &dyn Progress) {

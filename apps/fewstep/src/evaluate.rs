@@ -11,9 +11,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use fewstep_data::image::Picture;
-use fewstep_data::metadata::{ImageRow, Metadata};
+use fewstep_data::metadata::{ImageRow, Metadata, RandDevice};
 use fewstep_models::conventions::name_of;
-use fewstep_models::{DTYPES, Model, ModelSource, Pipeline, Request, lora};
+use fewstep_models::{DTYPES, Model, ModelSource, Pipeline, Request, Student as TrainedStudent, lora};
 use fewstep_report::{
     Chart, Curve, Features, Grid, GridRow, Judge, Report, Row, Stage, kid, latent_mse, psnr_db, retrieval,
 };
@@ -23,6 +23,7 @@ use crate::conventions::LoadArgs;
 use crate::model_args::ModelArgs;
 use crate::parse::{Student, guidance, student};
 use crate::progress::Progress;
+use crate::student::{Asked, Found, Settings};
 
 /// Flags of `evaluate`.
 #[derive(Args, Clone, Debug)]
@@ -60,12 +61,16 @@ pub struct EvaluateArgs {
     /// Guidance scale of the teacher
     #[arg(long, default_value_t = 4.0, value_parser = guidance)]
     pub teacher_cfg_scale: f32,
-    /// Sampling steps at which the undistilled model is shown
-    #[arg(long, default_value_t = 4)]
-    pub base_num_inference_steps: usize,
-    /// Sampling steps at which each student is shown
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4, 8])]
-    pub student_num_inference_steps: Vec<usize>,
+    /// Sampling steps at which the undistilled model is shown [default: those of the first student, otherwise 4]
+    #[arg(long)]
+    pub base_num_inference_steps: Option<usize>,
+    /// Sampling steps at which each student is shown, separated by commas [default: what it was trained for, where its
+    /// file says so, otherwise 1,2,4,8]
+    #[arg(long, value_delimiter = ',')]
+    pub student_num_inference_steps: Option<Vec<usize>>,
+    /// Guidance scale of each student; 1 is off [default: what it was trained with, where its file says so, otherwise 1]
+    #[arg(long)]
+    pub student_cfg_scale: Option<f32>,
     /// Pictures drawn at once
     #[arg(long, default_value_t = 16)]
     pub batch_size: usize,
@@ -100,6 +105,8 @@ impl EvaluateArgs {
 struct Contestant {
     name: String,
     model: Model,
+    /// What its file tells of how it was trained.
+    student: Option<TrainedStudent>,
     num_inference_steps: usize,
     cfg_scale: f32,
 }
@@ -142,7 +149,7 @@ pub fn evaluate(args: &EvaluateArgs, stages: Vec<Stage>, progress: &dyn Progress
     let start = Instant::now();
     let judge = Judge::load(&args.judge)?;
     let prompts = read_prompts(args)?;
-    let contestants = contestants(args, &args.model.resolve(progress)?)?;
+    let contestants = contestants(args, &args.model.resolve(progress)?, progress)?;
     progress.start("evaluating", (contestants.len() * prompts.texts.len()) as u64);
     let mut drawn = Vec::new();
     for contestant in &contestants {
@@ -201,27 +208,91 @@ fn read_prompts(args: &EvaluateArgs) -> Result<Prompts> {
 }
 
 /// The teacher first, then the undistilled model in few steps, then every student at every step count.
-fn contestants(args: &EvaluateArgs, source: &ModelSource) -> Result<Vec<Contestant>> {
+fn contestants(
+    args: &EvaluateArgs,
+    source: &ModelSource,
+    progress: &dyn Progress,
+) -> Result<Vec<Contestant>> {
     let teacher = Model::from_pretrained(source, &args.load.options())?;
-    let contestant = |name: &str, model: &Model, num_inference_steps, cfg_scale| Contestant {
+    let mut students = Vec::new();
+    for student in &args.student {
+        students.extend(contestants_of(args, student, (source, &teacher), progress)?);
+    }
+    let trained = students.first().filter(|first| first.student.is_some());
+    let base = trained.map_or(USUAL_STEPS, |first| first.num_inference_steps);
+    let base = args.base_num_inference_steps.unwrap_or(base);
+    let contestant = |name: &str, num_inference_steps, cfg_scale| Contestant {
         name: name.to_owned(),
-        model: model.clone(),
+        model: teacher.clone(),
+        student: None,
         num_inference_steps,
         cfg_scale,
     };
-    let base = args.base_num_inference_steps;
     let mut contestants = vec![
-        contestant("teacher", &teacher, args.teacher_num_inference_steps, args.teacher_cfg_scale),
-        contestant("undistilled", &teacher, base, 1.0),
-        contestant("undistilled", &teacher, base, args.teacher_cfg_scale),
+        contestant("teacher", args.teacher_num_inference_steps, args.teacher_cfg_scale),
+        contestant("undistilled", base, 1.0),
+        contestant("undistilled", base, args.teacher_cfg_scale),
     ];
-    for Student { name, path } in &args.student {
-        let model = load_student(args, source, &teacher, path)?;
-        for steps in &args.student_num_inference_steps {
-            contestants.push(contestant(name, &model, *steps, 1.0));
-        }
+    contestants.extend(students);
+    Ok(contestants)
+}
+
+/// Steps of a student whose file does not tell, and of the undistilled model beside it.
+const USUAL_STEPS: usize = 4;
+
+/// One student at every step count, its own where the flags name none.
+fn contestants_of(
+    args: &EvaluateArgs,
+    Student { name, path }: &Student,
+    (source, teacher): (&ModelSource, &Model),
+    progress: &dyn Progress,
+) -> Result<Vec<Contestant>> {
+    let model = load_student(args, source, teacher, path)?;
+    let found = Found::at(path)?;
+    let trained = found.as_ref().map(|found| found.student().setting([args.height, args.width]));
+    let steps = match (&args.student_num_inference_steps, trained) {
+        (Some(steps), _) => steps.clone(),
+        (None, Some(trained)) => vec![trained.num_inference_steps],
+        (None, None) => vec![1, 2, USUAL_STEPS, 8],
+    };
+    let cfg_scale = args.student_cfg_scale.or(trained.map(|trained| trained.cfg_scale)).unwrap_or(1.0);
+    let student = found.as_ref().map(|found| found.student().clone());
+    let contestant = |num_inference_steps: &usize| Contestant {
+        name: name.clone(),
+        model: model.clone(),
+        student: student.clone(),
+        num_inference_steps: *num_inference_steps,
+        cfg_scale,
+    };
+    let contestants: Vec<Contestant> = steps.iter().map(contestant).collect();
+    if let Some(found) = found {
+        tell(args, &found, &contestants, progress);
     }
     Ok(contestants)
+}
+
+/// Says what was taken from a student's file, and once what is not as it was trained.
+fn tell(args: &EvaluateArgs, found: &Found, contestants: &[Contestant], progress: &dyn Progress) {
+    let asked = Asked {
+        num_inference_steps: args
+            .student_num_inference_steps
+            .as_ref()
+            .and_then(|steps| steps.first().copied()),
+        cfg_scale: args.student_cfg_scale,
+        rand_device: Some(RandDevice::Cpu),
+        exponential_shift_mu: None,
+        size: [args.height, args.width],
+    };
+    let trained = found.student().setting(asked.size).num_inference_steps;
+    // Among others a student is shown at its own steps: that is what the flag is for.
+    let shown = contestants.iter().find(|who| who.num_inference_steps == trained).or(contestants.first());
+    let warning = shown.and_then(|who| {
+        let (num_inference_steps, cfg_scale) = (who.num_inference_steps, who.cfg_scale);
+        found.warning(&asked, &Settings { num_inference_steps, cfg_scale, rand_device: RandDevice::Cpu })
+    });
+    for line in found.taken(&asked).into_iter().chain(warning) {
+        progress.say(&line);
+    }
 }
 
 fn load_student(args: &EvaluateArgs, source: &ModelSource, teacher: &Model, path: &Path) -> Result<Model> {
@@ -242,7 +313,8 @@ fn draw(
     judge: &Judge,
     progress: &dyn Progress,
 ) -> Result<Drawn> {
-    let pipeline = Pipeline::new(contestant.model.clone(), args.load.device.clone());
+    let mut pipeline = Pipeline::new(contestant.model.clone(), args.load.device.clone());
+    pipeline.student.clone_from(&contestant.student);
     let requests: Vec<Request> = prompts
         .iter()
         .zip(args.seed..)

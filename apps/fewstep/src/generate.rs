@@ -11,9 +11,10 @@ use burn::tensor::Tensor;
 use clap::Args;
 use fewstep_data::image::Picture;
 use fewstep_data::metadata::{DistillRow, RandDevice, write_distill_csv};
-use fewstep_data::provenance::{InputImage, Provenance, TORCH_CPU, TORCH_CUDA};
+use fewstep_data::provenance::{InputImage, Provenance};
 use fewstep_flow::Solver;
 use fewstep_models::conventions::name_of;
+use fewstep_models::student::noise_generator;
 use fewstep_models::{
     DTYPES, Generated, LoraFile, ModelSource, Pipeline, PipelineOptions, Request, WeightType, save_tensors,
     weights_hash,
@@ -26,6 +27,7 @@ use crate::model_args::ModelArgs;
 use crate::parse::{guidance, lora_file, solver};
 use crate::progress::Progress;
 use crate::prompts::{PromptRow, read_prompts};
+use crate::student::{Asked, Found, Settings};
 
 /// Flags of `generate`.
 #[derive(Args, Clone, Debug)]
@@ -52,18 +54,19 @@ pub struct GenerateArgs {
     /// Seed of the first picture; the next ones count up
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// The torch generator that draws the noise, cpu or cuda; both are computed here
-    #[arg(long, default_value = "cpu")]
-    pub rand_device: RandDevice,
+    /// The torch generator that draws the noise, cpu or cuda; both are computed here [default: the student's, where
+    /// the weights are one's, otherwise cpu]
+    #[arg(long)]
+    pub rand_device: Option<RandDevice>,
     /// Pictures per prompt, each with a seed of its own
     #[arg(long, default_value_t = 1)]
     pub images_per_prompt: usize,
-    /// Sampling steps
-    #[arg(long, default_value_t = 50)]
-    pub num_inference_steps: usize,
-    /// Guidance scale; 1 is off
-    #[arg(long, default_value_t = 4.0, value_parser = guidance)]
-    pub cfg_scale: f32,
+    /// Sampling steps [default: what a student was trained for, otherwise 50]
+    #[arg(long)]
+    pub num_inference_steps: Option<usize>,
+    /// Guidance scale; 1 is off [default: what a student was trained with, otherwise 4]
+    #[arg(long, value_parser = guidance)]
+    pub cfg_scale: Option<f32>,
     /// Integrator: euler or heun
     #[arg(long, default_value = "euler", value_parser = solver)]
     pub solver: Solver,
@@ -73,7 +76,8 @@ pub struct GenerateArgs {
     /// Picture width in pixels
     #[arg(long)]
     pub width: usize,
-    /// Shift of the schedule, the logarithm mu of its factor [default: the model's for the picture size]
+    /// Shift of the schedule, the logarithm mu of its factor [default: a student's own sigma grid, otherwise the
+    /// model's for the picture size]
     #[arg(long, value_name = "MU")]
     pub exponential_shift_mu: Option<f64>,
     /// Picture to start from; another size is resized and cut in the middle
@@ -120,9 +124,10 @@ impl GenerateArgs {
 /// If a flag is unusable, the model cannot be loaded, the folder holds another run, or a file cannot be
 /// written.
 pub fn generate(args: &GenerateArgs, progress: &dyn Progress) -> Result<()> {
-    let requests = requests(args)?;
-    let options = PipelineOptions { load: args.load.options(), lora: args.lora.clone() };
+    let rows = prompt_rows(args)?;
     let source = args.model.resolve(progress)?;
+    let requests = requests(args, &rows, drawn_with(args, &source, progress)?)?;
+    let options = PipelineOptions { load: args.load.options(), lora: args.lora.clone() };
     let pipeline = Pipeline::from_pretrained(source.clone(), options)?;
     let provenance = provenance(args, &source, &pipeline, &requests)?;
     claim(&args.output, &provenance)?;
@@ -144,19 +149,35 @@ pub fn generate(args: &GenerateArgs, progress: &dyn Progress) -> Result<()> {
     Ok(write_distill_csv(&args.output.join("metadata.csv"), &rows)?)
 }
 
+/// The flags' settings, and where they leave some open a student's; says which, and what is not as it was trained.
+fn drawn_with(args: &GenerateArgs, source: &ModelSource, progress: &dyn Progress) -> Result<Settings> {
+    let asked = Asked {
+        num_inference_steps: args.num_inference_steps,
+        cfg_scale: args.cfg_scale,
+        rand_device: args.rand_device,
+        exponential_shift_mu: args.exponential_shift_mu,
+        size: [args.height, args.width],
+    };
+    let Some(found) = Found::new(source, args.lora.as_ref())? else { return Ok(asked.settings(None)) };
+    let settings = asked.settings(Some(found.student()));
+    for line in found.taken(&asked).into_iter().chain(found.warning(&asked, &settings)) {
+        progress.say(&line);
+    }
+    Ok(settings)
+}
+
 /// One request per picture: every prompt `images_per_prompt` times, seeds counting up from the flag's, or from the
 /// row's own.
-fn requests(args: &GenerateArgs) -> Result<Vec<Request>> {
+fn requests(args: &GenerateArgs, rows: &[PromptRow], drawn_with: Settings) -> Result<Vec<Request>> {
     ensure!(args.batch_size > 0, "--batch-size 0, expected 1 or more");
     ensure!(args.images_per_prompt > 0, "--images-per-prompt 0, expected 1 or more");
-    let settings = settings(args)?;
+    let settings = settings(args, drawn_with)?;
     let request = |(index, (row, copy)): (usize, (&PromptRow, usize))| Request {
         prompt: row.prompt.clone(),
         negative_prompt: row.negative_prompt.clone().unwrap_or_else(|| args.negative_prompt.clone()),
         seed: row.seed.map_or(args.seed.wrapping_add(index as u64), |seed| seed.wrapping_add(copy as u64)),
         ..settings.clone()
     };
-    let rows = prompt_rows(args)?;
     let copies = rows.iter().flat_map(|row| (0..args.images_per_prompt).map(move |copy| (row, copy)));
     Ok(copies.enumerate().map(request).collect())
 }
@@ -175,8 +196,9 @@ fn prompt_rows(args: &GenerateArgs) -> Result<Vec<PromptRow>> {
 }
 
 /// What all pictures have in common.
-fn settings(args: &GenerateArgs) -> Result<Request> {
-    for (flag, scale) in [("cfg-scale", args.cfg_scale), ("student-cfg-scale", args.student_cfg_scale)] {
+fn settings(args: &GenerateArgs, drawn_with: Settings) -> Result<Request> {
+    for (flag, scale) in [("cfg-scale", drawn_with.cfg_scale), ("student-cfg-scale", args.student_cfg_scale)]
+    {
         ensure!(scale.is_finite() && scale >= 0.0, "--{flag} {scale}, expected a number from 0; 1 is off");
     }
     ensure!(
@@ -185,9 +207,9 @@ fn settings(args: &GenerateArgs) -> Result<Request> {
         args.denoising_strength
     );
     Ok(Request {
-        rand_device: args.rand_device,
-        num_inference_steps: args.num_inference_steps,
-        cfg_scale: args.cfg_scale,
+        rand_device: drawn_with.rand_device,
+        num_inference_steps: drawn_with.num_inference_steps,
+        cfg_scale: drawn_with.cfg_scale,
         solver: args.solver,
         exponential_shift_mu: args.exponential_shift_mu,
         input_image: args.input_image.as_deref().map(Picture::load).transpose()?,
@@ -236,18 +258,15 @@ fn provenance(
         teacher: source.to_string(),
         teacher_hash: weights_hash(source)?,
         lora: args.lora.as_ref().map(|lora| format!("{}:{}", lora.path.display(), lora.alpha)),
-        num_inference_steps: args.num_inference_steps,
-        cfg_scale: args.cfg_scale,
+        num_inference_steps: first.num_inference_steps,
+        cfg_scale: first.cfg_scale,
         negative_prompt: args.negative_prompt.clone(),
         solver: format!("{:?}", args.solver).to_lowercase(),
         sigmas: pipeline.grid(first)?.as_slice().to_vec(),
         student_num_inference_steps: args.student_num_inference_steps,
         student_cfg_scale: args.student_cfg_scale,
         student_sigmas: student?.as_slice().to_vec(),
-        noise_generator: match args.rand_device {
-            RandDevice::Cpu => TORCH_CPU.into(),
-            RandDevice::Cuda => TORCH_CUDA.into(),
-        },
+        noise_generator: noise_generator(first.rand_device).into(),
         dtype: name_of(&DTYPES, args.load.dtype).into(),
         conventions: pipeline.model.conventions().record(),
         exponential_shift_mu: args.exponential_shift_mu,

@@ -5,14 +5,17 @@ pub mod args;
 pub mod conventions;
 pub mod demo;
 pub mod download;
+pub mod dry_run;
 pub mod evaluate;
 pub mod generate;
 pub mod inspect;
 pub mod lora;
+pub mod machine;
 pub mod model_args;
 pub mod parse;
 pub mod progress;
 pub mod prompts;
+pub mod student;
 pub mod train;
 pub mod watch;
 

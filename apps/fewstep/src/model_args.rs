@@ -7,8 +7,8 @@ use clap::Args;
 use fewstep_hub::{Need, Origin};
 use fewstep_models::ModelSource;
 
-use crate::download::fetch;
-use crate::progress::Progress;
+use crate::download::{fetch, missing};
+use crate::progress::{Progress, Terminal};
 
 /// Which model a subcommand works with.
 #[derive(Args, Clone, Debug, Default)]
@@ -48,6 +48,20 @@ impl ModelArgs {
         })
     }
 
+    /// Finds the files without downloading any.
+    ///
+    /// # Errors
+    /// As [`ModelArgs::resolve`]; of files to download only the list is asked for.
+    pub fn preview(&self) -> Result<Preview> {
+        let missing = match &self.model_id_with_origin_paths {
+            Some(list) => missing(&parse_origins(list)?)?,
+            None => Vec::new(),
+        };
+        // Where nothing is missing, nothing is downloaded.
+        let source = missing.is_empty().then(|| self.resolve(&Terminal::new(true))).transpose()?;
+        Ok(Preview { source, missing })
+    }
+
     /// The weight files of each component, those that were given before those that were downloaded.
     fn files(&self, progress: &dyn Progress) -> Result<Vec<Vec<PathBuf>>> {
         let mut groups = match &self.model_paths {
@@ -65,6 +79,15 @@ impl ModelArgs {
         }
         Ok(groups)
     }
+}
+
+/// What is there of a model.
+#[derive(Default)]
+pub struct Preview {
+    /// The model, where all of it is there.
+    pub source: Option<ModelSource>,
+    /// Files that are to be downloaded, with the bytes that are missing.
+    pub missing: Vec<(PathBuf, u64)>,
 }
 
 /// A JSON list of paths and lists of paths.

@@ -8,13 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context as _, Result};
 use burn::tensor::Device;
 use clap::{ArgMatches, Args};
-use fewstep_models::ModelSource;
 use fewstep_train::recipe::{Compute, PeerFlags};
 use fewstep_train::{Context, Outcome, Recipe, TrainError};
 
-use crate::INTERRUPTED;
 use crate::model_args::ModelArgs;
 use crate::progress::{Terminal, TrainProgress};
+use crate::{INTERRUPTED, dry_run};
 
 /// Flags of `train`.
 #[derive(Args, Debug)]
@@ -25,6 +24,13 @@ pub struct TrainArgs {
     /// Print nothing but errors
     #[arg(long, help_heading = "Run")]
     quiet: bool,
+    /// Check everything and tell what the run would do, take and write; start nothing and write nothing. Exit code 0
+    /// where it would start, 1 where not
+    #[arg(long, help_heading = "Run")]
+    dry_run: bool,
+    /// With --dry-run: print JSON
+    #[arg(long, requires = "dry_run", help_heading = "Run")]
+    json: bool,
     #[command(flatten)]
     recipe: Recipe,
     #[command(flatten)]
@@ -39,13 +45,17 @@ pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
     flags.unsupported.check()?;
     let recipe = flags.recipe.resolve(matches, flags.config.as_deref())?;
     let device = device(&recipe)?;
-    let stop = stop_on_signal()?;
     let mut progress = TrainProgress::new(flags.quiet);
-    let model = Some(source(&recipe)?);
-    let context = Context { model, device, stop: &stop, version: &version() };
     for note in recipe.notes() {
         progress.say(note);
     }
+    if flags.dry_run {
+        let starts = dry_run::run(&recipe, &model_args(&recipe), &device, flags.json)?;
+        return Ok(if starts { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    let stop = stop_on_signal()?;
+    let model = Some(model_args(&recipe).resolve(&Terminal::new(false))?);
+    let context = Context { model, device, stop: &stop, version: &version() };
     let outcome = fewstep_train::run(&recipe, context, &mut progress);
     progress.finish();
     match outcome? {
@@ -60,16 +70,15 @@ pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
     }
 }
 
-/// The model a recipe names, downloaded where it says so.
-fn source(recipe: &Recipe) -> Result<ModelSource> {
+/// The flags of the model a recipe names.
+fn model_args(recipe: &Recipe) -> ModelArgs {
     let files = recipe.model_paths.is_some() || recipe.model_id_with_origin_paths.is_some();
-    let args = ModelArgs {
+    ModelArgs {
         model: (!files).then(|| recipe.model.clone()),
         model_paths: recipe.model_paths.clone(),
         model_id_with_origin_paths: recipe.model_id_with_origin_paths.clone(),
         tokenizer_path: recipe.tokenizer_path.clone(),
-    };
-    args.resolve(&Terminal::new(false))
+    }
 }
 
 /// The device a recipe names.

@@ -151,9 +151,8 @@ fn pictures_become_a_student_and_a_report() {
         .iter()
         .map(|row| (row["name"].as_str().unwrap(), row["num_inference_steps"].as_u64().unwrap()))
         .collect();
-    let students = [1, 2, 4, 8].map(|steps| ("student", steps));
-    assert_eq!(settings[..3], [("teacher", 5), ("undistilled", 4), ("undistilled", 4)]);
-    assert_eq!(settings[3..], students);
+    // The student is shown at the steps it was trained for, and the undistilled model at the same.
+    assert_eq!(settings, [("teacher", 5), ("undistilled", 4), ("undistilled", 4), ("student", 4)]);
     for row in &rows[1..] {
         assert!(row["latent_mse"].as_f64().is_some_and(|error| error > 0.0), "{row}");
     }

@@ -128,8 +128,8 @@ fn rows_of_a_prompt_file_bring_their_own_seeds() {
     let file = folder.path().join("prompts.csv");
     fs::write(&file, format!("prompt,seed\n{0},42\n{0},43\n", CAT[1])).unwrap();
     let file = file.to_string_lossy();
-    let rows = Drawn::new(&["--prompts", &file, "--batch-size", "1"]);
-    let single = Drawn::new(&CAT);
+    // One by one: on some processors a batch of two differs from its samples in the last bits.
+    let (rows, single) = (Drawn::new(&["--prompts", &file, "--batch-size", "1"]), Drawn::new(&CAT));
     assert_eq!(rows.picture(0), single.picture(0));
     assert_ne!(rows.picture(1), single.picture(0));
     let metadata = fs::read_to_string(rows.output().join("metadata.csv")).unwrap();

@@ -157,6 +157,40 @@ fn the_same_model_draws_the_same_picture_wherever_its_files_come_from() {
 }
 
 #[test]
+fn a_dry_run_says_what_would_be_downloaded_and_downloads_nothing() {
+    let fixture = Fixture::new();
+    fixture.draw("data", &["--model", &fixture.path("model").display().to_string()]);
+    let dry = || {
+        let mut command = fixture.command(&["train", "--dry_run", "--json", "--lora_base_model", "dit"]);
+        command
+            .args(["--model_id_with_origin_paths", ORIGINS, "--dataset_base_path"])
+            .arg(fixture.path("data"));
+        let output = command.arg("--output_path").arg(fixture.path("run")).output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    let told = dry();
+    let missing: std::collections::BTreeMap<String, u64> = told["download"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|file| (file[0].as_str().unwrap().to_owned(), file[1].as_u64().unwrap()))
+        .collect();
+    let weights = "transformer/diffusion_pytorch_model.safetensors";
+    let path = fixture.path("models/owner/name").join(weights).display().to_string();
+    let expected = fs::metadata(fixture.path("model").join(weights)).unwrap().len();
+    assert_eq!(missing.get(&path), Some(&expected), "{missing:?}");
+    assert_eq!((told["model"].is_null(), told["starts"].as_bool()), (true, Some(true)), "{told}");
+    assert!(fixture.server.file_requests().is_empty() && !fixture.path("models").exists());
+    // Once the files are there, everything is told.
+    fixture.draw("other", &["--model_id_with_origin_paths", ORIGINS]);
+    let told = dry();
+    assert_eq!(told["download"], serde_json::json!([]));
+    assert!(told["peak_bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{told}");
+    assert!(!fixture.path("run").exists());
+}
+
+#[test]
 fn download_fetches_a_repository_or_a_pattern_and_names_the_files() {
     let fixture = Fixture::new();
     let base = fixture.path("elsewhere").display().to_string();

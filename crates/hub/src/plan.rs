@@ -120,9 +120,15 @@ impl Plan {
 
     /// Bytes that [`Hub::download`] would fetch now.
     pub fn missing_bytes(&self) -> u64 {
+        self.missing().fold(0, |sum: u64, (_, bytes)| sum.saturating_add(bytes))
+    }
+
+    /// The files that [`Hub::download`] would fetch now, with the bytes that are missing, sorted by path.
+    pub fn missing(&self) -> impl Iterator<Item = (&Path, u64)> {
+        let absent = self.groups.iter().flatten().filter(|file| !file.is_there());
         let files: BTreeMap<&Path, u64> =
-            self.groups.iter().flatten().map(|file| (file.path.as_path(), file.missing_bytes())).collect();
-        files.values().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes))
+            absent.map(|file| (file.path.as_path(), file.missing_bytes())).collect();
+        files.into_iter()
     }
 }
 

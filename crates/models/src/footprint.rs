@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::model::check_family;
-use crate::{ModelError, ModelSource, qwen_image};
+use crate::{Components, ModelError, ModelSource, qwen_image};
 
 /// The work that is asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +22,21 @@ pub struct Workload {
     pub text_tokens: usize,
     /// Rank of the adapters that are trained on the peers' usual layers; `None` trains the whole denoiser.
     pub lora_rank: Option<usize>,
+    /// What is loaded; the denoiser is among it.
+    pub components: Components,
+}
+
+/// What text encoder and autoencoder hold beside their weights, in numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Encoding {
+    /// For each token of the prompts encoded together.
+    pub per_token: u64,
+    /// The same with a graph, everything the backward needs kept.
+    pub per_token_training: u64,
+    /// For each pixel of the pictures encoded together.
+    pub per_pixel: u64,
+    /// Floating point operations for each token.
+    pub flops_per_token: u64,
 }
 
 /// What a workload takes.
@@ -29,8 +44,10 @@ pub struct Workload {
 pub struct Footprint {
     /// Tokens of one picture.
     pub image_tokens: usize,
-    /// Parameters of each component that has any.
+    /// Parameters in the files of each loaded component that has any.
     pub parameters: BTreeMap<&'static str, u64>,
+    /// Those of them that stay in memory: an autoencoder for videos needs few of its weights for pictures.
+    pub held: BTreeMap<&'static str, u64>,
     /// Parameters that learn.
     pub trained: u64,
     /// Numbers that evaluating the denoiser on a batch holds.
@@ -63,10 +80,44 @@ impl Footprint {
     /// What a workload takes with a model; weights need not be there.
     ///
     /// # Errors
-    /// If the model is of no known family, a config is missing or damaged, or the family cannot draw that size.
+    /// If the model is of no known family, a config of what is loaded is missing or damaged, or the family cannot draw
+    /// that size.
     pub fn of(source: &ModelSource, workload: &Workload) -> Result<Self, ModelError> {
         check_family(source)?;
         qwen_image::footprint(source, workload)
+    }
+
+    /// What encoding takes with a model; weights need not be there.
+    ///
+    /// # Errors
+    /// As [`Footprint::of`].
+    pub fn of_encoding(source: &ModelSource) -> Result<Encoding, ModelError> {
+        check_family(source)?;
+        qwen_image::encoding(source)
+    }
+
+    /// Parameters of the components, as [`Footprint::parameters`].
+    ///
+    /// # Errors
+    /// As [`Footprint::of`].
+    pub fn counted(
+        source: &ModelSource,
+        components: Components,
+    ) -> Result<BTreeMap<&'static str, u64>, ModelError> {
+        check_family(source)?;
+        qwen_image::counted(source, components)
+    }
+
+    /// Numbers of the components' weights that stay in memory, as [`Footprint::held`].
+    ///
+    /// # Errors
+    /// As [`Footprint::of`].
+    pub fn held_by(
+        source: &ModelSource,
+        components: Components,
+    ) -> Result<BTreeMap<&'static str, u64>, ModelError> {
+        check_family(source)?;
+        qwen_image::held(source, components)
     }
 
     /// Gradients held at the worst moment: the sum over sampling steps, and those that are being added to it.

@@ -17,19 +17,21 @@ mod pipeline;
 pub mod qwen_image;
 pub mod sampling;
 mod source;
+pub mod student;
 mod weights;
 
 pub use condition::Condition;
 pub use conventions::{Conventions, DecodeRange, GuidanceRule, Peer};
 pub use error::ModelError;
-pub use footprint::{Activations, Flops, Footprint, Workload};
+pub use footprint::{Activations, Encoding, Flops, Footprint, Workload};
 pub use load_options::{Components, DTYPES, LoadOptions};
-pub use model::{Denoiser, Model, check_weights, expected_tensors};
+pub use model::{Denoiser, Model, check_weights, expected_tensors, loaded_components};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};
 pub use parts::linear::{Linear, LowRankAdapter};
 pub use pipeline::{Generated, LoraFile, Pipeline, PipelineOptions, Request};
 pub use qwen_image::PromptLength;
 pub use source::ModelSource;
+pub use student::Student;
 pub use weights::{
     Numbers, TensorEntry, TensorShapes, WeightFiles, WeightType, read_info, read_numbers, save_numbers,
     save_streamed, save_tensors, weights_hash,

@@ -8,12 +8,12 @@ use burn::tensor::{Device, Tensor};
 use fewstep_data::image::MAX_SIDE_PX;
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::guided;
-use fewstep_flow::schedule::GridRequest;
+use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
 
 use crate::load_options::{rounded, store_weights};
 use crate::qwen_image::{self, PromptLength, QwenImage};
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare, copy_tree, is_weights};
-use crate::{Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource};
+use crate::{Components, Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource};
 
 /// Predicts velocities: all that methods and samplers know of a model.
 pub trait Denoiser {
@@ -61,6 +61,16 @@ impl Model {
     pub fn from_pretrained(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
         check_family(source)?;
         QwenImage::from_pretrained(source, options).map(Model::QwenImage)
+    }
+
+    /// A model without its weights: sizes, names and schedule of the components that the options name. Nothing is
+    /// allocated, and no weight file need be there. Evaluating it gives nothing of use.
+    ///
+    /// # Errors
+    /// If the folder names no known family, or a config or the tokenizer is missing, damaged or unsupported.
+    pub fn outline(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
+        check_family(source)?;
+        QwenImage::outline(source, options).map(Model::QwenImage)
     }
 
     /// Builds a model's configs with fresh weights; the same seed gives the same weights.
@@ -211,14 +221,40 @@ impl Model {
         GridRequest { rounding, ..GridRequest::new(num_inference_steps, image_tokens) }
     }
 
+    /// The schedule's config.
+    pub fn scheduler(&self) -> &SchedulerConfig {
+        match self {
+            Model::QwenImage(model) => model.scheduler(),
+        }
+    }
+
     /// The sigma grid of a run that changes the model's schedule.
     ///
     /// # Errors
     /// If the request cannot be met.
     pub fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, ModelError> {
-        match self {
-            Model::QwenImage(model) => model.grid(request),
+        Ok(self.scheduler().grid(request)?)
+    }
+
+    /// Bytes of the folder that [`Model::save_pretrained`] writes, headers of weight files aside; the model needs no
+    /// weights for it.
+    ///
+    /// # Errors
+    /// If a folder or file cannot be read.
+    pub fn saved_bytes(&self, source: &ModelSource, dtype: WeightType) -> Result<u64, ModelError> {
+        let unchanged = match self {
+            Model::QwenImage(model) => model.unchanged(),
+        };
+        let mut bytes =
+            source.bytes(&|component, is_weights| !is_weights || unchanged.contains(&component))?;
+        for component in self.component_names().iter().filter(|name| !unchanged.contains(name)) {
+            let numbers: usize = qwen_image::component_tensors(source, component)?
+                .values()
+                .map(|shape| shape.iter().product::<usize>())
+                .sum();
+            bytes += (numbers * dtype.bytes()) as u64;
         }
+        Ok(bytes)
     }
 
     /// Names of the components that parameters' names start with.
@@ -334,13 +370,19 @@ pub fn expected_tensors(source: &ModelSource) -> Result<BTreeMap<&'static str, T
 /// Compares the weight files of one component with the configs, without reading values.
 ///
 /// # Errors
-/// As [`expected_tensors`]; if the files are missing or damaged; or as loading would refuse them.
+/// If its config is missing, damaged or unsupported; if the files are missing or damaged; or as loading would refuse them.
 pub fn check_weights(source: &ModelSource, component: &'static str) -> Result<(), ModelError> {
-    let expected = expected_tensors(source)?.remove(component).unwrap_or_default();
+    check_family(source)?;
+    let expected = qwen_image::component_tensors(source, component)?;
     match qwen_image::keys(component) {
         Some(keys) if !expected.is_empty() => compare(&source.weights(component)?, &expected, keys),
         _ => Ok(()), // no component with weights
     }
+}
+
+/// The components that are loaded for some of the work.
+pub fn loaded_components(components: Components) -> &'static [&'static str] {
+    qwen_image::loaded(components)
 }
 
 /// Height and width of a picture in units of `factor` pixels.

@@ -10,7 +10,7 @@ use fewstep_flow::schedule::{GridRequest, ShiftOverride};
 use fewstep_flow::{SigmaGrid, Solver};
 
 use crate::sampling::{Guidance, sample_latents, sample_trajectory};
-use crate::{Condition, Denoiser, LoadOptions, Model, ModelError, ModelSource, lora};
+use crate::{Condition, Denoiser, LoadOptions, Model, ModelError, ModelSource, Student, lora};
 
 /// A LoRA file and how strongly it is applied.
 #[derive(Clone, Debug, PartialEq)]
@@ -115,6 +115,8 @@ impl Generated {
 pub struct Pipeline {
     /// The model, on the plain side of its device.
     pub model: Model,
+    /// What the weights were trained to run, where they are a student's: pictures are drawn on its grids.
+    pub student: Option<Student>,
     device: Device,
 }
 
@@ -133,12 +135,13 @@ impl Pipeline {
             lora::check_base(&file.path, &source)?;
             model = lora::load(model, &file.path, file.alpha)?;
         }
-        Ok(Self { model, device: options.load.device })
+        let student = Student::find(&source, options.lora.as_ref())?;
+        Ok(Self { model, student, device: options.load.device })
     }
 
     /// A pipeline around a model that is already loaded on the plain side of `device`.
     pub fn new(model: Model, device: Device) -> Self {
-        Self { model, device }
+        Self { model, student: None, device }
     }
 
     /// Draws one picture.
@@ -189,13 +192,19 @@ impl Pipeline {
         Ok(self.pictures(Drawn { grid, noise, states, condition: guidance.condition }))
     }
 
-    /// The sigma grid of a request.
+    /// The sigma grid of a request: a student's own, unless the request changes the schedule or starts from a picture.
     ///
     /// # Errors
     /// If the size does not fit the family or the schedule has no such grid.
     pub fn grid(&self, request: &Request) -> Result<SigmaGrid, ModelError> {
         self.model.latent_shape(request.height, request.width)?;
         let plain = self.model.grid_request(request.num_inference_steps, request.height, request.width);
+        if let (Some(student), None) = (&self.student, request.exponential_shift_mu)
+            && request.denoising_strength == 1.0
+            && let Some(grid) = student.grid(&plain, [request.height, request.width])?
+        {
+            return Ok(grid);
+        }
         self.model.grid(&GridRequest {
             shift: request.exponential_shift_mu.map(ShiftOverride::Mu),
             denoising_strength: request.denoising_strength,

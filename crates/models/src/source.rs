@@ -10,8 +10,11 @@ use std::path::{Path, PathBuf};
 
 use fewstep_data::bounded;
 
-use crate::weights::{WeightFiles, component_files};
+use crate::weights::{WeightFiles, component_files, is_weights, read_info};
 use crate::{ModelError, qwen_image};
+
+/// The metadata of a safetensors file.
+pub(crate) type Info = BTreeMap<String, String>;
 
 /// The files of one model.
 #[derive(Clone, Debug, PartialEq)]
@@ -146,6 +149,42 @@ impl ModelSource {
         }
     }
 
+    /// Bytes of the model's files that `counts` accepts, told their component and whether they are weights; of given
+    /// files, the weights alone.
+    ///
+    /// # Errors
+    /// If a folder cannot be read.
+    pub(crate) fn bytes(&self, counts: &dyn Fn(&str, bool) -> bool) -> Result<u64, ModelError> {
+        let size = |path: &Path| std::fs::metadata(path).map(|file| file.len()).map_err(ModelError::io(path));
+        let mut bytes = 0;
+        match &self.place {
+            Place::Folder(folder) => {
+                for path in files_below(folder)? {
+                    let component = path.parent().map(name_of).unwrap_or_default();
+                    if counts(&component, is_weights(&path)) {
+                        bytes += size(&path)?;
+                    }
+                }
+            }
+            Place::Files(given) => {
+                for (_, files) in given.weights.iter().filter(|(component, _)| counts(component, true)) {
+                    for path in files {
+                        bytes += size(path)?;
+                    }
+                }
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Bytes of a component's weight files; 0 where there are none.
+    ///
+    /// # Errors
+    /// If a folder cannot be read.
+    pub fn weight_bytes(&self, component: &str) -> Result<u64, ModelError> {
+        self.bytes(&|name, is_weights| is_weights && name == component)
+    }
+
     /// A component's weights.
     ///
     /// # Errors
@@ -158,6 +197,24 @@ impl ModelSource {
                 None => Err(ModelError::MissingComponent { component, given: given.all_files() }),
             },
         }
+    }
+
+    /// The metadata of a component's weights and the file it stands in, the first of several; `None` where there are no
+    /// weights.
+    ///
+    /// # Errors
+    /// If a file cannot be read or its header is damaged.
+    pub fn info(&self, component: &str) -> Result<Option<(PathBuf, Info)>, ModelError> {
+        let files = match &self.place {
+            Place::Folder(folder) => match component_files(&folder.join(component)) {
+                Ok(files) => files,
+                Err(ModelError::NoModelFolder { .. }) => Vec::new(),
+                Err(error) => return Err(error),
+            },
+            Place::Files(_) => self.component_files(component).to_vec(),
+        };
+        let read = |path: PathBuf| Ok((path.clone(), read_info(&path)?));
+        files.into_iter().next().map(read).transpose()
     }
 
     /// The text of a small file that every model of a family shares, and its path for messages; `published` where
@@ -277,6 +334,17 @@ fn first_of(candidates: impl Iterator<Item = PathBuf>, what: &str) -> Result<Pat
         Some(path) => Ok(path.clone()),
         None => Err(ModelError::NotBeside { what: what.to_owned(), looked }),
     }
+}
+
+/// Every file in a folder and the folders below it.
+fn files_below(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let entries = std::fs::read_dir(folder).map_err(ModelError::io(folder))?;
+    let mut files: Vec<PathBuf> =
+        entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_file()).collect();
+    for subfolder in subfolders(folder)? {
+        files.extend(files_below(&subfolder)?);
+    }
+    Ok(files)
 }
 
 fn subfolders(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {

@@ -7,14 +7,20 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::Device;
 use fewstep_models::lora::{self, LoraConfig};
-use fewstep_models::{Footprint, Model, ModelSource, TensorEntry, WeightFiles, Workload};
+use fewstep_models::{Components, Footprint, Model, ModelSource, TensorEntry, WeightFiles, Workload};
 
 fn teacher() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/teacher")
 }
 
-const WORKLOAD: Workload =
-    Workload { height: 192, width: 192, batch_size: 2, text_tokens: 32, lora_rank: None };
+const WORKLOAD: Workload = Workload {
+    height: 192,
+    width: 192,
+    batch_size: 2,
+    text_tokens: 32,
+    lora_rank: None,
+    components: Components::All,
+};
 
 fn file_parameters(component: &Path) -> u64 {
     let entries = WeightFiles::open(component).unwrap().entries();

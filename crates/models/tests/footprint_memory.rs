@@ -8,7 +8,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::Device;
-use fewstep_models::{Condition, Denoiser, Footprint, Model, ModelSource, Workload};
+use fewstep_models::{Components, Condition, Denoiser, Footprint, Model, ModelSource, Workload};
 use fewstep_testkit::random;
 
 /// The largest resident size so far, in bytes.
@@ -24,7 +24,14 @@ fn peak_bytes() -> f64 {
 fn activations_are_those_measured() {
     let device = Device::flex();
     let teacher = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/teacher");
-    let workload = Workload { height: 256, width: 256, batch_size: 4, text_tokens: 32, lora_rank: None };
+    let workload = Workload {
+        height: 256,
+        width: 256,
+        batch_size: 4,
+        text_tokens: 32,
+        lora_rank: None,
+        components: Components::All,
+    };
     let footprint = Footprint::of(&ModelSource::from(&teacher), &workload).unwrap();
     let model = Model::random(&ModelSource::from(&teacher), 1, &device).unwrap().train();
     let [channels, height, width] = model.latent_shape(256, 256).unwrap();

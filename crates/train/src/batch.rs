@@ -46,7 +46,11 @@ pub(crate) struct Planned {
 impl Plan {
     /// Lays out a recipe's batches over a data set.
     pub(crate) fn new(recipe: &Recipe, data: &Dataset) -> Self {
-        let groups: Vec<Group> = data.samples.iter().map(|sample| sample.group).collect();
+        Self::of_groups(recipe, data.samples.iter().map(|sample| sample.group).collect())
+    }
+
+    /// Lays out a recipe's batches over rows, of which only the groups are known.
+    pub(crate) fn of_groups(recipe: &Recipe, groups: Vec<Group>) -> Self {
         let global = recipe.random_numbers == RandomNumbers::TorchGlobal;
         let mut plan = Self {
             seed: recipe.seed,
@@ -63,6 +67,11 @@ impl Plan {
         let batches = plan.batches(&(0..plan.positions()).collect::<Vec<_>>());
         plan.steps_per_epoch = batches.len().div_ceil(plan.batches_per_step) as u64;
         plan
+    }
+
+    /// Optimiser steps of the whole run.
+    pub(crate) fn total_steps(&self, recipe: &Recipe) -> u64 {
+        recipe.max_steps.unwrap_or(recipe.num_epochs as u64 * self.steps_per_epoch)
     }
 
     /// Epoch of an optimiser step, counted from 0.

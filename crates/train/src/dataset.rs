@@ -67,7 +67,11 @@ pub struct Group {
 }
 
 impl Group {
-    fn new(row: &SourceRow, size: Size, model: &Model) -> Result<Self, TrainError> {
+    /// The group of a row whose picture is trained at a size.
+    ///
+    /// # Errors
+    /// If the size does not fit the model.
+    pub(crate) fn new(row: &SourceRow, size: Size, model: &Model) -> Result<Self, TrainError> {
         let latent_shape = model.latent_shape(size.height, size.width)?;
         Ok(Self::of(latent_shape, size, (row.num_inference_steps, row.cfg_scale)))
     }
@@ -177,25 +181,8 @@ impl Dataset {
     /// As [`processed::read`], or if the latents are not of the model's sizes.
     pub(crate) fn read(recipe: &Recipe, model: &Model, device: &Device) -> Result<Self, TrainError> {
         let (samples, tables) = processed::read(recipe)?;
-        let wrong = |what, found: Vec<usize>, expected: Vec<usize>| TrainError::Shape {
-            path: recipe.dataset_base_path.clone(),
-            what,
-            found,
-            expected,
-        };
-        for group in samples.iter().map(|sample| sample.group) {
-            let expected = model.latent_shape(group.size.height, group.size.width)?;
-            if group.latent_shape != expected {
-                return Err(wrong("latents", group.latent_shape.to_vec(), expected.to_vec()));
-            }
-        }
-        for text in &tables.texts {
-            let shape = text.shape()?;
-            if shape.len() != 2 || shape[1] != model.text_width() {
-                let expected = vec![shape.first().copied().unwrap_or(0), model.text_width()];
-                return Err(wrong("text states", shape, expected));
-            }
-        }
+        let text = tables.texts.iter().map(Place::shape).collect::<Result<Vec<_>, _>>()?;
+        check_shapes(recipe, model, &samples, text.iter())?;
         Ok(Self { samples, tables, device: device.clone() })
     }
 
@@ -260,8 +247,42 @@ impl Dataset {
         groups
     }
 
+    /// The generators of the rows' noise, each once.
+    pub(crate) fn rand_devices(&self) -> Vec<RandDevice> {
+        let of = |device: &RandDevice| self.samples.iter().any(|sample| sample.rand_device == *device);
+        [RandDevice::Cpu, RandDevice::Cuda].into_iter().filter(of).collect()
+    }
+
     /// The plain side of the device that batches go to.
     pub(crate) fn device(&self) -> &Device {
         &self.device
+    }
+}
+
+/// Checks that processed data is of a model's sizes.
+///
+/// # Errors
+/// If latents or text states are not.
+pub(crate) fn check_shapes<'a>(
+    recipe: &Recipe,
+    model: &Model,
+    samples: &[Sample],
+    mut text: impl Iterator<Item = &'a Vec<usize>>,
+) -> Result<(), TrainError> {
+    let wrong = |what, found: Vec<usize>, expected: Vec<usize>| {
+        Err(TrainError::Shape { path: recipe.dataset_base_path.clone(), what, found, expected })
+    };
+    for group in samples.iter().map(|sample| sample.group) {
+        let expected = model.latent_shape(group.size.height, group.size.width)?;
+        if group.latent_shape != expected {
+            return wrong("latents", group.latent_shape.to_vec(), expected.to_vec());
+        }
+    }
+    let width = model.text_width();
+    match text.find(|states| states.len() != 2 || states[1] != width) {
+        Some(states) => {
+            wrong("text states", states.clone(), vec![states.first().copied().unwrap_or(0), width])
+        }
+        None => Ok(()),
     }
 }

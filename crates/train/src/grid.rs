@@ -4,6 +4,7 @@ use fewstep_data::image::Size;
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::schedule::{GridRequest, ShiftOverride, SigmaRounding};
 use fewstep_models::Model;
+use fewstep_models::student::SigmaRule;
 
 use crate::TrainError;
 use crate::recipe::TrainingGrid;
@@ -12,14 +13,26 @@ impl TrainingGrid {
     /// The grid of a number of steps for pictures of a size.
     pub(crate) fn sigmas(self, model: &Model, steps: usize, size: Size) -> Result<SigmaGrid, TrainError> {
         let inference = model.grid_request(steps, size.height, size.width);
-        let request = match self {
-            Self::Inference => inference,
-            Self::Diffsynth => GridRequest {
-                shift: Some(ShiftOverride::DiffsynthTraining),
-                rounding: SigmaRounding::Diffsynth,
-                ..inference
+        let request = GridRequest {
+            shift: self.shift(),
+            rounding: match self {
+                Self::Inference => inference.rounding,
+                Self::Diffsynth => SigmaRounding::Diffsynth,
             },
+            ..inference
         };
         Ok(model.grid(&request)?)
+    }
+
+    /// How grids of any size and number of steps follow from the model's schedule.
+    pub(crate) fn rule(self, model: &Model) -> SigmaRule {
+        SigmaRule { scheduler: model.scheduler().clone(), shift: self.shift() }
+    }
+
+    fn shift(self) -> Option<ShiftOverride> {
+        match self {
+            Self::Inference => None,
+            Self::Diffsynth => Some(ShiftOverride::DiffsynthTraining),
+        }
     }
 }

@@ -11,6 +11,7 @@
 mod batch;
 mod checkpoint;
 mod dataset;
+pub mod dry_run;
 mod ema;
 mod error;
 mod exact_floats;

@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use fewstep_data::atomic::NewFolder;
-use fewstep_data::provenance::TORCH_CPU;
-use fewstep_models::{Model, ModelSource, lora, weights_hash};
+use fewstep_flow::noise::RandDevice;
+use fewstep_models::student::{TrainedGrid, noise_generator};
+use fewstep_models::{Model, ModelSource, Student, lora, weights_hash};
 
 use crate::TrainError;
 use crate::dataset::Group;
+use crate::provenance::DataFile;
 use crate::recipe::{Objective, Recipe};
 
 /// Where trained weights come from.
@@ -19,6 +21,10 @@ pub(crate) struct Origin<'a> {
     pub(crate) source: &'a ModelSource,
     /// The kinds of batches trained on.
     pub(crate) groups: Vec<Group>,
+    /// The generators of the rows' noise.
+    pub(crate) rand_devices: Vec<RandDevice>,
+    /// What the data was when the run began.
+    pub(crate) data: Option<&'a DataFile>,
     /// Program, version and commit.
     pub(crate) version: &'a str,
 }
@@ -54,28 +60,32 @@ impl Origin<'_> {
         if self.source.is_whole() {
             info.insert(lora::BASE_HASH.to_owned(), weights_hash(self.source)?);
         }
+        if let Some(data) = self.data {
+            info.insert("fewstep.data_file".to_owned(), data.name.clone());
+            info.insert("fewstep.data_hash".to_owned(), data.hash.clone());
+        }
         if self.recipe.task.objective() == Objective::Distillation {
-            info.insert("fewstep.noise_generator".to_owned(), TORCH_CPU.to_owned());
-            info.insert("fewstep.sigma_grids".to_owned(), self.sigma_grids(model)?);
+            info.extend(self.student(model)?.to_info());
         }
         Ok(info)
     }
 
-    /// The grids the student was trained on, as JSON: a list of objects.
-    fn sigma_grids(&self, model: &Model) -> Result<String, TrainError> {
-        let mut grids = Vec::new();
-        for group in &self.groups {
-            let (steps, height, width) = (group.num_inference_steps, group.size.height, group.size.width);
-            let grid = self.recipe.training_grid.sigmas(model, steps, group.size)?;
-            let entry = serde_json::json!({
-                "num_inference_steps": steps,
-                "cfg_scale": group.cfg_scale(),
-                "height": height,
-                "width": width,
-                "sigmas": grid.as_slice(),
-            });
-            grids.push(entry);
-        }
-        Ok(serde_json::Value::Array(grids).to_string())
+    /// What the student was trained to run.
+    fn student(&self, model: &Model) -> Result<Student, TrainError> {
+        let grid = |group: &Group| -> Result<TrainedGrid, TrainError> {
+            let (steps, size) = (group.num_inference_steps, group.size);
+            Ok(TrainedGrid {
+                num_inference_steps: steps,
+                cfg_scale: self.recipe.student_guidance.scale(group.cfg_scale()),
+                height: size.height,
+                width: size.width,
+                sigmas: self.recipe.training_grid.sigmas(model, steps, size)?,
+            })
+        };
+        Ok(Student {
+            grids: self.groups.iter().map(grid).collect::<Result<_, _>>()?,
+            rule: Some(self.recipe.training_grid.rule(model)),
+            noise_generators: self.rand_devices.iter().map(|at| noise_generator(*at).to_owned()).collect(),
+        })
     }
 }

@@ -20,7 +20,8 @@ use crate::dataset::{Dataset, Group, Sample, Tables};
 use crate::place::Place;
 use crate::recipe::{Objective, Recipe};
 
-const ROWS: &str = "processed.json";
+/// The file of the rows.
+pub(crate) const ROWS: &str = "processed.json";
 const LATENTS: &str = "latents.safetensors";
 const TEXT: &str = "text.safetensors";
 
@@ -91,35 +92,69 @@ pub(crate) fn write(
 /// If it is not there, was made for another task or number type, or is damaged.
 pub(crate) fn read(recipe: &Recipe) -> Result<(Vec<Sample>, Tables), TrainError> {
     let folder = &recipe.dataset_base_path;
-    let path = folder.join(ROWS);
-    if !path.is_file() {
-        return Err(TrainError::NotProcessed { path });
-    }
-    let damaged = |reason: String| TrainError::Processed { path: path.clone(), reason };
-    let json = fs::read_to_string(&path).map_err(TrainError::io(&path))?;
-    let found: Processed = serde_json::from_str(&json).map_err(|error| damaged(error.to_string()))?;
-    let made: Recipe = toml::from_str(&found.recipe).map_err(|error| damaged(error.to_string()))?;
-    let expectations = [
-        ("task", &found.task, &objective_name(recipe).to_owned()),
-        ("dtype", &format!("{:?}", made.dtype), &format!("{:?}", recipe.dtype)),
-    ];
-    if let Some((key, found, expected)) = expectations.into_iter().find(|(_, found, here)| found != here) {
-        return Err(damaged(format!("made with {key} {found}, expected {expected}")));
-    }
+    let found = Processed::read(recipe)?;
     let (latents, texts) = (open(&folder.join(LATENTS))?, open(&folder.join(TEXT))?);
-    let exists = |row: &ProcessedRow| row.latents < latents.len() && row.prompt < found.prompts.len();
-    if found.rows.is_empty() || texts.len() != found.prompts.len() || !found.rows.iter().all(exists) {
-        return Err(damaged("its rows do not fit the files beside it".into()));
-    }
+    found.check_rows(recipe, latents.len(), texts.len())?;
     let mut samples = Vec::with_capacity(found.rows.len());
     for row in &found.rows {
-        let shape = latents[row.latents].shape()?;
-        let latent_shape = shape.try_into().map_err(|shape: Vec<usize>| {
-            damaged(format!("latents {} have {} axes, expected 3", row.latents, shape.len()))
+        let latent_shape = latents[row.latents].shape()?.try_into().map_err(|shape: Vec<usize>| {
+            let reason = format!("latents {} have {} axes, expected 3", row.latents, shape.len());
+            TrainError::Processed { path: folder.join(ROWS), reason }
         })?;
         samples.push(sample(row, latent_shape));
     }
     Ok((samples, Tables { latents, prompts: found.prompts, texts }))
+}
+
+/// The rows, and the shapes of latents and text states, from the files' headers alone.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn outline(recipe: &Recipe) -> Result<Outline, TrainError> {
+    let (samples, tables) = read(recipe)?;
+    let shapes = |places: &[Place]| places.iter().map(Place::shape).collect::<Result<Vec<_>, _>>();
+    Ok(Outline { samples, latents: shapes(&tables.latents)?, text: shapes(&tables.texts)? })
+}
+
+/// Processed data without its numbers.
+pub(crate) struct Outline {
+    pub(crate) samples: Vec<Sample>,
+    /// Shapes of the latents.
+    pub(crate) latents: Vec<Vec<usize>>,
+    /// Shapes of the text states.
+    pub(crate) text: Vec<Vec<usize>>,
+}
+
+impl Processed {
+    fn read(recipe: &Recipe) -> Result<Self, TrainError> {
+        let path = recipe.dataset_base_path.join(ROWS);
+        if !path.is_file() {
+            return Err(TrainError::NotProcessed { path });
+        }
+        let damaged = |reason: String| TrainError::Processed { path: path.clone(), reason };
+        let json = fs::read_to_string(&path).map_err(TrainError::io(&path))?;
+        let found: Self = serde_json::from_str(&json).map_err(|error| damaged(error.to_string()))?;
+        let made: Recipe = toml::from_str(&found.recipe).map_err(|error| damaged(error.to_string()))?;
+        let expectations = [
+            ("task", &found.task, &objective_name(recipe).to_owned()),
+            ("dtype", &format!("{:?}", made.dtype), &format!("{:?}", recipe.dtype)),
+        ];
+        let differs = expectations.into_iter().find(|(_, found, here)| found != here);
+        match differs.map(|(key, found, here)| format!("made with {key} {found}, expected {here}")) {
+            Some(reason) => Err(damaged(reason)),
+            None => Ok(found),
+        }
+    }
+
+    fn check_rows(&self, recipe: &Recipe, latents: usize, text: usize) -> Result<(), TrainError> {
+        let exists = |row: &ProcessedRow| row.latents < latents && row.prompt < self.prompts.len();
+        if self.rows.is_empty() || text != self.prompts.len() || !self.rows.iter().all(exists) {
+            let path = recipe.dataset_base_path.join(ROWS);
+            let reason = "its rows do not fit the files beside it".into();
+            return Err(TrainError::Processed { path, reason });
+        }
+        Ok(())
+    }
 }
 
 fn objective_name(recipe: &Recipe) -> &'static str {

@@ -85,7 +85,7 @@ impl Drop for RunFolder {
 }
 
 /// Checks that the recipe's folder is empty, absent, or holds this very run.
-fn check(recipe: &Recipe) -> Result<(), TrainError> {
+pub(crate) fn check(recipe: &Recipe) -> Result<(), TrainError> {
     let folder = &recipe.output_path;
     let path = folder.join(RECIPE);
     if path.exists() {

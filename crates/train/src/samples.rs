@@ -27,13 +27,13 @@ pub(crate) struct Samples {
 }
 
 /// Pictures drawn at once.
-const BATCH: usize = 8;
+pub(crate) const BATCH: usize = 8;
 /// Pixels between the pictures of a sheet.
 const GAP_PX: usize = 2;
 /// Sampling steps of a model that is no student.
-pub(crate) const DEFAULT_STEPS: usize = 25;
+const DEFAULT_STEPS: usize = 25;
 /// Guidance of a model that is no student.
-pub(crate) const DEFAULT_CFG_SCALE: f32 = 4.0;
+const DEFAULT_CFG_SCALE: f32 = 4.0;
 
 impl Samples {
     /// The sample settings of a recipe; `None` where it asks for none. `group` is the first kind of batch, whose picture
@@ -47,12 +47,11 @@ impl Samples {
             return Ok(None);
         }
         let distils = recipe.task.objective() == Objective::Distillation;
-        let (steps, cfg_scale) =
-            if distils { student(recipe, group) } else { (DEFAULT_STEPS, DEFAULT_CFG_SCALE) };
+        let (num_inference_steps, cfg_scale) = settings(recipe, group);
         let request = |prompt: &String| Request {
             seed: recipe.seed,
-            num_inference_steps: recipe.sample_num_inference_steps.unwrap_or(steps),
-            cfg_scale: recipe.sample_cfg_scale.map_or(cfg_scale, |scale| scale as f32),
+            num_inference_steps,
+            cfg_scale,
             ..Request::new(prompt, group.size.height, group.size.width)
         };
         let student: Vec<Request> = prompts.iter().map(request).collect();
@@ -140,6 +139,16 @@ impl Samples {
         contact_sheet(&pictures, columns, GAP_PX).save_png(&path)?;
         Ok(path)
     }
+}
+
+/// Steps and guidance of the sample pictures: the recipe's, or those that a student is trained for.
+pub(crate) fn settings(recipe: &Recipe, group: Group) -> (usize, f32) {
+    let (steps, cfg_scale) = match recipe.task.objective() {
+        Objective::Distillation => student(recipe, group),
+        Objective::FlowMatching => (DEFAULT_STEPS, DEFAULT_CFG_SCALE),
+    };
+    let cfg_scale = recipe.sample_cfg_scale.map_or(cfg_scale, |scale| scale as f32);
+    (recipe.sample_num_inference_steps.unwrap_or(steps), cfg_scale)
 }
 
 /// Steps and guidance that a student is trained for.

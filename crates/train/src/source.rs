@@ -4,9 +4,10 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use fewstep_data::DataError;
 use fewstep_data::emoji::{CONCEPTS_FILE, EmojiSet, Item};
 use fewstep_data::image::{Picture, Resize, Size, refuse_resize};
-use fewstep_data::metadata::{DistillRow, Metadata, RandDevice, Row};
+use fewstep_data::metadata::{Metadata, RandDevice, Row};
 
 use crate::TrainError;
 use crate::recipe::{Objective, Recipe, ResizedTargets};
@@ -70,21 +71,25 @@ impl PictureSource {
 /// # Errors
 /// If the metadata is missing or malformed, a distillation picture would be resized, or there are no rows.
 pub(crate) fn rows(recipe: &Recipe, resize: Resize) -> Result<Vec<SourceRow>, TrainError> {
+    checked_rows(recipe, resize)?.into_iter().collect()
+}
+
+/// Every row of the metadata: what it says, or what is wrong with it.
+///
+/// # Errors
+/// If there is no metadata, it cannot be read at all, or has no rows.
+pub(crate) fn checked_rows(
+    recipe: &Recipe,
+    resize: Resize,
+) -> Result<Vec<Result<SourceRow, TrainError>>, TrainError> {
     let base = &recipe.dataset_base_path;
-    let rows = match (metadata_path(recipe), recipe.task.objective()) {
-        (None, Objective::FlowMatching) if is_emoji(base) => emoji_rows(base)?,
+    let rows: Vec<Result<SourceRow, TrainError>> = match (metadata_path(recipe), recipe.task.objective()) {
+        (None, Objective::FlowMatching) if is_emoji(base) => emoji_rows(base)?.into_iter().map(Ok).collect(),
         (None, Objective::Distillation) if is_emoji(base) && recipe.online_teacher => emoji_prompts(recipe)?,
         (None, _) => return Err(TrainError::NoMetadata { path: base.clone() }),
-        (Some(path), Objective::FlowMatching) => picture_rows(&Metadata::read(&path)?, base)?,
-        (Some(path), Objective::Distillation) if recipe.online_teacher => {
-            prompt_rows(&Metadata::read(&path)?, recipe)?
-        }
-        (Some(path), Objective::Distillation) => {
-            let metadata = Metadata::read(&path)?;
-            if recipe.resized_targets == ResizedTargets::Refuse {
-                refuse_resize(&metadata, base, resize)?;
-            }
-            distill_rows(&metadata, base)?
+        (Some(path), _) => {
+            let read = |row: Result<Row, DataError>| read_row(&row?, recipe, resize);
+            Metadata::read_rows(&path)?.into_iter().map(read).collect()
         }
     };
     match rows.is_empty() {
@@ -93,8 +98,23 @@ pub(crate) fn rows(recipe: &Recipe, resize: Resize) -> Result<Vec<SourceRow>, Tr
     }
 }
 
+/// What a row of metadata says in a recipe's task.
+fn read_row(row: &Row, recipe: &Recipe, resize: Resize) -> Result<SourceRow, TrainError> {
+    let base = &recipe.dataset_base_path;
+    match recipe.task.objective() {
+        Objective::FlowMatching => picture_row(row, base),
+        Objective::Distillation if recipe.online_teacher => prompt_row(row, recipe),
+        Objective::Distillation => {
+            if recipe.resized_targets == ResizedTargets::Refuse {
+                refuse_resize(row, base, resize)?;
+            }
+            distill_row(row, base)
+        }
+    }
+}
+
 /// The metadata file named, or the one a data set folder has by custom.
-fn metadata_path(recipe: &Recipe) -> Option<PathBuf> {
+pub(crate) fn metadata_path(recipe: &Recipe) -> Option<PathBuf> {
     let custom = || {
         let names = ["metadata.csv", "metadata.json", "metadata.jsonl"];
         names.iter().map(|name| recipe.dataset_base_path.join(name)).find(|path| path.is_file())
@@ -102,12 +122,9 @@ fn metadata_path(recipe: &Recipe) -> Option<PathBuf> {
     recipe.dataset_metadata_path.clone().or_else(custom)
 }
 
-fn picture_rows(metadata: &Metadata, base: &Path) -> Result<Vec<SourceRow>, TrainError> {
-    let row = |row: &Row| {
-        let picture = PictureSource::File(row.image_file("image", base)?);
-        Ok(with_picture(picture, row.text("prompt")?))
-    };
-    metadata.rows.iter().map(row).collect()
+fn picture_row(row: &Row, base: &Path) -> Result<SourceRow, TrainError> {
+    let picture = PictureSource::File(row.image_file("image", base)?);
+    Ok(with_picture(picture, row.text("prompt")?))
 }
 
 fn with_picture(picture: PictureSource, prompt: &str) -> SourceRow {
@@ -123,28 +140,24 @@ fn with_picture(picture: PictureSource, prompt: &str) -> SourceRow {
     }
 }
 
-fn distill_rows(metadata: &Metadata, base: &Path) -> Result<Vec<SourceRow>, TrainError> {
-    let rows = metadata.distill_rows()?;
-    metadata.image_files(base)?;
-    let row = |row: DistillRow| SourceRow {
-        picture: Some(PictureSource::File(base.join(row.image))),
+fn distill_row(row: &Row, base: &Path) -> Result<SourceRow, TrainError> {
+    let picture = row.image_file("image", base)?;
+    let row = row.distill()?;
+    Ok(SourceRow {
+        picture: Some(PictureSource::File(picture)),
         prompt: row.prompt,
         seed: Some(row.seed),
         rand_device: row.rand_device,
         num_inference_steps: row.num_inference_steps,
         cfg_scale: row.cfg_scale,
         size: None,
-    };
-    Ok(rows.into_iter().map(row).collect())
+    })
 }
 
-/// Only prompts are needed; a seed column is used where there is one.
-fn prompt_rows(metadata: &Metadata, recipe: &Recipe) -> Result<Vec<SourceRow>, TrainError> {
-    let row = |row: &Row| {
-        let seed = row.get("seed").map(|_| row.integer("seed")).transpose()?;
-        online_row(row.text("prompt")?.to_owned(), seed, recipe)
-    };
-    metadata.rows.iter().map(row).collect()
+/// Only the prompt is needed; a seed column is used where there is one.
+fn prompt_row(row: &Row, recipe: &Recipe) -> Result<SourceRow, TrainError> {
+    let seed = row.get("seed").map(|_| row.integer("seed")).transpose()?;
+    online_row(row.text("prompt")?.to_owned(), seed, recipe)
 }
 
 fn online_row(prompt: String, seed: Option<u64>, recipe: &Recipe) -> Result<SourceRow, TrainError> {
@@ -182,7 +195,7 @@ fn emoji_rows(base: &Path) -> Result<Vec<SourceRow>, TrainError> {
     Ok(set.training().flat_map(rows).collect())
 }
 
-fn emoji_prompts(recipe: &Recipe) -> Result<Vec<SourceRow>, TrainError> {
+fn emoji_prompts(recipe: &Recipe) -> Result<Vec<Result<SourceRow, TrainError>>, TrainError> {
     let rows = emoji_rows(&recipe.dataset_base_path)?;
-    rows.into_iter().map(|row| online_row(row.prompt, None, recipe)).collect()
+    Ok(rows.into_iter().map(|row| online_row(row.prompt, None, recipe)).collect())
 }

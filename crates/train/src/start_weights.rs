@@ -6,7 +6,7 @@ use std::path::Path;
 use burn::module::Param;
 use burn::tensor::Tensor;
 use fewstep_models::lora::LoraFormat;
-use fewstep_models::{Model, ModelError, NamedVisitor, WeightFiles, visit_named};
+use fewstep_models::{Model, ModelError, NamedVisitor, TensorEntry, WeightFiles, visit_named};
 
 use crate::TrainError;
 use crate::host::with_parameters;
@@ -24,32 +24,52 @@ pub(crate) fn overlay(
     lora_scale: f32,
 ) -> Result<Model, TrainError> {
     let files = WeightFiles::open(path)?;
-    let mut names = Names { model: &model, trainable, by_key: BTreeMap::new() };
-    visit_named(&model, &mut names);
-    let (mut values, mut unknown) = (BTreeMap::new(), Vec::new());
-    for key in files.keys() {
-        let plain = key.strip_prefix("pipe.dit.").unwrap_or(key);
-        let plain = LoraFormat::Diffsynth.respelled(key).unwrap_or_else(|| plain.to_owned());
-        let Some((name, expected)) = names.by_key.get(&plain) else {
-            unknown.push(key.to_owned());
-            continue;
-        };
-        let (found, mut read) = files.read(key)?;
-        if found != *expected {
-            let (path, key, expected) = (path.to_owned(), key.to_owned(), expected.clone());
-            return Err(ModelError::Shape { path, key, found, expected }.into());
-        }
+    let mut values = BTreeMap::new();
+    for (key, name) in names(&model, &files, trainable)? {
+        let mut read = files.read(&key)?.1;
         if name.ends_with(".lora.up") && lora_scale != 1.0 {
             read.iter_mut().for_each(|value| *value /= lora_scale);
         }
-        values.insert(name.clone(), read);
+        values.insert(name, read);
+    }
+    Ok(with_parameters(model, |name| values.get(name).map(Vec::as_slice)))
+}
+
+/// Checks a file for [`overlay`] by its header; the model needs no weights for it.
+///
+/// # Errors
+/// As there.
+pub(crate) fn check(model: &Model, path: &Path, trainable: &Trainable) -> Result<(), TrainError> {
+    names(model, &WeightFiles::open(path)?, trainable).map(|_| ())
+}
+
+/// The parameters that a file has, by its keys.
+fn names(
+    model: &Model,
+    files: &WeightFiles,
+    trainable: &Trainable,
+) -> Result<BTreeMap<String, String>, TrainError> {
+    let path = || files.path().to_owned();
+    let mut trained = Names { model, trainable, by_key: BTreeMap::new() };
+    visit_named(model, &mut trained);
+    let (mut names, mut unknown) = (BTreeMap::new(), Vec::new());
+    let entries = files.entries();
+    let count = entries.len();
+    for TensorEntry { key, shape: found, .. } in entries {
+        let plain = key.strip_prefix("pipe.dit.").unwrap_or(&key);
+        let plain = LoraFormat::Diffsynth.respelled(&key).unwrap_or_else(|| plain.to_owned());
+        match trained.by_key.get(&plain) {
+            Some((_, expected)) if found != *expected => {
+                let expected = expected.clone();
+                return Err(ModelError::Shape { path: path(), key, found, expected }.into());
+            }
+            Some((name, _)) => drop(names.insert(key, name.clone())),
+            None => unknown.push(key),
+        }
     }
     match unknown.is_empty() {
-        true => Ok(with_parameters(model, |name| values.get(name).map(Vec::as_slice))),
-        false => {
-            let count = files.keys().count();
-            Err(TrainError::StartWeights { path: path.to_owned(), unknown, count })
-        }
+        true => Ok(names),
+        false => Err(TrainError::StartWeights { path: path(), unknown, count }),
     }
 }
 
@@ -64,7 +84,7 @@ impl NamedVisitor for Names<'_> {
     fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
         if self.trainable.includes(name) {
             let (_, key) = self.model.weight_key(name);
-            self.by_key.insert(key, (name.to_owned(), parameter.dims().to_vec()));
+            self.by_key.insert(key, (name.to_owned(), parameter.lazy_shape().dims::<D>().to_vec()));
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::{TrainError, hash};
 
 /// Prompts encoded per call. Always the same prompts together, whatever was encoded before: their numbers may depend on
 /// it in the last bit.
-const PROMPTS_PER_BATCH: usize = 32;
+pub(crate) const PROMPTS_PER_BATCH: usize = 32;
 
 /// What a data set folder stores beside a picture.
 pub(crate) struct Stored {
@@ -48,29 +48,47 @@ impl Stored {
     }
 
     fn latents(&self, expected: [usize; 3]) -> Result<Place, TrainError> {
-        match self.files.shape("latents")? {
-            found if found == expected => Ok(self.place("latents")),
-            found => Err(self.wrong_shape("latents", found, expected.to_vec())),
-        }
+        self.check("latents", self.files.shape("latents")?.to_vec(), &expected)?;
+        Ok(self.place("latents"))
     }
 
     /// The text states of that width, where the file has any; there is at least one.
     fn text(&self, width: usize) -> Result<Option<Place>, TrainError> {
-        if !self.files.contains("text") {
-            return Ok(None);
-        }
-        match self.files.shape("text")? {
-            [tokens, found] if *found == width && *tokens > 0 => Ok(Some(self.place("text"))),
-            found => Err(self.wrong_shape("text", found, vec![1, width])),
-        }
+        let Some(shape) = self.shape("text")? else { return Ok(None) };
+        let tokens = shape.first().copied().unwrap_or(0).max(1);
+        self.check("text", shape, &[tokens, width])?;
+        Ok(Some(self.place("text")))
     }
 
     fn place(&self, key: &'static str) -> Place {
         Place::File { path: self.path.clone(), key }
     }
 
-    fn wrong_shape(&self, what: &'static str, found: &[usize], expected: Vec<usize>) -> TrainError {
-        TrainError::Shape { path: self.path.clone(), what, found: found.to_vec(), expected }
+    /// Shape of a stored tensor, from the file's header; `None` where there is none of that name.
+    ///
+    /// # Errors
+    /// If the header is damaged.
+    pub(crate) fn shape(&self, key: &str) -> Result<Option<Vec<usize>>, TrainError> {
+        let there = self.files.contains(key).then(|| self.files.shape(key));
+        Ok(there.transpose()?.map(<[usize]>::to_vec))
+    }
+
+    /// Checks that stored latents or text states have a shape.
+    ///
+    /// # Errors
+    /// If they have another one.
+    pub(crate) fn check(
+        &self,
+        what: &'static str,
+        found: Vec<usize>,
+        expected: &[usize],
+    ) -> Result<(), TrainError> {
+        match found == expected {
+            true => Ok(()),
+            false => {
+                Err(TrainError::Shape { path: self.path.clone(), what, found, expected: expected.to_vec() })
+            }
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! Which parameters learn: whole components, or LoRA adapters beside frozen weights.
 
+use std::path::Path;
+
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor, TensorData};
 use fewstep_models::lora::{self, LoraConfig};
@@ -108,11 +110,22 @@ fn component<'a>(name: &'a str, model: &Model) -> &'a str {
 /// # Errors
 /// If it is for another component, or does not fit.
 pub(crate) fn with_preset(model: Model, recipe: &Recipe) -> Result<Model, TrainError> {
+    match preset(&model, recipe)? {
+        Some(path) => Ok(lora::merge(lora::load(model, path, 1.0)?)),
+        None => Ok(model),
+    }
+}
+
+/// The LoRA file to add to the weights, if the recipe names one.
+///
+/// # Errors
+/// If it is for a component that adapters do not belong to.
+pub(crate) fn preset<'a>(model: &Model, recipe: &'a Recipe) -> Result<Option<&'a Path>, TrainError> {
     let (Some(path), Some(base)) = (&recipe.preset_lora_path, &recipe.preset_lora_model) else {
-        return Ok(model);
+        return Ok(None);
     };
-    check("preset_lora_model", component(base, &model), &[model.denoiser_name().to_owned()])?;
-    Ok(lora::merge(lora::load(model, path, 1.0)?))
+    check("preset_lora_model", component(base, model), &[model.denoiser_name().to_owned()])?;
+    Ok(Some(path))
 }
 
 fn check(key: &'static str, found: &str, expected: &[String]) -> Result<(), TrainError> {

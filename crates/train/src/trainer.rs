@@ -18,6 +18,7 @@ use crate::method::{GradientSum, Method};
 use crate::monitor::{HeldOut, Monitor, training_rows};
 use crate::observer::{Event, Observer, Started};
 use crate::peer_output::{self, PeerFile};
+use crate::provenance::DataFile;
 use crate::recipe::{InitialWeights, Objective, OutputLayout, Recipe, Stage};
 use crate::run_folder::RunFolder;
 use crate::samples::Samples;
@@ -138,13 +139,19 @@ fn load_model(recipe: &Recipe, source: &ModelSource, device: &Device) -> Result<
         device: device.clone(),
         conventions: recipe.conventions(),
         dtype: recipe.dtype.into(),
-        components: match recipe.task.stage() {
-            Stage::Train => Components::Denoiser,
-            Stage::DataProcess => Components::Encoders,
-            Stage::Whole => Components::All,
-        },
+        components: components(recipe),
     };
     Ok(Model::from_pretrained(source, &options)?)
+}
+
+/// The parts of the model that a recipe's task needs.
+pub(crate) fn components(recipe: &Recipe) -> Components {
+    match recipe.task.stage() {
+        _ if recipe.initial_weights == InitialWeights::Random => Components::All,
+        Stage::Train => Components::Denoiser,
+        Stage::DataProcess => Components::Encoders,
+        Stage::Whole => Components::All,
+    }
 }
 
 fn is_due(every: u64, step: u64) -> bool {
@@ -165,6 +172,8 @@ struct Run<'a> {
     monitor: Option<Monitor<'a>>,
     checkpoints: Checkpoints,
     log: Log,
+    /// What the data was when the run began or was continued.
+    data_file: Option<DataFile>,
     /// Samples and time since the last line of the log.
     window: (usize, Instant),
 }
@@ -224,6 +233,7 @@ impl<'a> Run<'a> {
             monitor,
             log: Log::open(&recipe.output_path, state.progress.step, recipe.output_layout)?,
             window: (0, Instant::now()),
+            data_file: DataFile::of(recipe)?,
             data,
             total_steps: loader.total_steps,
             loader,
@@ -400,7 +410,14 @@ impl<'a> Run<'a> {
     }
 
     fn origin<'b>(&'b self, version: &'b str) -> output::Origin<'b> {
-        output::Origin { recipe: self.recipe, source: &self.source, groups: self.data.groups(), version }
+        output::Origin {
+            recipe: self.recipe,
+            source: &self.source,
+            groups: self.data.groups(),
+            rand_devices: self.data.rand_devices(),
+            data: self.data_file.as_ref(),
+            version,
+        }
     }
 }
 
@@ -455,7 +472,8 @@ fn preparation<'a>(
     }
 }
 
-fn resize(recipe: &Recipe, division: usize) -> Resize {
+/// The size rule of a recipe's pictures.
+pub(crate) fn resize(recipe: &Recipe, division: usize) -> Resize {
     match (recipe.height, recipe.width) {
         (Some(height), Some(width)) => Resize::Exact { height, width },
         _ => Resize::MaxPixels { max_pixels: recipe.max_pixels, division },

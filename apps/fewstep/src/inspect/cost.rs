@@ -1,16 +1,15 @@
 //! Model folders: their parts, and the memory and time they take.
 
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use burn::tensor::{Device, Tensor};
-use fewstep_kernels::{Projection, linear};
-use fewstep_models::{Footprint, ModelSource, WeightFiles, WeightType, Workload, check_weights};
+use fewstep_models::{Components, Footprint, ModelSource, WeightFiles, WeightType, Workload, check_weights};
 use serde_json::{Value, json};
 
 use super::InspectArgs;
+use super::origin;
 use super::weights::{merge, summary};
+use crate::machine;
 
 /// A model folder.
 pub(super) fn model(path: &Path, args: &InspectArgs) -> Result<Value> {
@@ -25,6 +24,7 @@ pub(super) fn model(path: &Path, args: &InspectArgs) -> Result<Value> {
             batch_size: args.batch_size,
             text_tokens: args.text_tokens,
             lora_rank: args.lora_rank,
+            components: Components::All,
         },
     )?;
     let index = json(&path.join("model_index.json"))?;
@@ -63,6 +63,9 @@ fn component(source: &ModelSource, path: &Path, class: &Value, footprint: &Footp
     if let Ok(files) = WeightFiles::open(path) {
         merge(&mut told, summary(&files.entries()));
     }
+    if let Ok(Some((_, info))) = source.info(component) {
+        merge(&mut told, json!({"origin": origin::told(&info)["origin"]}));
+    }
     let weights = match check_weights(source, component) {
         Ok(()) => "as the config says".to_owned(),
         Err(error) => error.to_string(),
@@ -79,7 +82,7 @@ fn json(path: &Path) -> Result<Value> {
 fn memory(footprint: &Footprint, dtype: WeightType) -> Value {
     let gib = |numbers: u64, bytes: usize| (numbers * bytes as u64) as f64 / f64::from(1 << 30);
     let own = |numbers| gib(numbers, dtype.bytes());
-    let weights = own(footprint.parameters.values().sum());
+    let weights = own(footprint.held.values().sum());
     let adapters = if footprint.parameters.values().any(|count| *count == footprint.trained) {
         0.0
     } else {
@@ -105,7 +108,7 @@ fn memory(footprint: &Footprint, dtype: WeightType) -> Value {
 fn time(footprint: &Footprint, args: &InspectArgs) -> Value {
     let (speed, source) = match args.tflops {
         Some(tflops) => (1e12 * tflops, "given"),
-        None => (measured_speed(), "measured here by a matrix product in f32"),
+        None => (machine::measured_speed(), "measured here by a matrix product in f32"),
     };
     let steps = args.num_inference_steps;
     let drawing = steps as u64 * footprint.flops.forward;
@@ -128,23 +131,4 @@ fn rounded(value: f64) -> Value {
         Ok(value) => json!(value),
         Err(_) => Value::Null,
     }
-}
-
-/// Operations per second of a projection of 1024 tokens and a width of 1024: the best of a few runs.
-fn measured_speed() -> f64 {
-    const SIZE: usize = 1024;
-    const RUNS: usize = 6;
-    let device = Device::flex();
-    let x = Tensor::<2>::ones([SIZE, SIZE], &device);
-    let weight = Tensor::<2>::ones([SIZE, SIZE], &device);
-    let run = || {
-        let start = Instant::now();
-        let projection = Projection { weight: weight.clone(), bias: None, low_rank: None, rounded_to: None };
-        let product = linear(x.clone(), projection);
-        // Reading a value waits for the product.
-        let _ = product.slice([0..1, 0..1]).into_scalar::<f32>();
-        start.elapsed().as_secs_f64()
-    };
-    let best = (0..RUNS).map(|_| run()).fold(f64::INFINITY, f64::min);
-    2.0 * (SIZE * SIZE * SIZE) as f64 / best
 }

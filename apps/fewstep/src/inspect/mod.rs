@@ -4,6 +4,7 @@
 
 mod cost;
 mod folders;
+mod origin;
 mod weights;
 
 use std::path::{Path, PathBuf};

@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::Result;
-use fewstep_models::lora::{BASE_HASH, LoraLayer, LoraWeights};
+use fewstep_models::lora::{LoraLayer, LoraWeights};
 use fewstep_models::{TensorEntry, WeightFiles, read_info};
 use serde_json::{Value, json};
+
+use super::origin;
 
 /// A weight file or the folder of its shards.
 pub(super) fn tensors(path: &Path) -> Result<Value> {
@@ -16,7 +18,8 @@ pub(super) fn tensors(path: &Path) -> Result<Value> {
     merge(&mut told, summary(&entries));
     let list =
         entries.iter().map(|entry| (entry.key.clone(), json!(format!("{} {:?}", entry.dtype, entry.shape))));
-    merge(&mut told, json!({"metadata": info, "keys": list.collect::<serde_json::Map<_, _>>()}));
+    merge(&mut told, origin::told(&info));
+    merge(&mut told, json!({"keys": list.collect::<serde_json::Map<_, _>>()}));
     Ok(told)
 }
 
@@ -41,7 +44,6 @@ pub(super) fn lora(lora: &LoraWeights) -> Result<Value> {
         "format": lora.format().map_or("another's spelling, which is read", |format| format.name()),
         "example_key": lora.example_key(),
         "ranks": ranks,
-        "base_hash": lora.info().get(BASE_HASH),
     });
     merge(&mut told, summary(&entries));
     let layer = |(name, layer): (&String, &LoraLayer)| {
@@ -50,7 +52,8 @@ pub(super) fn lora(lora: &LoraWeights) -> Result<Value> {
         (name.clone(), Value::String(told))
     };
     let layers: serde_json::Map<String, Value> = layers.iter().map(layer).collect();
-    merge(&mut told, json!({"layers": layers, "metadata": lora.info()}));
+    merge(&mut told, origin::told(lora.info()));
+    merge(&mut told, json!({"layers": layers}));
     Ok(told)
 }
 

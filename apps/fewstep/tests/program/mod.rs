@@ -1,6 +1,7 @@
 //! Running the program from a test.
 
 #![allow(clippy::unwrap_used)] // Helpers of the tests fail where the tests do.
+#![allow(dead_code)] // Not every test binary needs all of it.
 
 use std::process::{Command, Output};
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::{MAX_PIXELS, Picture};
 use crate::DataError;
-use crate::metadata::Metadata;
+use crate::metadata::Row;
 
 /// A picture's size in pixels; shown as width x height.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -82,22 +82,20 @@ fn coverable(picture: Size, target: Size) -> Result<Size, DataError> {
     }
 }
 
-/// Checks that every picture of distillation data already has its training size.
+/// Checks that the picture of a row of distillation data already has its training size.
 ///
 /// Such a picture is what the teacher made of a known noise; resized, it is no longer the end of that path. Reads only the
-/// files' headers.
+/// file's header.
 ///
 /// # Errors
-/// For the first row whose picture would be resized, is missing or is unreadable.
-pub fn refuse_resize(metadata: &Metadata, base: &Path, resize: Resize) -> Result<(), DataError> {
-    for row in &metadata.rows {
-        let image = row.image_file("image", base)?;
-        let found = Picture::size_of(&image)?;
-        let (path, number) = (row.path().to_path_buf(), row.number);
-        let expected = resize.target_size(found).map_err(|fault| fault.at_row(&path, number))?;
-        if found != expected {
-            return Err(DataError::WouldResize { path, row: number, image, found, expected });
-        }
+/// If the picture would be resized, is missing or is unreadable.
+pub fn refuse_resize(row: &Row, base: &Path, resize: Resize) -> Result<(), DataError> {
+    let image = row.image_file("image", base)?;
+    let found = Picture::size_of(&image)?;
+    let (path, number) = (row.path().to_path_buf(), row.number);
+    let expected = resize.target_size(found).map_err(|fault| fault.at_row(&path, number))?;
+    match found == expected {
+        true => Ok(()),
+        false => Err(DataError::WouldResize { path, row: number, image, found, expected }),
     }
-    Ok(())
 }

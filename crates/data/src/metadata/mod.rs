@@ -44,8 +44,7 @@ impl Metadata {
     /// # Errors
     /// When the file cannot be read, is not UTF-8, or breaks its format's rules.
     pub fn read(path: &Path) -> Result<Self, DataError> {
-        let bytes = bounded::read(path, MAX_BYTES).map_err(DataError::io(path))?;
-        Self::parse(path, bytes)
+        Self::parse(path, bounded::read(path, MAX_BYTES).map_err(DataError::io(path))?)
     }
 
     /// As [`Self::read`], from the bytes of a file; `path` tells the format by its extension and names the file in
@@ -54,11 +53,22 @@ impl Metadata {
     /// # Errors
     /// As [`Self::read`].
     pub fn parse(path: &Path, bytes: Vec<u8>) -> Result<Self, DataError> {
+        let rows = Self::parse_rows(path, bytes)?.into_iter().collect::<Result<_, _>>()?;
+        Ok(Self { rows, path: path.into() })
+    }
+
+    /// As [`Self::read`], with what is wrong with a row in its place.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is not UTF-8, or breaks its format's rules as a whole.
+    pub fn read_rows(path: &Path) -> Result<Vec<Result<Row, DataError>>, DataError> {
+        Self::parse_rows(path, bounded::read(path, MAX_BYTES).map_err(DataError::io(path))?)
+    }
+
+    fn parse_rows(path: &Path, bytes: Vec<u8>) -> Result<Vec<Result<Row, DataError>>, DataError> {
         let file: Arc<Path> = path.into();
-        let records = read::records(path, bytes)?;
-        let rows =
-            records.into_iter().zip(1..).map(|(values, number)| Row { number, values, file: file.clone() });
-        Ok(Self { rows: rows.collect(), path: file })
+        let records = read::records(path, bytes)?.into_iter().zip(1..);
+        Ok(records.map(|(read, number)| Ok(Row { number, values: read?, file: file.clone() })).collect())
     }
 
     /// Every row's picture and prompt.
@@ -74,7 +84,7 @@ impl Metadata {
     /// # Errors
     /// For the first row with a missing or malformed value.
     pub fn distill_rows(&self) -> Result<Vec<DistillRow>, DataError> {
-        self.rows.iter().map(DistillRow::from_row).collect()
+        self.rows.iter().map(Row::distill).collect()
     }
 
     /// The file of every row's picture.
@@ -90,6 +100,14 @@ impl Row {
     /// The metadata file this row is from.
     pub fn path(&self) -> &Path {
         &self.file
+    }
+
+    /// The row as teacher data: picture, prompt and the teacher's noise.
+    ///
+    /// # Errors
+    /// For the first missing or malformed value.
+    pub fn distill(&self) -> Result<DistillRow, DataError> {
+        DistillRow::from_row(self)
     }
 
     /// The value of a column, if the row has it.

@@ -12,8 +12,11 @@ pub(super) type Record = Vec<(String, String)>;
 /// The most columns of a row: each row has its own copy of their names.
 const MAX_COLUMNS: usize = 1000;
 
+/// What a row holds, or what is wrong with it.
+type Read = Result<Record, DataError>;
+
 /// Reads the bytes of a file in the format its extension names.
-pub(super) fn records(path: &Path, bytes: Vec<u8>) -> Result<Vec<Record>, DataError> {
+pub(super) fn records(path: &Path, bytes: Vec<u8>) -> Result<Vec<Read>, DataError> {
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     let parse = match extension.as_str() {
         "csv" => csv_records,
@@ -27,17 +30,17 @@ pub(super) fn records(path: &Path, bytes: Vec<u8>) -> Result<Vec<Record>, DataEr
     parse(path, text.trim_start_matches('\u{feff}'))
 }
 
-fn csv_records(path: &Path, text: &str) -> Result<Vec<Record>, DataError> {
+fn csv_records(path: &Path, text: &str) -> Result<Vec<Read>, DataError> {
     let mut reader = csv::Reader::from_reader(text.as_bytes());
     let header = reader.headers().map_err(|fault| malformed(path, None, fault.to_string()))?.clone();
     check_header(&header).map_err(|reason| malformed(path, None, reason))?;
     let named =
         |record: csv::StringRecord| header.iter().zip(&record).map(|(n, v)| (n.into(), v.into())).collect();
     let rows = reader.records().zip(1..);
-    rows.map(|(record, row)| {
+    let read = |(record, row): (csv::Result<csv::StringRecord>, usize)| {
         record.map(named).map_err(|fault| malformed(path, Some(row), csv_reason(&fault)))
-    })
-    .collect()
+    };
+    Ok(rows.map(read).collect())
 }
 
 fn check_header(header: &csv::StringRecord) -> Result<(), String> {
@@ -68,13 +71,15 @@ fn csv_reason(fault: &csv::Error) -> String {
     }
 }
 
-fn json_records(path: &Path, text: &str) -> Result<Vec<Record>, DataError> {
-    json::list(text).map_err(|(row, reason)| malformed(path, row, reason))
+fn json_records(path: &Path, text: &str) -> Result<Vec<Read>, DataError> {
+    let rows = json::list(text).map_err(|(row, reason)| malformed(path, row, reason))?;
+    Ok(rows.into_iter().map(Ok).collect())
 }
 
-fn jsonl_records(path: &Path, text: &str) -> Result<Vec<Record>, DataError> {
+fn jsonl_records(path: &Path, text: &str) -> Result<Vec<Read>, DataError> {
     let lines = text.lines().filter(|line| !line.trim().is_empty()).zip(1..);
-    lines.map(|(line, row)| json::object(line).map_err(|reason| malformed(path, Some(row), reason))).collect()
+    let parse = |(line, row)| json::object(line).map_err(|reason| malformed(path, Some(row), reason));
+    Ok(lines.map(parse).collect())
 }
 
 fn malformed(path: &Path, row: Option<usize>, reason: String) -> DataError {

@@ -1,5 +1,7 @@
 //! What one run asks of a schedule.
 
+use serde::{Deserialize, Serialize};
+
 use crate::FlowError;
 use crate::grid::check_steps;
 
@@ -34,7 +36,8 @@ pub enum SigmaRounding {
 }
 
 /// A shift in place of a schedule's own.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ShiftOverride {
     /// μ: the shift's factor is e^μ (the peers' `exponential_shift_mu`).
     Mu(f64),

@@ -24,7 +24,7 @@ pub use keys::LoraFormat;
 
 use crate::load_options::widened;
 use crate::weights::{WeightType, read_info, save_tensors, values, weights_hash};
-use crate::{Linear, LowRankAdapter, Model, ModelError, ModelSource};
+use crate::{Linear, LowRankAdapter, Model, ModelError, ModelSource, NamedVisitor, visit_named};
 use keys::Half;
 
 /// Which projections get an adapter, and of which size.
@@ -45,34 +45,70 @@ pub struct LoraConfig {
 /// If a target matches no layer.
 pub fn attach(mut model: Model, config: &LoraConfig, seed: u64) -> Result<(Model, Vec<String>), ModelError> {
     let keys = model.denoiser_keys();
+    let chosen: BTreeSet<String> = targets(&model, config)?.into_iter().map(|(layer, _)| layer).collect();
     let mut generator = TorchGenerator::new(seed);
-    let mut matched: BTreeSet<&str> = BTreeSet::new();
-    let (mut layers, mut names) = (Vec::new(), Vec::new());
+    let mut layers = Vec::new();
     for (name, linear) in model.denoiser_linears() {
         let layer = layer_key(keys.key(&format!("{name}.weight")));
-        let target = config.target_modules.iter().find(|target| matches(&layer, target));
-        if let Some(target) = target {
-            matched.insert(target);
+        if chosen.contains(&layer) {
             linear.lora = Some(fresh(linear, config, &mut generator));
-            layers.push(layer.clone());
+            layers.push(layer);
         }
-        names.push(layer);
-    }
-    let unmatched: Vec<String> =
-        config.target_modules.iter().filter(|target| !matched.contains(target.as_str())).cloned().collect();
-    if !unmatched.is_empty() || layers.is_empty() {
-        return Err(ModelError::NoTarget { targets: unmatched, available: short_names(&names) });
     }
     Ok((model, layers))
 }
 
+/// The layers that [`attach`] gives adapters, as [`layers`] tells them; works on a model without weights.
+///
+/// # Errors
+/// If a target matches no layer.
+pub fn targets(model: &Model, config: &LoraConfig) -> Result<Vec<(String, [usize; 2])>, ModelError> {
+    let all = layers(model);
+    let asked = config.target_modules.iter();
+    let unmatched: Vec<String> = asked
+        .clone()
+        .filter(|target| !all.iter().any(|(layer, _)| matches(layer, target)))
+        .cloned()
+        .collect();
+    let chosen: Vec<(String, [usize; 2])> =
+        all.iter().filter(|(layer, _)| asked.clone().any(|target| matches(layer, target))).cloned().collect();
+    match unmatched.is_empty() && !chosen.is_empty() {
+        true => Ok(chosen),
+        false => Err(ModelError::NoTarget { targets: unmatched, available: short_names(&all) }),
+    }
+}
+
 /// The layers that can have an adapter: their names in weight files, and inputs and outputs as `[out, in]`.
 pub fn layers(model: &Model) -> Vec<(String, [usize; 2])> {
-    let (keys, mut model) = (model.denoiser_keys(), model.clone());
-    let named = |(name, linear): (String, &mut Linear)| {
-        (layer_key(keys.key(&format!("{name}.weight"))), linear.weight.val().dims())
-    };
-    model.denoiser_linears().into_iter().map(named).collect()
+    struct Layers<'a>(&'a Model, Vec<(String, [usize; 2])>);
+    impl NamedVisitor for Layers<'_> {
+        fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
+            let (component, key) = self.0.weight_key(name);
+            if D == 2 && component == self.0.denoiser_name() && name.ends_with(".weight") {
+                let [output, input] = parameter.lazy_shape().dims::<2>();
+                self.1.push((layer_key(key), [output, input]));
+            }
+        }
+    }
+    let mut layers = Layers(model, Vec::new());
+    visit_named(model, &mut layers);
+    layers.1
+}
+
+/// Checks that a LoRA file fits a model, which needs no weights for it; returns the numbers of its adapters.
+///
+/// # Errors
+/// As [`load`].
+pub fn check(model: &Model, path: &Path) -> Result<u64, ModelError> {
+    let lora = LoraWeights::open(path)?;
+    let shapes: BTreeMap<String, [usize; 2]> = layers(model).into_iter().collect();
+    lora.check_layers(&shapes.keys().cloned().collect::<Vec<_>>())?;
+    let mut numbers = 0;
+    for (name, layer) in lora.layers() {
+        lora.check_shape(name, shapes[name])?;
+        numbers += (layer.rank * (layer.input + layer.output)) as u64;
+    }
+    Ok(numbers)
 }
 
 /// The model with its adapters added into the base weights, W + scale · up · down, and none beside them. Computed in
@@ -207,8 +243,8 @@ fn matches(layer: &str, target: &str) -> bool {
 }
 
 /// Distinct layer names inside a block, for hints.
-fn short_names(layers: &[String]) -> Vec<String> {
-    let short = |layer: &String| {
+fn short_names(layers: &[(String, [usize; 2])]) -> Vec<String> {
+    let short = |(layer, _): &(String, [usize; 2])| {
         let parts: Vec<&str> = layer.split('.').collect();
         let numbered = parts.iter().position(|part| part.parse::<usize>().is_ok());
         numbered.map_or_else(|| layer.clone(), |index| parts[index + 1..].join("."))

@@ -11,11 +11,10 @@ use super::vae::VaeConfig;
 use super::{published, ranges};
 use crate::{ModelError, ModelSource};
 
-/// The configs of all components with weights, checked against each other.
+/// The configs of the components that learn, checked against each other and against the autoencoder's.
 pub(super) struct Configs {
     pub(super) text_encoder: TextEncoderConfig,
     pub(super) transformer: TransformerConfig,
-    pub(super) vae: VaeConfig,
 }
 
 impl Configs {
@@ -37,7 +36,7 @@ impl Configs {
                 return Err(file.error(format!("{name} is {found}, expected the {of}, {expected}")));
             }
         }
-        Ok(Self { text_encoder, transformer, vae })
+        Ok(Self { text_encoder, transformer })
     }
 }
 

@@ -5,18 +5,18 @@
 
 use std::collections::BTreeMap;
 
-use super::config::TransformerConfig;
+use super::config::{TextEncoderConfig, TransformerConfig};
 use super::latents::PATCH;
 use super::transformer::TIME_FEATURES;
-use super::vae::VaeConfig;
-use crate::footprint::{Activations, Flops, Footprint, Workload};
+use super::vae::{Vae, VaeConfig};
+use crate::footprint::{Activations, Encoding, Flops, Footprint, Workload};
 use crate::model::token_grid;
-use crate::{ModelError, ModelSource};
+use crate::{Components, ModelError, ModelSource};
 
 /// The footprint of a model.
 pub(crate) fn footprint(source: &ModelSource, workload: &Workload) -> Result<Footprint, ModelError> {
     let transformer = TransformerConfig::read(source)?;
-    let factor = VaeConfig::read(source)?.factor() * PATCH;
+    let factor = Vae::absent(source, transformer.out_channels)?.factor() * PATCH;
     let [rows, columns] = token_grid([workload.height, workload.width], factor)?;
     let size = Size {
         batch: workload.batch_size as u64,
@@ -24,18 +24,86 @@ pub(crate) fn footprint(source: &ModelSource, workload: &Workload) -> Result<Foo
         text: workload.text_tokens as u64,
         rank: workload.lora_rank.map(|rank| rank as u64),
     };
-    let count = |shape: &Vec<usize>| shape.iter().product::<usize>() as u64;
-    let tensors = super::expected_tensors(source)?.into_iter();
-    let mut parameters: BTreeMap<&str, u64> =
-        tensors.map(|(component, shapes)| (component, shapes.values().map(count).sum())).collect();
-    parameters.retain(|_, count| *count > 0);
+    let parameters = counted(source, workload.components)?;
     Ok(Footprint {
         image_tokens: rows * columns,
         trained: size.rank.map_or(parameters[super::DENOISER], |rank| transformer.adapters(rank)),
         parameters,
+        held: held(source, workload.components)?,
         activations: size.activations(&transformer),
         flops: size.flops(&transformer),
     })
+}
+
+/// Parameters in the files of components.
+pub(crate) fn counted(
+    source: &ModelSource,
+    components: Components,
+) -> Result<BTreeMap<&'static str, u64>, ModelError> {
+    sums(source, components, |_, shape| numbers(shape))
+}
+
+/// Numbers of the weights that stay in memory: of a convolution over frames the last alone meets a picture, and nothing
+/// resamples time.
+pub(crate) fn held(
+    source: &ModelSource,
+    components: Components,
+) -> Result<BTreeMap<&'static str, u64>, ModelError> {
+    sums(source, components, |key, shape| match shape {
+        _ if key.contains("time_conv") => 0,
+        [_, _, frames, _, _] => numbers(shape) / *frames as u64,
+        _ => numbers(shape),
+    })
+}
+
+fn sums(
+    source: &ModelSource,
+    components: Components,
+    count: impl Fn(&str, &[usize]) -> u64,
+) -> Result<BTreeMap<&'static str, u64>, ModelError> {
+    let of = |component: &&'static str| {
+        let shapes = super::component_tensors(source, component)?;
+        Ok((*component, shapes.iter().map(|(key, shape)| count(key, shape)).sum()))
+    };
+    let counts: Result<BTreeMap<&str, u64>, ModelError> = super::loaded(components).iter().map(of).collect();
+    Ok(counts?.into_iter().filter(|(_, count)| *count > 0).collect())
+}
+
+fn numbers(shape: &[usize]) -> u64 {
+    shape.iter().product::<usize>() as u64
+}
+
+/// What text encoder and autoencoder hold, counted off [`super::text_encoder`] and [`super::vae`].
+pub(crate) fn encoding(source: &ModelSource) -> Result<Encoding, ModelError> {
+    let text = TextEncoderConfig::read(source)?;
+    let [width, inner, layers] =
+        [text.hidden_size, text.intermediate_size, text.num_hidden_layers].map(|size| size as u64);
+    let grouped = (text.head_dim() * text.num_key_value_heads) as u64;
+    // The stream and its norm beside query, key and value, these rotated and packed, and their output; or beside the
+    // MLP's gate, that after its activation, the other branch and their product.
+    let attention = 2 * width + 2 * (width + 2 * grouped) + 3 * width + width;
+    let mlp = 2 * width + 4 * inner;
+    // The inputs of both norms and of what follows them, the packed query, key and value, the attention's output; the
+    // gate with its activation's factors, and both branches and their product.
+    let kept = 8 * width + 6 * inner;
+    let matrices = layers * (2 * width * width + 2 * width * grouped + 3 * width * inner);
+    Ok(Encoding {
+        per_token: attention.max(mlp),
+        per_token_training: layers * kept + attention.max(mlp),
+        per_pixel: VaeConfig::read(source)?.numbers_per_pixel(),
+        flops_per_token: 2 * matrices,
+    })
+}
+
+impl VaeConfig {
+    /// At full resolution: a residual block's input, its norm's square and result, the activation, the convolution's
+    /// input by rows, and its output; or the pixels and their new places.
+    fn numbers_per_pixel(&self) -> u64 {
+        match self {
+            Self::AutoencoderKLQwenImage(config) => 6 * config.base_dim as u64,
+            Self::PixelUnshuffle(_) => 3 * 3,
+        }
+    }
 }
 
 /// Sizes of a batch.

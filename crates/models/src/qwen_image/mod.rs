@@ -21,15 +21,14 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::{guided, rescaled};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path::velocity_of_clean;
-use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
+use fewstep_flow::schedule::SchedulerConfig;
 use fewstep_kernels::HalfType;
 
 pub use config::{PredictionType, PromptTemplate, Rope, TextEncoderConfig, TransformerConfig};
-pub(crate) use footprint::footprint;
+pub(crate) use footprint::{counted, encoding, footprint, held};
 pub(crate) use published::{component_of, write_configs};
 pub use text_encoder::TextEncoder;
 pub use tokenizer::{PromptLength, PromptTokenizer};
@@ -131,6 +130,29 @@ impl QwenImage {
                 Parts { text_encoder: Some(text_encoder()?), transformer: None, vae: vae()? }
             }
         };
+        Self::with_parts(source, parts, options)
+    }
+
+    /// The components that the options name, with sizes and names but without weights.
+    pub(crate) fn outline(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
+        if options.components == Components::All {
+            Configs::read(source)?;
+        }
+        let device = &options.device;
+        let text_encoder = match options.components {
+            Components::Denoiser => None,
+            _ => Some(TextEncoder::unfilled(&TextEncoderConfig::read(source)?, device)),
+        };
+        let transformer = match options.components {
+            Components::Encoders => None,
+            _ => Some(TransformerConfig::read(source)?),
+        };
+        let channels = match &transformer {
+            Some(config) => config.out_channels,
+            None => VaeConfig::read(source)?.channels(),
+        };
+        let transformer = transformer.map(|config| Transformer::unfilled(&config, device));
+        let parts = Parts { text_encoder, transformer, vae: Vae::absent(source, channels)? };
         Self::with_parts(source, parts, options)
     }
 
@@ -324,9 +346,9 @@ impl QwenImage {
         (height / self.division_factor()).saturating_mul(width / self.division_factor())
     }
 
-    /// The sigma grid of one run.
-    pub(crate) fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, ModelError> {
-        Ok(self.scheduler.grid(request)?)
+    /// The schedule's config.
+    pub(crate) fn scheduler(&self) -> &SchedulerConfig {
+        &self.scheduler
     }
 }
 
@@ -334,16 +356,33 @@ impl QwenImage {
 pub(crate) fn expected_tensors(
     source: &ModelSource,
 ) -> Result<BTreeMap<&'static str, TensorShapes>, ModelError> {
-    let configs = Configs::read(source)?;
+    Configs::read(source)?; // checked against each other
+    COMPONENTS.iter().map(|name| Ok((*name, component_tensors(source, name)?))).collect()
+}
+
+/// The tensors of one component's weight files, from its config alone; none where it has no weights.
+pub(crate) fn component_tensors(source: &ModelSource, component: &str) -> Result<TensorShapes, ModelError> {
     // Nothing is allocated there.
     let device = Device::flex();
-    let text_encoder = TextEncoder::unfilled(&configs.text_encoder, &device);
-    let transformer = Transformer::unfilled(&configs.transformer, &device);
-    Ok(BTreeMap::from([
-        ("text_encoder", expected(&text_encoder, &text_encoder::KEYS)),
-        ("transformer", expected(&transformer, &transformer::KEYS)),
-        ("vae", Vae::expected(&configs.vae, &device)),
-    ]))
+    Ok(match component {
+        "text_encoder" => {
+            expected(&TextEncoder::unfilled(&TextEncoderConfig::read(source)?, &device), &text_encoder::KEYS)
+        }
+        "transformer" => {
+            expected(&Transformer::unfilled(&TransformerConfig::read(source)?, &device), &transformer::KEYS)
+        }
+        "vae" => Vae::expected(&VaeConfig::read(source)?, &device),
+        _ => TensorShapes::new(),
+    })
+}
+
+/// The components that are loaded for some of the work.
+pub(crate) fn loaded(components: Components) -> &'static [&'static str] {
+    match components {
+        Components::All => COMPONENTS,
+        Components::Denoiser => &[DENOISER],
+        Components::Encoders => &["text_encoder", "vae"],
+    }
 }
 
 /// How weight files call the parameters of a component.

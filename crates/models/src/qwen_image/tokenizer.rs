@@ -47,6 +47,8 @@ pub struct PromptLength {
     pub found: usize,
     /// How many are read; the rest is cut, the template's end with it.
     pub limit: usize,
+    /// Tokens of the template's beginning, which are encoded and then dropped.
+    pub dropped: usize,
 }
 
 impl PromptLength {
@@ -127,8 +129,9 @@ impl PromptTokenizer {
     /// # Errors
     /// If the tokenizer refuses the prompt.
     pub fn length(&self, prompt: &str) -> Result<PromptLength, ModelError> {
-        let found = self.all_tokens(prompt)?.len().saturating_sub(self.template.drop_tokens);
-        Ok(PromptLength { found, limit: self.max_tokens })
+        let dropped = self.template.drop_tokens;
+        let found = self.all_tokens(prompt)?.len().saturating_sub(dropped);
+        Ok(PromptLength { found, limit: self.max_tokens, dropped })
     }
 
     /// The tokens of the template with the prompt in it.

@@ -135,13 +135,10 @@ impl<'a> Monitor<'a> {
                 recipe.training_grid.sigmas(model, group.num_inference_steps, group.size)?,
                 recipe.student_guidance.scale(group.cfg_scale()),
             ),
-            Objective::FlowMatching => (
-                {
-                    let steps = recipe.sample_num_inference_steps.unwrap_or(samples::DEFAULT_STEPS);
-                    model.sigma_grid(steps, group.size.height, group.size.width)?
-                },
-                recipe.sample_cfg_scale.map_or(samples::DEFAULT_CFG_SCALE, |scale| scale as f32),
-            ),
+            Objective::FlowMatching => {
+                let (steps, cfg_scale) = samples::settings(recipe, group);
+                (model.sigma_grid(steps, group.size.height, group.size.width)?, cfg_scale)
+            }
         };
         let guidance = batch.guidance(model, cfg_scale)?;
         let noise = batch.initial_noise(model.dtype().into());

@@ -220,7 +220,7 @@ pub enum StudentGuidance {
 }
 
 impl StudentGuidance {
-    /// The guidance a student is drawn with, of the one its rows ask for.
+    /// The guidance that a student with this `cfg_scale` is trained with.
     pub(crate) fn scale(self, cfg_scale: f32) -> f32 {
         match self {
             Self::Apply => cfg_scale,

@@ -1,0 +1,244 @@
+//! What a few-step student was trained to run, as the metadata of its weights tells it.
+//!
+//! A student is right on the sigma grid, at the guidance and from the noise it was trained with. Training writes them
+//! into every file of weights; whoever draws with the file reads them here.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use fewstep_data::provenance::{TORCH_CPU, TORCH_CUDA};
+use fewstep_flow::SigmaGrid;
+use fewstep_flow::noise::RandDevice;
+use fewstep_flow::schedule::{GridRequest, SchedulerConfig, ShiftOverride};
+use serde::{Deserialize, Serialize};
+
+use crate::qwen_image::DENOISER;
+use crate::source::Info;
+use crate::weights::read_info;
+use crate::{LoraFile, ModelError, ModelSource};
+
+/// The grids trained on, as JSON: a list of [`TrainedGrid`]. It makes weights those of a student.
+const GRIDS: &str = "fewstep.sigma_grids";
+/// How grids of other sizes and numbers of steps follow, as JSON: a [`SigmaRule`].
+const RULE: &str = "fewstep.sigma_rule";
+/// The generators of the noise trained from, with commas between them.
+const NOISE: &str = "fewstep.noise_generator";
+/// What the grids say, for whoever reads no JSON.
+const STEPS: &str = "fewstep.num_inference_steps";
+const CFG_SCALE: &str = "fewstep.cfg_scale";
+
+/// How a student was trained to draw.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Student {
+    /// One for each picture size and setting, in the order of the data; at least one.
+    pub grids: Vec<TrainedGrid>,
+    /// How other grids follow; absent in files older than the entry.
+    pub rule: Option<SigmaRule>,
+    /// The generators of the noise it was trained from.
+    pub noise_generators: BTreeSet<String>,
+}
+
+/// What a student was trained to do for one picture size.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainedGrid {
+    /// Sampling steps.
+    pub num_inference_steps: usize,
+    /// Guidance; 1 is off.
+    pub cfg_scale: f32,
+    /// Picture height in px.
+    pub height: usize,
+    /// Picture width in px.
+    pub width: usize,
+    /// The sigma of every state, the final 0 included.
+    pub sigmas: SigmaGrid,
+}
+
+/// How the grid of a number of steps and a picture size is computed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SigmaRule {
+    /// The scheduler of the model that was trained.
+    pub scheduler: SchedulerConfig,
+    /// What training put in the place of the scheduler's shift.
+    pub shift: Option<ShiftOverride>,
+}
+
+impl Student {
+    /// What an adapter, or a model without one, was trained to run: an adapter that is no student's leaves the model
+    /// what it is.
+    ///
+    /// # Errors
+    /// As [`Student::of_file`].
+    pub fn find(source: &ModelSource, lora: Option<&LoraFile>) -> Result<Option<Self>, ModelError> {
+        match lora.map(|file| Self::of_file(&file.path)).transpose()?.flatten() {
+            Some(student) => Ok(Some(student)),
+            None => Self::of_model(source),
+        }
+    }
+
+    /// Reads a file's metadata; `None` where the weights are no student's.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or an entry is damaged.
+    pub fn of_file(path: &Path) -> Result<Option<Self>, ModelError> {
+        Self::of_info(path, &read_info(path)?)
+    }
+
+    /// Reads the metadata of a model's denoiser; `None` where it is no student.
+    ///
+    /// # Errors
+    /// As [`Student::of_file`].
+    pub fn of_model(source: &ModelSource) -> Result<Option<Self>, ModelError> {
+        match source.info(DENOISER)? {
+            Some((path, info)) => Self::of_info(&path, &info),
+            None => Ok(None),
+        }
+    }
+
+    /// Reads metadata; `path` only names it in errors.
+    ///
+    /// # Errors
+    /// If an entry is damaged.
+    pub fn of_info(path: &Path, info: &Info) -> Result<Option<Self>, ModelError> {
+        let Some(grids) = parsed::<Vec<TrainedGrid>>(path, info, GRIDS)? else { return Ok(None) };
+        let names = info.get(NOISE).map(String::as_str).unwrap_or_default().split(',');
+        let noise_generators = names.filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        let student = Self { grids, rule: parsed(path, info, RULE)?, noise_generators };
+        match student.grids.is_empty() {
+            true => Err(damaged(path, GRIDS, "found an empty list")),
+            false => Ok(Some(student)),
+        }
+    }
+
+    /// The entries of the metadata.
+    pub fn to_info(&self) -> Info {
+        let json = |value: serde_json::Result<String>| value.expect("plain fields always serialise");
+        let distinct = |of: &dyn Fn(&TrainedGrid) -> String| {
+            let values: BTreeSet<String> = self.grids.iter().map(of).collect();
+            values.into_iter().collect::<Vec<_>>().join(",")
+        };
+        let noise: Vec<&str> = self.noise_generators.iter().map(String::as_str).collect();
+        let mut info = Info::from([
+            (GRIDS.to_owned(), json(serde_json::to_string(&self.grids))),
+            (NOISE.to_owned(), noise.join(",")),
+            (STEPS.to_owned(), distinct(&|grid| grid.num_inference_steps.to_string())),
+            (CFG_SCALE.to_owned(), distinct(&|grid| grid.cfg_scale.to_string())),
+        ]);
+        if let Some(rule) = &self.rule {
+            info.insert(RULE.to_owned(), json(serde_json::to_string(rule)));
+        }
+        info
+    }
+
+    /// What it was trained to do for pictures of `[height, width]` px; for sizes it has not seen, for its first.
+    pub fn setting(&self, [height, width]: [usize; 2]) -> &TrainedGrid {
+        let of_size = |grid: &&TrainedGrid| (grid.height, grid.width) == (height, width);
+        self.grids.iter().find(of_size).unwrap_or(&self.grids[0])
+    }
+
+    /// The grid to draw on: the one trained on, to the bit, otherwise as the rule has it. `None` where the file has no
+    /// rule: the model's own schedule is then the best guess.
+    ///
+    /// # Errors
+    /// If the rule has no such grid.
+    pub fn grid(
+        &self,
+        asked: &GridRequest,
+        [height, width]: [usize; 2],
+    ) -> Result<Option<SigmaGrid>, ModelError> {
+        let steps = asked.num_inference_steps;
+        let trained = |grid: &&TrainedGrid| {
+            (grid.height, grid.width, grid.num_inference_steps) == (height, width, steps)
+        };
+        if let Some(grid) = self.grids.iter().find(trained) {
+            return Ok(Some(grid.sigmas.clone()));
+        }
+        let Some(rule) = &self.rule else { return Ok(None) };
+        Ok(Some(rule.scheduler.grid(&GridRequest { shift: rule.shift, ..*asked })?))
+    }
+
+    /// The generator of its noise; `None` where it was trained from several, or an unknown one.
+    pub fn rand_device(&self) -> Option<RandDevice> {
+        let mut names = self.noise_generators.iter().map(String::as_str);
+        match (names.next(), names.next()) {
+            (Some(TORCH_CPU), None) => Some(RandDevice::Cpu),
+            (Some(TORCH_CUDA), None) => Some(RandDevice::Cuda),
+            _ => None,
+        }
+    }
+}
+
+/// The name of a noise generator in data sets and weights.
+pub fn noise_generator(device: RandDevice) -> &'static str {
+    match device {
+        RandDevice::Cpu => TORCH_CPU,
+        RandDevice::Cuda => TORCH_CUDA,
+    }
+}
+
+fn parsed<T: serde::de::DeserializeOwned>(
+    path: &Path,
+    info: &Info,
+    key: &str,
+) -> Result<Option<T>, ModelError> {
+    let read =
+        |text: &String| serde_json::from_str(text).map_err(|error| damaged(path, key, &error.to_string()));
+    info.get(key).map(read).transpose()
+}
+
+fn damaged(path: &Path, key: &str, reason: &str) -> ModelError {
+    ModelError::Config { path: path.to_owned(), reason: format!("metadata {key}: {reason}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grid(num_inference_steps: usize, side: usize, sigmas: &[f32]) -> TrainedGrid {
+        let sigmas = SigmaGrid::new(sigmas.to_vec()).unwrap();
+        TrainedGrid { num_inference_steps, cfg_scale: 1.0, height: side, width: side, sigmas }
+    }
+
+    fn student() -> Student {
+        let scheduler = SchedulerConfig { shift: 3.0, ..SchedulerConfig::default() };
+        Student {
+            grids: vec![grid(2, 64, &[1.0, 0.7, 0.0]), grid(3, 96, &[1.0, 0.8, 0.6, 0.0])],
+            rule: Some(SigmaRule { scheduler, shift: None }),
+            noise_generators: [TORCH_CUDA.to_owned()].into(),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let info = student().to_info();
+        assert_eq!(info["fewstep.num_inference_steps"], "2,3");
+        assert_eq!(Student::of_info(Path::new("x"), &info).unwrap(), Some(student()));
+        assert_eq!(Student::of_info(Path::new("x"), &Info::new()).unwrap(), None);
+    }
+
+    #[test]
+    fn a_trained_size_has_its_own_setting_and_an_unknown_one_the_first() {
+        assert_eq!(student().setting([96, 96]).num_inference_steps, 3);
+        assert_eq!(student().setting([64, 96]).num_inference_steps, 2);
+        assert_eq!(student().rand_device(), Some(RandDevice::Cuda));
+    }
+
+    #[test]
+    fn the_grid_is_the_trained_one_and_otherwise_that_of_the_rule() {
+        let of = |steps, side| {
+            let grid = student().grid(&GridRequest::new(steps, 16), [side; 2]).unwrap();
+            grid.unwrap().as_slice().to_vec()
+        };
+        assert_eq!(of(2, 64), [1.0, 0.7, 0.0]);
+        // Shift 3 moves 1/2 to 3/4.
+        assert_eq!(of(2, 96), [1.0, 0.75, 0.0]);
+        let old = Student { rule: None, ..student() };
+        assert_eq!(old.grid(&GridRequest::new(2, 16), [96; 2]).unwrap(), None);
+    }
+
+    #[test]
+    fn a_damaged_entry_is_named() {
+        let info = Info::from([(GRIDS.to_owned(), "[{}]".to_owned())]);
+        let error = Student::of_info(Path::new("a.safetensors"), &info).unwrap_err().to_string();
+        assert!(error.contains("a.safetensors") && error.contains(GRIDS), "{error}");
+    }
+}
