@@ -197,10 +197,6 @@ fn prompt_rows(args: &GenerateArgs) -> Result<Vec<PromptRow>> {
 
 /// What all pictures have in common.
 fn settings(args: &GenerateArgs, drawn_with: Settings) -> Result<Request> {
-    for (flag, scale) in [("cfg-scale", drawn_with.cfg_scale), ("student-cfg-scale", args.student_cfg_scale)]
-    {
-        ensure!(scale.is_finite() && scale >= 0.0, "--{flag} {scale}, expected a number from 0; 1 is off");
-    }
     ensure!(
         args.input_image.is_some() || args.denoising_strength == 1.0,
         "--denoising-strength {} without a picture\nhint: give --input-image FILE",

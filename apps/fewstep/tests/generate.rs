@@ -161,7 +161,7 @@ fn unusable_flags_are_refused_before_anything_is_written() {
             "height 72 px is not divisible by 16\nhint: the nearest sizes are 64 and 80",
         ),
         (&["--height", "0"], 1, "the smallest size is 16"),
-        (&["--student-cfg-scale", "nan"], 1, "--student-cfg-scale NaN"),
+        (&["--student-cfg-scale", "nan"], 2, "expected a number from 0"),
     ] {
         let command = drawn.command(&[&CAT[..], flags].concat());
         let said = fails(&strs(&command), code);

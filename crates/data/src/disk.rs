@@ -2,9 +2,9 @@
 
 use std::io::{Error, ErrorKind};
 
-/// The same error with what it means for files written by [`crate::atomic`], where the disk or its owner refuses them;
+/// The same error with what it means for files written by [`crate::atomic`] or added to, where the disk or its owner refuses them;
 /// other errors stay as they are. `needed_bytes` is the size of the whole file, where it is known.
-pub(crate) fn explained(error: Error, needed_bytes: Option<u64>) -> Error {
+pub fn explained(error: Error, needed_bytes: Option<u64>) -> Error {
     let hint = match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free some space and run the command again",
         ErrorKind::FileTooLarge => {

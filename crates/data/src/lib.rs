@@ -7,7 +7,7 @@
 pub mod atomic;
 pub mod bounded;
 pub mod buckets;
-mod disk;
+pub mod disk;
 pub mod emoji;
 mod error;
 pub mod image;

@@ -6,7 +6,7 @@
 //! same formula written with burn's own operations; the tests hold both to each other.
 //!
 //! Everything is `f32`, save that a linear layer's weight may be stored in bf16 or f16. The same input gives the same bits on every run: work is cut into fixed pieces that do not
-//! depend on which thread runs them. `unsafe` code of the project lives here, save for one memory map in the models crate.
+//! depend on which thread runs them. `unsafe` code of the project lives here.
 //!
 //! The crate leaves out convolution, mixed precision and anything that reads or writes files.
 

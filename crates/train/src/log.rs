@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fewstep_data::atomic;
+use fewstep_data::disk::explained;
 
 use crate::recipe::OutputLayout;
 use crate::{TrainError, tensorboard};
@@ -107,7 +108,8 @@ impl LogFile {
     }
 
     pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<(), TrainError> {
-        self.file.write_all(bytes).map_err(TrainError::io(&self.path))
+        let written = self.file.write_all(bytes);
+        written.map_err(|error| TrainError::io(&self.path)(explained(error, None)))
     }
 
     fn sync(&self) -> Result<(), TrainError> {

@@ -6,6 +6,7 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use fewstep_data::atomic;
+use fewstep_data::disk::explained;
 
 use crate::TrainError;
 use crate::recipe::Recipe;
@@ -119,6 +120,7 @@ fn lock(folder: &Path) -> Result<File, TrainError> {
         Err(TryLockError::Error(error)) => return Err(TrainError::io(&path)(error)),
     }
     let number = std::process::id().to_string();
-    file.set_len(0).and_then(|()| file.write_all(number.as_bytes())).map_err(TrainError::io(&path))?;
+    let written = file.set_len(0).and_then(|()| file.write_all(number.as_bytes()));
+    written.map_err(|error| TrainError::io(&path)(explained(error, None)))?;
     Ok(file)
 }

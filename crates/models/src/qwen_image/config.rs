@@ -398,8 +398,9 @@ impl ConfigFile {
 
     /// The same, keys that the file leaves out having the values they have in `defaults`.
     pub(super) fn parse_over<T: DeserializeOwned>(&self, mut defaults: Value) -> Result<T, ModelError> {
-        defaults["file"] = self.json.clone();
-        merge(&mut defaults, "file");
+        if let (Some(all), Some(given)) = (defaults.as_object_mut(), self.json.as_object()) {
+            all.extend(given.clone());
+        }
         T::deserialize(&defaults).map_err(|error| self.error(error.to_string()))
     }
 

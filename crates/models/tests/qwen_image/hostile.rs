@@ -131,7 +131,7 @@ fn a_tokenizer_of_garbage_is_an_error_with_its_folder() {
             "tokenizer_config.json",
             r#"{"added_tokens_decoder": {"4294967295": {"content": "a", "special": true}}}"#,
         ),
-        ("tokenizer_config.json", "{}"),
+        ("tokenizer_config.json", r#"{"added_tokens_decoder": {}}"#),
     ];
     for (file, text) in cases {
         let copy = model_copy();
