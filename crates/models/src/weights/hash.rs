@@ -18,8 +18,8 @@ const BLOCK_BYTES: usize = 4096;
 /// SHA-256 over the weight files of a model: component names, file names and bytes. Where the files lie does not
 /// enter.
 ///
-/// Of models larger than [`WHOLE_BYTES`] the file names, sizes and headers are hashed, and every tensor's bytes in
-/// [`BLOCKS`] places: some hundred megabytes of the published model's forty thousand. Training, merging, fusing and
+/// Of models larger than `WHOLE_BYTES` the file names, sizes and headers are hashed, and every tensor's bytes in
+/// `BLOCKS` places: some hundred megabytes of the published model's forty thousand. Training, merging, fusing and
 /// rounding change all numbers of the tensors they change, and are seen; a few numbers changed by hand may not be.
 ///
 /// # Errors

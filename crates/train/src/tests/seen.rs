@@ -161,7 +161,7 @@ fn a_failed_run_tells_why_in_its_log_and_page() {
         let burst = ("latents".to_owned(), shape.clone(), vec![f32::MAX; shape.iter().product()]);
         save_tensors(&path, [burst], WeightType::F32, &Default::default()).unwrap();
     }
-    let recipe = Recipe { max_steps: Some(50), ..bench.recipe() };
+    let recipe = Recipe { max_steps: Some(50), max_rollbacks: 0, ..bench.recipe() };
     let error = run(&recipe, &mut Recorder::default()).unwrap_err().to_string();
     let log = log(&recipe.output_path);
     assert_eq!(log.last().unwrap().what, Happening::Failed { text: error });
