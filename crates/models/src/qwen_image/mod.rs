@@ -9,7 +9,6 @@ mod config;
 mod footprint;
 mod latents;
 mod published;
-mod ranges;
 mod rotary;
 mod text_encoder;
 mod tokenizer;
@@ -35,7 +34,8 @@ pub use tokenizer::{PromptLength, PromptTokenizer};
 pub use transformer::Transformer;
 pub use vae::{Autoencoder, AutoencoderConfig, PixelUnshuffle, PixelUnshuffleConfig, Vae, VaeConfig};
 
-use self::config::{ConfigFile, Configs};
+use self::config::Configs;
+use crate::config_file::ConfigFile;
 use crate::load_options::{rounded, store_weights};
 use crate::weights::{KeyMap, TensorShapes, WeightType, carry_ignored, collect, expected, initialize, write};
 use crate::{Components, Condition, Conventions, GuidanceRule, Linear, LoadOptions, ModelError, ModelSource};
