@@ -6,6 +6,7 @@
 //! variants.
 
 mod condition;
+mod config_file;
 pub mod conventions;
 mod error;
 mod family;
@@ -18,8 +19,10 @@ mod named;
 mod parts;
 mod pipeline;
 pub mod qwen_image;
+mod ranges;
 pub mod sampling;
 mod source;
+pub mod stable_diffusion;
 pub mod student;
 mod weights;
 
@@ -31,6 +34,8 @@ pub use footprint::{Activations, Encoding, Flops, Footprint, Workload};
 pub use load_options::{Components, DTYPES, LoadOptions};
 pub use model::{Denoiser, Model, check_weights, defaults, expected_tensors, loaded_components};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};
+pub use parts::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig, Posterior};
+pub use parts::clip::{ClipStates, ClipTextConfig, ClipTextEncoder, ClipTokenizer};
 pub use parts::linear::{Linear, LowRankAdapter};
 pub use pipeline::{Generated, LoraFile, Pipeline, PipelineOptions, Request};
 pub use source::ModelSource;

@@ -1,5 +1,13 @@
 //! Parts that families share.
 
+pub(crate) mod activation;
+pub(crate) mod attention;
+pub(crate) mod autoencoder_kl;
+pub(crate) mod clip;
+pub(crate) mod conv;
+pub(crate) mod embedding;
 pub(crate) mod linear;
+pub(crate) mod norm;
+pub(crate) mod resnet;
 pub(crate) mod rotary;
 pub(crate) mod timestep;

@@ -9,7 +9,6 @@ mod config;
 mod footprint;
 mod latents;
 mod published;
-mod ranges;
 mod rotary;
 mod text_encoder;
 mod tokenizer;
@@ -31,7 +30,8 @@ pub use tokenizer::{PromptTokenizer, PromptTokens};
 pub use transformer::Transformer;
 pub use vae::{Autoencoder, AutoencoderConfig, PixelUnshuffle, PixelUnshuffleConfig, Vae, VaeConfig};
 
-use self::config::{ConfigFile, Configs};
+use self::config::Configs;
+use crate::config_file::ConfigFile;
 use crate::family::{self, AUTOENCODER, Defaults, Family, Settings};
 use crate::footprint::{Evaluation, Workload};
 use crate::load_options::{rounded, store_weights};

@@ -16,6 +16,7 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::config::PromptTemplate;
+use crate::config_file::read_json;
 use crate::{ModelError, ModelSource, PromptLength};
 
 /// The pre-tokenisation of Qwen2 (digits one by one), from transformers' `Qwen2Tokenizer`.
@@ -238,10 +239,4 @@ fn added_tokens(folder: &Path) -> Result<Vec<(u32, AddedToken)>, ModelError> {
     }
     added.sort_by_key(|(id, _)| *id);
     Ok(added.into_iter().map(|(id, token)| (id, token.normalized(false))).collect())
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
-    let text = bounded::read_text(path).map_err(ModelError::io(path))?;
-    serde_json::from_str(&text)
-        .map_err(|error| ModelError::Config { path: path.to_owned(), reason: error.to_string() })
 }
