@@ -11,6 +11,7 @@ use fewstep_flow::guidance::guided;
 use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
 
 use crate::family::{AUTOENCODER, Defaults, Family, Kind};
+use crate::flux::{self, Flux};
 use crate::load_options::{rounded, store_weights};
 use crate::qwen_image::{self, QwenImage};
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
@@ -53,22 +54,26 @@ pub trait Denoiser {
 /// storage.
 #[derive(Module, Debug)]
 pub enum Model {
+    /// See [`crate::flux`].
+    Flux(Flux),
     /// See [`crate::qwen_image`].
     QwenImage(QwenImage),
 }
 
 /// Every family there is code for.
-pub(crate) static KINDS: [&dyn Kind; 1] = [&qwen_image::Kind];
+pub(crate) static KINDS: [&dyn Kind; 2] = [&flux::Kind, &qwen_image::Kind];
 
 impl Model {
     fn family(&self) -> &dyn Family {
         match self {
+            Self::Flux(model) => model,
             Self::QwenImage(model) => model,
         }
     }
 
     fn family_mut(&mut self) -> &mut dyn Family {
         match self {
+            Self::Flux(model) => model,
             Self::QwenImage(model) => model,
         }
     }
