@@ -1,7 +1,7 @@
 //! Drawing latents: a solver, a sigma grid, guidance, and a model.
 
 use burn::tensor::{Tensor, TensorData};
-use fewstep_flow::sampler::step;
+use fewstep_flow::sampler::Stepper;
 use fewstep_flow::{SigmaGrid, Solver};
 
 use crate::{Condition, Denoiser};
@@ -83,9 +83,10 @@ fn states(
     noise: Tensor<4>,
     guidance: &Guidance,
 ) -> impl Iterator<Item = Tensor<4>> {
+    let mut stepper = Stepper::new(solver, grid);
     grid.pairs().scan(noise, move |state, pair| {
         let velocity = |noisy, sigma| guided_velocity(denoiser, noisy, sigma, guidance);
-        *state = denoiser.kept(step(solver, state.clone(), pair, velocity));
+        *state = denoiser.kept(stepper.step(state.clone(), pair, velocity));
         Some(state.clone())
     })
 }

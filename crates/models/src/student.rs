@@ -192,6 +192,7 @@ fn damaged(path: &Path, key: &str, reason: &str) -> ModelError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fewstep_flow::schedule::FlowMatchConfig;
 
     fn grid(num_inference_steps: usize, side: usize, sigmas: &[f32]) -> TrainedGrid {
         let sigmas = SigmaGrid::new(sigmas.to_vec()).unwrap();
@@ -199,7 +200,8 @@ mod tests {
     }
 
     fn student() -> Student {
-        let scheduler = SchedulerConfig { shift: 3.0, ..SchedulerConfig::default() };
+        let scheduler =
+            SchedulerConfig::FlowMatching(FlowMatchConfig { shift: 3.0, ..FlowMatchConfig::default() });
         Student {
             grids: vec![grid(2, 64, &[1.0, 0.7, 0.0]), grid(3, 96, &[1.0, 0.8, 0.6, 0.0])],
             rule: Some(SigmaRule { scheduler, shift: None }),
