@@ -340,6 +340,9 @@ fn tensors(generated: &Generated) -> Vec<(String, Vec<usize>, Vec<f32>)> {
         entry("latents", generated.latents.clone().squeeze_dim::<3>(0)),
         entry("text", generated.condition.text.clone().squeeze_dim::<2>(0)),
     ];
+    if let Some(pooled) = &generated.condition.pooled {
+        tensors.push(entry("pooled", pooled.clone().squeeze_dim::<1>(0)));
+    }
     if let Some(trajectory) = &generated.trajectory {
         let sigmas = generated.sigmas.as_slice().to_vec();
         tensors.push(entry("noise", generated.noise.clone().squeeze_dim::<3>(0)));

@@ -220,7 +220,7 @@ impl Pipeline {
             return Ok(Guidance::off(condition));
         }
         let negatives: Vec<String> = requests.iter().map(|request| request.negative_prompt.clone()).collect();
-        let unconditional = Some(self.model.encode_prompts(&negatives)?);
+        let unconditional = Some(self.model.encode_negatives(&negatives)?);
         Ok(Guidance { condition, unconditional, cfg_scale })
     }
 
@@ -241,7 +241,7 @@ impl Pipeline {
         let inputs: Vec<&Picture> =
             requests.iter().filter_map(|request| request.input_image.as_ref()).collect();
         if inputs.is_empty() {
-            return noise;
+            return self.model.kept(self.model.start(noise, grid));
         }
         let (height, width) = (requests[0].height, requests[0].width);
         let pixels =
@@ -254,7 +254,8 @@ impl Pipeline {
 
     /// Decodes what was drawn, sample by sample.
     fn pictures(&self, drawn: Drawn) -> Vec<Generated> {
-        let latents = drawn.states.last().expect("the final latents are always there").clone();
+        let last = drawn.states.last().expect("the final latents are always there").clone();
+        let latents = self.model.finish(last, &drawn.grid);
         let pixels = self.model.decode_latents(latents.clone());
         let [_, _, height, width] = pixels.dims();
         let values = crate::weights::values(pixels);

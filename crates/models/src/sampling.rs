@@ -4,7 +4,7 @@ use burn::tensor::{Tensor, TensorData};
 use fewstep_flow::sampler::Stepper;
 use fewstep_flow::{SigmaGrid, Solver};
 
-use crate::{Condition, Denoiser};
+use crate::{Condition, Denoiser, Model};
 
 /// What a sampler is told about the prompts.
 #[derive(Clone, Debug)]
@@ -59,6 +59,20 @@ pub fn sample_latents(
     guidance: &Guidance,
 ) -> Tensor<4> {
     states(denoiser, solver, grid, noise, guidance).last().expect("a grid has steps")
+}
+
+/// Draws latents by Euler steps from pure noise, as a model begins and ends a run on a grid.
+///
+/// # Shapes
+/// - `noise` and output: `[B, C, H, W]`
+pub fn latents_from_noise(
+    model: &Model,
+    grid: &SigmaGrid,
+    noise: Tensor<4>,
+    guidance: &Guidance,
+) -> Tensor<4> {
+    let start = model.kept(model.start(noise, grid));
+    model.finish(sample_latents(model, Solver::Euler, grid, start, guidance), grid)
 }
 
 /// Every state of [`sample_latents`], `noise` first and the latents last: one more than there are steps.

@@ -12,7 +12,7 @@ use fewstep_flow::noise::RandDevice;
 use fewstep_flow::schedule::{GridRequest, SchedulerConfig, ShiftOverride};
 use serde::{Deserialize, Serialize};
 
-use crate::qwen_image::DENOISER;
+use crate::model::kind_of;
 use crate::source::Info;
 use crate::weights::read_info;
 use crate::{LoraFile, ModelError, ModelSource};
@@ -88,7 +88,7 @@ impl Student {
     /// # Errors
     /// As [`Student::of_file`].
     pub fn of_model(source: &ModelSource) -> Result<Option<Self>, ModelError> {
-        match source.info(DENOISER)? {
+        match source.info(kind_of(source)?.denoiser())? {
             Some((path, info)) => Self::of_info(&path, &info),
             None => Ok(None),
         }

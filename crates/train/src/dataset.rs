@@ -17,7 +17,7 @@ use crate::host::HostTensor;
 use crate::place::Place;
 use crate::recipe::Recipe;
 use crate::source::SourceRow;
-use crate::tables::{PictureTable, PromptTable, Stored};
+use crate::tables::{PictureTable, PromptTable, Stored, TextWidths};
 use crate::workers::Reading;
 use crate::{TrainError, processed};
 
@@ -36,6 +36,8 @@ pub(crate) struct Tables {
     pub(crate) prompts: Vec<String>,
     /// Text states of the prompts, `[S, J]` each; none when the text encoder learns and prompts are encoded in each step.
     pub(crate) texts: Vec<Place>,
+    /// Pooled states of the prompts, `[P]` each; none where the model has none, or as [`Self::texts`].
+    pub(crate) pooled: Vec<Place>,
 }
 
 /// One row: indices into the tables of its data set.
@@ -136,7 +138,7 @@ impl<'a> Survey<'a> {
     /// # Errors
     /// If a picture or stored file is missing, damaged in its header, or of another shape.
     pub(crate) fn of(rows: &[SourceRow], with: Preparation<'a>) -> Result<Self, TrainError> {
-        let (pictures, prompts) = (PictureTable::new(with), PromptTable::new(with.model.text_width()));
+        let (pictures, prompts) = (PictureTable::new(with), PromptTable::new(TextWidths::of(with.model)));
         let mut survey = Self { with, samples: Vec::with_capacity(rows.len()), pictures, prompts };
         survey.prompts.add("", None)?;
         for row in rows {
@@ -169,7 +171,9 @@ impl<'a> Survey<'a> {
         let Some(latents) = self.pictures.encode()? else { return Ok(None) };
         let texts = if self.with.keep_text { self.prompts.encode(self.with)? } else { Some(Vec::new()) };
         let Some(texts) = texts else { return Ok(None) };
-        let tables = Tables { latents, prompts: self.prompts.texts, texts };
+        let pooled = texts.iter().filter_map(|places| places.pooled.clone()).collect();
+        let texts = texts.into_iter().map(|places| places.states).collect();
+        let tables = Tables { latents, prompts: self.prompts.texts, texts, pooled };
         Ok(Some(Dataset { samples: self.samples, tables, device: self.with.device.clone() }))
     }
 }
@@ -181,8 +185,9 @@ impl Dataset {
     /// As [`processed::read`], or if the latents are not of the model's sizes.
     pub(crate) fn read(recipe: &Recipe, model: &Model, device: &Device) -> Result<Self, TrainError> {
         let (samples, tables) = processed::read(recipe)?;
-        let text = tables.texts.iter().map(Place::shape).collect::<Result<Vec<_>, _>>()?;
-        check_shapes(recipe, model, &samples, text.iter())?;
+        let shapes = |places: &[Place]| places.iter().map(Place::shape).collect::<Result<Vec<_>, _>>();
+        let (text, pooled) = (shapes(&tables.texts)?, shapes(&tables.pooled)?);
+        check_shapes(recipe, model, &samples, [&text, &pooled])?;
         Ok(Self { samples, tables, device: device.clone() })
     }
 
@@ -216,13 +221,14 @@ impl Dataset {
     }
 
     /// Reads what a batch of positions needs: the latents of each, then the text states of each and of the empty prompt,
-    /// as far as there are any.
+    /// then their pooled states, as far as there are any.
     pub(crate) fn reading(&self, positions: &[usize]) -> Reading {
         let samples = || positions.iter().map(|position| self.sample_at(*position));
         let latents = samples().filter_map(|sample| Some(&self.tables.latents[sample.picture?]));
-        let prompts = samples().map(|sample| sample.prompt).chain([EMPTY_PROMPT]);
-        let texts = prompts.filter_map(|prompt| self.tables.texts.get(prompt));
-        let places: Vec<Place> = latents.chain(texts).cloned().collect();
+        let prompts = || samples().map(|sample| sample.prompt).chain([EMPTY_PROMPT]);
+        let texts = prompts().filter_map(|prompt| self.tables.texts.get(prompt));
+        let pooled = prompts().filter_map(|prompt| self.tables.pooled.get(prompt));
+        let places: Vec<Place> = latents.chain(texts).chain(pooled).cloned().collect();
         Box::new(move || Ok(places.iter().map(Place::read).collect::<Result<_, _>>()?))
     }
 
@@ -259,30 +265,32 @@ impl Dataset {
     }
 }
 
-/// Checks that processed data is of a model's sizes.
+/// Checks that processed data is of a model's sizes; of text states and pooled ones, the shapes are given.
 ///
 /// # Errors
-/// If latents or text states are not.
-pub(crate) fn check_shapes<'a>(
+/// If latents or states are not.
+pub(crate) fn check_shapes(
     recipe: &Recipe,
     model: &Model,
     samples: &[Sample],
-    mut text: impl Iterator<Item = &'a Vec<usize>>,
+    [text, pooled]: [&[Vec<usize>]; 2],
 ) -> Result<(), TrainError> {
-    let wrong = |what, found: Vec<usize>, expected: Vec<usize>| {
-        Err(TrainError::Shape { path: recipe.dataset_base_path.clone(), what, found, expected })
+    let check = |what, found: &[usize], expected: Vec<usize>| match found == expected {
+        true => Ok(()),
+        false => {
+            let (path, found) = (recipe.dataset_base_path.clone(), found.to_vec());
+            Err(TrainError::Shape { path, what, found, expected })
+        }
     };
     for group in samples.iter().map(|sample| sample.group) {
         let expected = model.latent_shape(group.size.height, group.size.width)?;
-        if group.latent_shape != expected {
-            return wrong("latents", group.latent_shape.to_vec(), expected.to_vec());
-        }
+        check("latents", &group.latent_shape, expected.to_vec())?;
     }
-    let width = model.text_width();
-    match text.find(|states| states.len() != 2 || states[1] != width) {
-        Some(states) => {
-            wrong("text states", states.clone(), vec![states.first().copied().unwrap_or(0), width])
-        }
-        None => Ok(()),
+    let widths = TextWidths::of(model);
+    for states in text {
+        check("text states", states, vec![states.first().copied().unwrap_or(0), widths.states])?;
     }
+    let expected = widths.pooled.map_or(0, |_| text.len());
+    check("pooled states", &[pooled.len()], vec![expected])?;
+    pooled.iter().try_for_each(|found| check("pooled states", found, widths.pooled.into_iter().collect()))
 }

@@ -3,18 +3,16 @@
 //! D is the width, K the heads, E the head dim, N and S the image and text tokens, T = N + S, L the blocks, r the rank
 //! of the adapters.
 
-use std::collections::BTreeMap;
-
 use super::config::{TextEncoderConfig, TransformerConfig};
 use super::latents::PATCH;
 use super::transformer::TIME_FEATURES;
 use super::vae::{Vae, VaeConfig};
-use crate::footprint::{Activations, Encoding, Flops, Footprint, Workload};
+use crate::footprint::{Activations, Encoding, Evaluation, Flops, Workload};
 use crate::model::token_grid;
-use crate::{Components, ModelError, ModelSource};
+use crate::{ModelError, ModelSource};
 
-/// The footprint of a model.
-pub(crate) fn footprint(source: &ModelSource, workload: &Workload) -> Result<Footprint, ModelError> {
+/// What one evaluation on a batch takes.
+pub(super) fn evaluation(source: &ModelSource, workload: &Workload) -> Result<Evaluation, ModelError> {
     let transformer = TransformerConfig::read(source)?;
     let factor = Vae::absent(source, transformer.out_channels)?.factor() * PATCH;
     let [rows, columns] = token_grid([workload.height, workload.width], factor)?;
@@ -24,57 +22,26 @@ pub(crate) fn footprint(source: &ModelSource, workload: &Workload) -> Result<Foo
         text: workload.text_tokens as u64,
         rank: workload.lora_rank.map(|rank| rank as u64),
     };
-    let parameters = counted(source, workload.components)?;
-    Ok(Footprint {
+    Ok(Evaluation {
         image_tokens: rows * columns,
-        trained: size.rank.map_or(parameters[super::DENOISER], |rank| transformer.adapters(rank)),
-        parameters,
-        held: held(source, workload.components)?,
         activations: size.activations(&transformer),
         flops: size.flops(&transformer),
     })
 }
 
-/// Parameters in the files of components.
-pub(crate) fn counted(
-    source: &ModelSource,
-    components: Components,
-) -> Result<BTreeMap<&'static str, u64>, ModelError> {
-    sums(source, components, |_, shape| numbers(shape))
-}
-
-/// Numbers of the weights that stay in memory: of a convolution over frames the last alone meets a picture, and nothing
+/// Numbers of a weight that stay in memory: of a convolution over frames the last alone meets a picture, and nothing
 /// resamples time.
-pub(crate) fn held(
-    source: &ModelSource,
-    components: Components,
-) -> Result<BTreeMap<&'static str, u64>, ModelError> {
-    sums(source, components, |key, shape| match shape {
+pub(super) fn held(key: &str, shape: &[usize]) -> u64 {
+    let numbers = shape.iter().product::<usize>() as u64;
+    match shape {
         _ if key.contains("time_conv") => 0,
-        [_, _, frames, _, _] => numbers(shape) / *frames as u64,
-        _ => numbers(shape),
-    })
-}
-
-fn sums(
-    source: &ModelSource,
-    components: Components,
-    count: impl Fn(&str, &[usize]) -> u64,
-) -> Result<BTreeMap<&'static str, u64>, ModelError> {
-    let of = |component: &&'static str| {
-        let shapes = super::component_tensors(source, component)?;
-        Ok((*component, shapes.iter().map(|(key, shape)| count(key, shape)).sum()))
-    };
-    let counts: Result<BTreeMap<&str, u64>, ModelError> = super::loaded(components).iter().map(of).collect();
-    Ok(counts?.into_iter().filter(|(_, count)| *count > 0).collect())
-}
-
-fn numbers(shape: &[usize]) -> u64 {
-    shape.iter().product::<usize>() as u64
+        [_, _, frames, _, _] => numbers / *frames as u64,
+        _ => numbers,
+    }
 }
 
 /// What text encoder and autoencoder hold, counted off [`super::text_encoder`] and [`super::vae`].
-pub(crate) fn encoding(source: &ModelSource) -> Result<Encoding, ModelError> {
+pub(super) fn encoding(source: &ModelSource) -> Result<Encoding, ModelError> {
     let text = TextEncoderConfig::read(source)?;
     let [width, inner, layers] =
         [text.hidden_size, text.intermediate_size, text.num_hidden_layers].map(|size| size as u64);
@@ -169,12 +136,5 @@ impl TransformerConfig {
     /// D.
     fn width(&self) -> u64 {
         (self.num_attention_heads * self.attention_head_dim) as u64
-    }
-
-    /// Parameters of adapters on [`super::LORA_TARGETS`].
-    fn adapters(&self, rank: u64) -> u64 {
-        let width = self.width();
-        let ends_of_layers = 8 * (width + width) + 2 * (width + 6 * width) + 2 * (4 * width + width);
-        self.num_layers as u64 * rank * ends_of_layers
     }
 }

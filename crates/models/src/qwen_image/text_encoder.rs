@@ -133,7 +133,7 @@ impl TextEncoder {
         let [batch, longest, width] = hidden.dims();
         let text = hidden.slice([0..batch, tokens.drop_tokens..longest, 0..width]);
         let lengths = tokens.ids.iter().map(|ids| ids.len() - tokens.drop_tokens).collect();
-        zero_padding(Condition { text, lengths })
+        zero_padding(Condition::new(text, lengths))
     }
 
     /// The states of all tokens, `[B, T, J]` each: the embeddings, then after every layer, the last of them after
@@ -181,7 +181,7 @@ fn zero_padding(condition: Condition) -> Condition {
         |length: &usize| (0..tokens).map(|token| f32::from(u8::from(token < *length))).collect::<Vec<_>>();
     let mask: Vec<f32> = condition.lengths.iter().flat_map(row).collect();
     let mask = Tensor::from_data(TensorData::new(mask, [batch, tokens, 1]), &condition.text.device());
-    Condition { text: condition.text * mask, lengths: condition.lengths }
+    Condition { text: condition.text.clone() * mask, ..condition }
 }
 
 impl RmsNorm {

@@ -12,8 +12,8 @@ use burn::module::Param;
 use burn::tensor::{Device, Tensor};
 use fewstep_models::lora;
 use fewstep_models::{
-    Footprint, LoadOptions, Model, ModelError, ModelSource, NamedVisitor, check_weights, loaded_components,
-    visit_named,
+    AUTOENCODER, Footprint, LoadOptions, Model, ModelError, ModelSource, NamedVisitor, check_weights,
+    loaded_components, visit_named,
 };
 use serde::Serialize;
 
@@ -137,9 +137,9 @@ impl Check<'_> {
     /// Configs, tokenizer, and the headers of weight files against them.
     fn model(&mut self, source: &ModelSource, device: &Device) -> Option<Model> {
         let components = trainer::components(self.recipe);
-        for component in loaded_components(components) {
+        for component in self.keep(loaded_components(source, components)).unwrap_or_default() {
             // Of a model with fresh weights only the autoencoder is read.
-            if self.recipe.initial_weights == InitialWeights::Pretrained || *component == "vae" {
+            if self.recipe.initial_weights == InitialWeights::Pretrained || component == AUTOENCODER {
                 self.keep(check_weights(source, component));
             }
         }
@@ -192,8 +192,8 @@ impl Check<'_> {
     fn outlook(&mut self, found: &mut DryRun, subject: &Subject<'_>) {
         let recipe = self.recipe;
         let steps = data::steps(recipe, &found.data).unwrap_or((0, 0));
-        let facts =
-            memory::Facts { recipe, source: subject.source, data: &found.data, trained: subject.trained };
+        let Subject { source, model, trained } = *subject;
+        let facts = memory::Facts { recipe, source, model, data: &found.data, trained };
         found.memory = self.keep(memory::estimate(&facts));
         found.alternatives = self.keep(alternatives::of(&facts)).unwrap_or_default();
         let files = files::Facts {

@@ -27,7 +27,8 @@ impl Case {
         let transformer =
             Transformer::from_pretrained(&(&golden("qwen_image/model")).into(), &device).unwrap();
         let text: Tensor<3> = file.tensor(&format!("{name}.prompt_embeds"), &device);
-        let condition = Condition { lengths: vec![text.dims()[1]], text };
+        let lengths = vec![text.dims()[1]];
+        let condition = Condition::new(text, lengths);
         let sigma = file.tensor::<1>(&format!("{name}.timestep"), &device) / 1000.0;
         let latents = file.shape(&format!("{name}.latents"));
         let tokens = [latents[2] / 2, latents[3] / 2];
