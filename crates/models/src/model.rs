@@ -6,13 +6,14 @@ use std::path::Path;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use fewstep_data::image::MAX_SIDE_PX;
-use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::guided;
-use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
+use fewstep_flow::schedule::{GridRequest, SchedulerConfig, TrainingLevels};
+use fewstep_flow::{SigmaGrid, Solver};
 
 use crate::family::{AUTOENCODER, Defaults, Family, Kind};
 use crate::load_options::{rounded, store_weights};
 use crate::qwen_image::{self, QwenImage};
+use crate::stable_diffusion::{self, StableDiffusion};
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
 use crate::{
     Components, Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource,
@@ -55,21 +56,26 @@ pub trait Denoiser {
 pub enum Model {
     /// See [`crate::qwen_image`].
     QwenImage(QwenImage),
+    /// See [`crate::stable_diffusion`].
+    StableDiffusion(StableDiffusion),
 }
 
 /// Every family there is code for.
-pub(crate) static KINDS: [&dyn Kind; 1] = [&qwen_image::Kind];
+pub(crate) static KINDS: [&dyn Kind; 3] =
+    [&qwen_image::Kind, &stable_diffusion::BASE, &stable_diffusion::XL];
 
 impl Model {
     fn family(&self) -> &dyn Family {
         match self {
             Self::QwenImage(model) => model,
+            Self::StableDiffusion(model) => model,
         }
     }
 
     fn family_mut(&mut self) -> &mut dyn Family {
         match self {
             Self::QwenImage(model) => model,
+            Self::StableDiffusion(model) => model,
         }
     }
 }
@@ -269,6 +275,40 @@ impl Model {
     /// The schedule's config.
     pub fn scheduler(&self) -> &SchedulerConfig {
         &self.family().settings().scheduler
+    }
+
+    /// The solver of the published pipeline; a few-step student's is Euler's.
+    pub fn solver(&self) -> Solver {
+        self.scheduler().solver()
+    }
+
+    /// The noise levels of training, with the weights of a peer's loss: those that the model was trained on, or that
+    /// steps of a grid start at.
+    ///
+    /// # Errors
+    /// If the request cannot be met.
+    pub fn training_levels(&self, request: &GridRequest) -> Result<TrainingLevels, ModelError> {
+        match self.scheduler() {
+            SchedulerConfig::Diffusion(config) => Ok(config.training_levels()),
+            SchedulerConfig::FlowMatching(_) => Ok(TrainingLevels::of(&self.grid(request)?)),
+        }
+    }
+
+    /// The weight of a velocity's squared error at which all levels count alike in what the denoiser was trained to
+    /// predict: 1 where that is the velocity.
+    pub fn loss_weight(&self, sigma: f32) -> f32 {
+        match self.scheduler() {
+            SchedulerConfig::Diffusion(config) => config.prediction_type.loss_weight(sigma),
+            SchedulerConfig::FlowMatching(_) => 1.0,
+        }
+    }
+
+    /// The highest sigma that the denoiser was trained on.
+    pub fn highest_sigma(&self) -> f32 {
+        match self.scheduler() {
+            SchedulerConfig::Diffusion(config) => config.table().highest(),
+            SchedulerConfig::FlowMatching(_) => 1.0,
+        }
     }
 
     /// The sigma grid of a run that changes the model's schedule.

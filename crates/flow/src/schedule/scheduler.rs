@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::config::CLASS;
-use super::{FlowMatchConfig, GridRequest, TrainingLevels};
+use super::{FlowMatchConfig, GridRequest};
 use crate::diffusion::DiffusionConfig;
 use crate::{FlowError, SigmaGrid, Solver};
 
@@ -87,17 +87,6 @@ impl SchedulerConfig {
         match self {
             Self::FlowMatching(_) => Solver::Euler,
             Self::Diffusion(config) => config.solver(),
-        }
-    }
-
-    /// The noise levels of training; those of flow matching are of the request's grid.
-    ///
-    /// # Errors
-    /// When the request cannot be met.
-    pub fn training_levels(&self, request: &GridRequest) -> Result<TrainingLevels, FlowError> {
-        match self {
-            Self::FlowMatching(config) => Ok(TrainingLevels::of(&config.grid(request)?)),
-            Self::Diffusion(config) => Ok(config.training_levels()),
         }
     }
 }
