@@ -33,7 +33,7 @@ pub use error::ModelError;
 pub use family::{AUTOENCODER, Defaults};
 pub use footprint::{Activations, Encoding, Flops, Footprint, Workload};
 pub use load_options::{Components, DTYPES, LoadOptions};
-pub use model::{Denoiser, Model, check_weights, defaults, expected_tensors, loaded_components};
+pub use model::{Denoiser, Model, check_weights, expected_tensors, loaded_components};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};
 pub use parts::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig, Posterior};
 pub use parts::clip::{ClipStates, ClipTextConfig, ClipTextEncoder, ClipTokenizer};

@@ -6,14 +6,16 @@ use std::path::Path;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use fewstep_data::image::MAX_SIDE_PX;
-use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::guided;
-use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
+use fewstep_flow::schedule::{GridRequest, SchedulerConfig, TrainingLevels};
+use fewstep_flow::{SigmaGrid, Solver};
 
 use crate::family::{AUTOENCODER, Defaults, Family, Kind};
 use crate::flux::{self, Flux};
 use crate::load_options::{rounded, store_weights};
 use crate::qwen_image::{self, QwenImage};
+use crate::stable_diffusion::{self, StableDiffusion};
+use crate::student::SigmaRule;
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
 use crate::{
     Components, Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource,
@@ -58,16 +60,20 @@ pub enum Model {
     Flux(Flux),
     /// See [`crate::qwen_image`].
     QwenImage(QwenImage),
+    /// See [`crate::stable_diffusion`].
+    StableDiffusion(StableDiffusion),
 }
 
 /// Every family there is code for.
-pub(crate) static KINDS: [&dyn Kind; 2] = [&flux::Kind, &qwen_image::Kind];
+pub(crate) static KINDS: [&dyn Kind; 4] =
+    [&flux::Kind, &qwen_image::Kind, &stable_diffusion::BASE, &stable_diffusion::XL];
 
 impl Model {
     fn family(&self) -> &dyn Family {
         match self {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
+            Self::StableDiffusion(model) => model,
         }
     }
 
@@ -75,6 +81,7 @@ impl Model {
         match self {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
+            Self::StableDiffusion(model) => model,
         }
     }
 }
@@ -197,9 +204,9 @@ impl Model {
         self.family().pooled_width()
     }
 
-    /// The guidance scale that the denoiser is told where a condition has none; `None` where it takes none.
-    pub fn embedded_guidance(&self) -> Option<f32> {
-        self.family().embedded_guidance()
+    /// What the model is usually run with.
+    pub fn defaults(&self) -> Defaults {
+        self.family().defaults()
     }
 
     /// Pictures to latents.
@@ -276,12 +283,56 @@ impl Model {
         &self.family().settings().scheduler
     }
 
+    /// The solver of the published pipeline; a few-step student's is Euler's.
+    pub fn solver(&self) -> Solver {
+        self.scheduler().solver()
+    }
+
+    /// The noise levels of training, with the weights of a peer's loss: those that the model was trained on, or that
+    /// steps of a grid start at.
+    ///
+    /// # Errors
+    /// If the request cannot be met.
+    pub fn training_levels(&self, request: &GridRequest) -> Result<TrainingLevels, ModelError> {
+        match self.scheduler() {
+            SchedulerConfig::Diffusion(config) => Ok(config.training_levels()),
+            SchedulerConfig::FlowMatching(_) => Ok(TrainingLevels::of(&self.grid(request)?)),
+        }
+    }
+
+    /// The weight of a velocity's squared error at which all levels count alike in what the denoiser was trained to
+    /// predict: 1 where that is the velocity.
+    pub fn loss_weight(&self, sigma: f32) -> f32 {
+        match self.scheduler() {
+            SchedulerConfig::Diffusion(config) => config.prediction_type.loss_weight(sigma),
+            SchedulerConfig::FlowMatching(_) => 1.0,
+        }
+    }
+
+    /// The highest sigma that the denoiser was trained on.
+    pub fn highest_sigma(&self) -> f32 {
+        match self.scheduler() {
+            SchedulerConfig::Diffusion(config) => config.table().highest(),
+            SchedulerConfig::FlowMatching(_) => 1.0,
+        }
+    }
+
     /// The sigma grid of a run that changes the model's schedule.
     ///
     /// # Errors
     /// If the request cannot be met.
     pub fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, ModelError> {
         self.family().grid(request)
+    }
+
+    /// The sigma grid of a run as a student's rule has it. A family may have more to say of its own scheduler than its
+    /// config does.
+    pub(crate) fn grid_by(&self, rule: &SigmaRule, asked: &GridRequest) -> Result<SigmaGrid, ModelError> {
+        let request = rule.request(asked);
+        match rule.scheduler == *self.scheduler() {
+            true => self.grid(&request),
+            false => Ok(rule.scheduler.grid(&request)?),
+        }
     }
 
     /// The first state of a run from pure noise on a grid: the noise itself where the grid starts at 1.
@@ -388,14 +439,6 @@ pub(crate) fn kind_of(source: &ModelSource) -> Result<&'static dyn Kind, ModelEr
         let expected = KINDS.iter().map(|kind| kind.pipeline_class()).collect();
         ModelError::UnknownClass { path, role: "pipeline", found, expected }
     })
-}
-
-/// What a model is usually run with, told by its configs.
-///
-/// # Errors
-/// If the folder names no known family, or a config is damaged.
-pub fn defaults(source: &ModelSource) -> Result<Defaults, ModelError> {
-    kind_of(source)?.defaults(source)
 }
 
 /// Shapes of all tensors that the weight files of a model must hold, by component and key.

@@ -204,9 +204,16 @@ impl Pipeline {
         let plain = self.model.grid_request(request.num_inference_steps, request.height, request.width);
         if let (Some(student), None) = (&self.student, request.exponential_shift_mu)
             && request.denoising_strength == 1.0
-            && let Some(grid) = student.grid(&plain, [request.height, request.width])?
         {
-            return Ok(grid);
+            if let Some(grid) =
+                student.trained_grid(request.num_inference_steps, [request.height, request.width])
+            {
+                return Ok(grid);
+            }
+            // A file without a rule leaves it to the model's own schedule, the best guess.
+            if let Some(rule) = &student.rule {
+                return self.model.grid_by(rule, &plain);
+            }
         }
         self.model.grid(&GridRequest {
             shift: request.exponential_shift_mu.map(ShiftOverride::Mu),

@@ -1,7 +1,7 @@
 //! Drawing latents: a solver, a sigma grid, guidance, and a model.
 
 use burn::tensor::{Tensor, TensorData};
-use fewstep_flow::sampler::step;
+use fewstep_flow::sampler::Stepper;
 use fewstep_flow::{SigmaGrid, Solver};
 
 use crate::{Condition, Denoiser, Model};
@@ -21,6 +21,12 @@ impl Guidance {
     /// Conditional sampling without guidance.
     pub fn off(condition: Condition) -> Self {
         Self { condition, unconditional: None, cfg_scale: 1.0 }
+    }
+
+    /// The same with another scale that the denoiser is told; `None` leaves it to the model.
+    pub fn told(self, embedded_guidance: Option<f32>) -> Self {
+        let told = |condition: Condition| condition.with_embedded_guidance(embedded_guidance);
+        Self { condition: told(self.condition), unconditional: self.unconditional.map(told), ..self }
     }
 }
 
@@ -97,9 +103,10 @@ fn states(
     noise: Tensor<4>,
     guidance: &Guidance,
 ) -> impl Iterator<Item = Tensor<4>> {
+    let mut stepper = Stepper::new(solver, grid);
     grid.pairs().scan(noise, move |state, pair| {
         let velocity = |noisy, sigma| guided_velocity(denoiser, noisy, sigma, guidance);
-        *state = denoiser.kept(step(solver, state.clone(), pair, velocity));
+        *state = denoiser.kept(stepper.step(state.clone(), pair, velocity));
         Some(state.clone())
     })
 }

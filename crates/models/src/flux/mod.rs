@@ -243,6 +243,13 @@ impl Family for Flux {
         &mut self.settings
     }
 
+    /// As the published pipelines: 28 steps of the models that are told a guidance scale, 4 of those made for few.
+    fn defaults(&self) -> Defaults {
+        let embedded_guidance = self.sizes.embeds_guidance.then_some(EMBEDDED_GUIDANCE);
+        let num_inference_steps = if embedded_guidance.is_some() { 28 } else { 4 };
+        Defaults { num_inference_steps, cfg_scale: 1.0, embedded_guidance }
+    }
+
     fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {
         let (tokenizers, tokens) = (self.tokenizers()?, self.text_tokens());
         let (Some(clip), Some(t5)) = (&self.text_encoder, &self.text_encoder_2) else {
@@ -296,10 +303,6 @@ impl Family for Flux {
         let grid = [height / patches::PATCH, width / patches::PATCH];
         let output = transformer.forward(patches::pack(noisy), told, condition, grid);
         rounded(patches::unpack(output, [channels, height, width]), self.settings.dtype)
-    }
-
-    fn embedded_guidance(&self) -> Option<f32> {
-        self.sizes.embeds_guidance.then_some(EMBEDDED_GUIDANCE)
     }
 
     /// DiffSynth-Studio has a schedule of its own, for drawing and for training.
@@ -378,17 +381,6 @@ impl family::Kind for Kind {
 
     fn published_files(&self) -> &'static [(&'static str, &'static str)] {
         &[("model_index.json", published::MODEL_INDEX), (SCHEDULER_FILE, published::SCHEDULER)]
-    }
-
-    /// As the published pipelines: 28 steps of the models that are told a guidance scale, 4 of those made for few.
-    fn defaults(&self, source: &ModelSource) -> Result<Defaults, ModelError> {
-        Ok(match TransformerConfig::read(source)?.guidance_embeds {
-            true => {
-                let embedded_guidance = Some(EMBEDDED_GUIDANCE);
-                Defaults { num_inference_steps: 28, cfg_scale: 1.0, embedded_guidance }
-            }
-            false => Defaults { num_inference_steps: 4, cfg_scale: 1.0, embedded_guidance: None },
-        })
     }
 
     fn check_configs(&self, source: &ModelSource) -> Result<(), ModelError> {

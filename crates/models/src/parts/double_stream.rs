@@ -16,7 +16,7 @@ use crate::weights::unfilled;
 pub(crate) const EPSILON: f32 = 1e-6;
 
 /// Chunks of a stream's modulation, in the order of the projection's output.
-const ATTENTION: Modulation = Modulation { shift: 0, scale: 1 };
+pub(crate) const ATTENTION: Modulation = Modulation { shift: 0, scale: 1 };
 const ATTENTION_GATE: usize = 2;
 const MLP: Modulation = Modulation { shift: 3, scale: 4 };
 const MLP_GATE: usize = 5;
@@ -48,27 +48,27 @@ pub(crate) struct Scale {
 /// Joint attention, then an MLP per stream, each modulated and gated by the time.
 #[derive(Module, Debug)]
 pub(crate) struct Block {
-    img_mod: Linear,
-    txt_mod: Linear,
-    attn: JointAttention,
+    pub(crate) img_mod: Linear,
+    pub(crate) txt_mod: Linear,
+    pub(crate) attn: JointAttention,
     img_mlp: Mlp,
     txt_mlp: Mlp,
 }
 
 #[derive(Module, Debug)]
-struct JointAttention {
-    to_q: Linear,
+pub(crate) struct JointAttention {
+    pub(crate) to_q: Linear,
     to_k: Linear,
     to_v: Linear,
     to_out: Linear,
     add_q_proj: Linear,
-    add_k_proj: Linear,
+    pub(crate) add_k_proj: Linear,
     add_v_proj: Linear,
     to_add_out: Linear,
-    norm_q: Scale,
+    pub(crate) norm_q: Scale,
     norm_k: Scale,
     norm_added_q: Scale,
-    norm_added_k: Scale,
+    pub(crate) norm_added_k: Scale,
 }
 
 #[derive(Module, Debug)]
@@ -181,7 +181,7 @@ impl JointAttention {
     }
 
     /// Attends over [text, image] and projects each stream back.
-    fn forward(&self, streams: Streams, shared: &Shared, heads: usize) -> Streams {
+    pub(crate) fn forward(&self, streams: Streams, shared: &Shared, heads: usize) -> Streams {
         let (text_tokens, image_tokens) = (streams.text.dims()[1], streams.image.dims()[1]);
         let image = [&self.to_q, &self.to_k, &self.to_v].map(Linear::projection);
         let text = [&self.add_q_proj, &self.add_k_proj, &self.add_v_proj].map(Linear::projection);

@@ -224,6 +224,10 @@ impl Family for QwenImage {
         &mut self.settings
     }
 
+    fn defaults(&self) -> Defaults {
+        Defaults { num_inference_steps: 50, cfg_scale: 4.0, embedded_guidance: None }
+    }
+
     fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {
         let tokens = self.tokenizer()?.encode(prompts)?;
         let encoder = self.text_encoder.as_ref().ok_or(ENCODER_NOT_LOADED)?;
@@ -347,10 +351,6 @@ impl family::Kind for Kind {
         without: ModelError,
     ) -> Result<Value, ModelError> {
         published::config_of(source, component, without)
-    }
-
-    fn defaults(&self, _source: &ModelSource) -> Result<Defaults, ModelError> {
-        Ok(Defaults { num_inference_steps: 50, cfg_scale: 4.0, embedded_guidance: None })
     }
 
     fn check_configs(&self, source: &ModelSource) -> Result<(), ModelError> {

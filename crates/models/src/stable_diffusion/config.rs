@@ -86,11 +86,6 @@ impl UnetConfig {
         self.block_out_channels.len()
     }
 
-    /// Latent pixels per pixel of the smallest stage, along one side.
-    pub(crate) fn reduction(&self) -> usize {
-        1 << (self.stages() - 1)
-    }
-
     /// Heads of a stage's attention.
     pub(super) fn heads(&self, stage: usize) -> usize {
         self.num_attention_heads.as_ref().unwrap_or(&self.attention_head_dim).at(stage)

@@ -20,6 +20,9 @@ pub(crate) const KEYS: KeyMap = KeyMap {
     ..KeyMap::PLAIN
 };
 
+/// Parameters that start at zero when trained from scratch: the ends of all residuals, so that each begins as the identity.
+pub(super) const ZERO_AT_START: &[&str] = &["conv2", "proj_out", "conv_out"];
+
 /// The denoiser over latents.
 #[derive(Module, Debug)]
 pub struct Unet {

@@ -177,7 +177,7 @@ fn a_model_that_is_told_its_guidance_follows_it() {
         let request = Request { embedded_guidance, num_inference_steps: 1, ..Request::new("a cat", 64, 64) };
         values(pipeline.generate(&request).unwrap().latents)
     };
-    let own = pipeline.model.embedded_guidance();
+    let own = pipeline.model.defaults().embedded_guidance;
     assert_eq!(own, Some(3.5));
     assert_close(&latents(None), &latents(own), 0.0);
     let (low, high) = (latents(Some(1.0)), latents(Some(5.0)));

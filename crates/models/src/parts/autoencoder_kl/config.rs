@@ -7,7 +7,7 @@ use crate::config_file::ConfigFile;
 use crate::{ModelError, ModelSource, ranges};
 
 /// The class that diffusers names.
-pub(crate) const CLASS: &str = "AutoencoderKL";
+const CLASS: &str = "AutoencoderKL";
 /// The most stages, each of which may halve the picture.
 const MAX_STAGES: usize = 8;
 

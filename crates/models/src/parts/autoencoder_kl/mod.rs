@@ -8,7 +8,6 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
 pub use config::AutoencoderKlConfig;
-pub(crate) use config::CLASS;
 
 use self::layers::{Decoder, Encoder, Observer};
 use crate::parts::conv::Conv2d;

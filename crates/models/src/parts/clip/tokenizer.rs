@@ -34,7 +34,10 @@ pub struct ClipTokenizer {
     start: u32,
     end: u32,
     padding: u32,
+    /// Tokens of a row.
     length: usize,
+    /// Tokens of a prompt that are read.
+    limit: usize,
     folder: Arc<Path>,
 }
 
@@ -109,7 +112,8 @@ impl ClipTokenizer {
             tokenizer.token_to_id(token.content()).ok_or_else(missing)
         };
         let (start, end, padding) = (id(&config.bos_token)?, id(&config.eos_token)?, id(&config.pad_token)?);
-        Ok(Self { tokenizer: Arc::new(tokenizer), start, end, padding, length, folder: folder.into() })
+        let limit = length - 2;
+        Ok(Self { tokenizer: Arc::new(tokenizer), start, end, padding, length, limit, folder: folder.into() })
     }
 
     /// Checks that a text model has an embedding for every id and a position for every place in a row.
@@ -155,7 +159,12 @@ impl ClipTokenizer {
 
     /// The most tokens of a prompt that are read.
     pub fn limit(&self) -> usize {
-        self.length - 2
+        self.limit
+    }
+
+    /// The same tokenizer that reads fewer tokens of a prompt.
+    pub(crate) fn cut_to(self, limit: usize) -> Self {
+        Self { limit: self.limit.min(limit), ..self }
     }
 
     /// Tokens of a row, padding included.
