@@ -61,8 +61,7 @@ pub enum Model {
 }
 
 /// Every family there is code for.
-pub(crate) static KINDS: [&dyn Kind; 3] =
-    [&qwen_image::Kind, &stable_diffusion::BASE, &stable_diffusion::XL];
+pub(crate) static KINDS: [&dyn Kind; 3] = [&qwen_image::Kind, &stable_diffusion::BASE, &stable_diffusion::XL];
 
 impl Model {
     fn family(&self) -> &dyn Family {

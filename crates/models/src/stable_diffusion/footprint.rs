@@ -1,7 +1,7 @@
 //! What one evaluation of the UNet takes, counted off the code in [`super::unet`].
 
-use super::config::UnetConfig;
 use super::PUBLISHED_FACTOR;
+use super::config::UnetConfig;
 use crate::footprint::{Activations, Encoding, Evaluation, Flops, Workload};
 use crate::model::token_grid;
 use crate::parts::autoencoder_kl::AutoencoderKlConfig;
@@ -82,9 +82,8 @@ struct Count {
 
 impl Count {
     fn unet(&mut self, config: &UnetConfig, latents: [usize; 2]) {
-        let pixels = |stage: usize| -> u64 {
-            latents.iter().map(|side| side.div_ceil(1 << stage) as u64).product()
-        };
+        let pixels =
+            |stage: usize| -> u64 { latents.iter().map(|side| side.div_ceil(1 << stage) as u64).product() };
         let channels: Vec<u64> = config.block_out_channels.iter().map(|count| *count as u64).collect();
         let (last, in_channels) = (config.stages() - 1, config.in_channels as u64);
         let mut skipped = vec![(channels[0], pixels(0))];

@@ -108,11 +108,7 @@ impl StableDiffusion {
     }
 
     /// The same with sizes and names but without weights.
-    fn outline(
-        kind: &'static Kind,
-        source: &ModelSource,
-        options: &LoadOptions,
-    ) -> Result<Self, ModelError> {
+    fn outline(kind: &'static Kind, source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
         if options.components == Components::All {
             Configs::read(kind, source)?;
         }
@@ -163,7 +159,8 @@ impl StableDiffusion {
         let scheduler = SchedulerConfig::from_json(&scheduler.text())?;
         let table = scheduler.diffusion()?.table();
         let text = TextEncoders::read(kind, source, &parts.text_encoders, &options.conventions)?;
-        let conventions = options.conventions.or_max_prompt_tokens(text.limit().unwrap_or(text::PUBLISHED_LIMIT));
+        let conventions =
+            options.conventions.or_max_prompt_tokens(text.limit().unwrap_or(text::PUBLISHED_LIMIT));
         let [text_encoder, text_encoder_2] = parts.text_encoders;
         Ok(Self {
             kind,

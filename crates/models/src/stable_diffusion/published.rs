@@ -67,7 +67,8 @@ pub(super) const XL_SCHEDULER: &str = r#"{
 /// The component that weight files hold, by the keys only it has; `None` for other weights and those of the other family.
 pub(super) fn component_of(files: &WeightFiles, xl: bool) -> Option<&'static str> {
     let all = |keys: &[&str]| keys.iter().all(|key| files.contains(key));
-    if all(&["conv_in.weight", "time_embedding.linear_1.weight", "mid_block.resnets.0.time_emb_proj.weight"]) {
+    if all(&["conv_in.weight", "time_embedding.linear_1.weight", "mid_block.resnets.0.time_emb_proj.weight"])
+    {
         return (files.contains("add_embedding.linear_1.weight") == xl).then_some("unet");
     }
     let any = |end: &str| files.keys().any(|key| key.ends_with(end));

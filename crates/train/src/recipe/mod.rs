@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use choices::{
     Activation, Compat, Compute, DecayOn, Distance, Dtype, InitialWeights, LoraFormat, LossWeighting,
     Objective, OutputLayout, RandomNumbers, ResizedTargets, ResultWeights, Schedule, Stage, StateNumbers,
-    StudentGuidance, Task, TimestepSampling, TrainingGrid,
+    StudentGuidance, StudentStart, Task, TimestepSampling, TrainingGrid,
 };
 pub use optimizer::OptimizerName;
 pub use peers::PeerFlags;
@@ -221,6 +221,10 @@ pub struct Recipe {
     /// direct_distill: whether the student follows its cfg_scale
     #[arg(long, value_enum, default_value = "apply", help_heading = "Method")]
     pub student_guidance: StudentGuidance,
+    /// direct_distill, models that know no pure noise: whether the student starts from noise, as pictures are drawn, or
+    /// from the teacher's picture noised to its first sigma
+    #[arg(long, value_enum, default_value = "noise", help_heading = "Method")]
+    pub student_start: StudentStart,
     /// Accepted, without effect yet: the memory of direct_distill does not grow with its steps in any case
     #[arg(long, help_heading = "Method")]
     pub use_gradient_checkpointing: bool,

@@ -26,6 +26,7 @@ impl Compat {
                 loss_weighting = "bell"
                 training_grid = "diffsynth"
                 student_guidance = "ignore"
+                student_start = "noised_target"
                 output_layout = "diffsynth"
                 log_steps = 1
             },

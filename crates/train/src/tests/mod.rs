@@ -12,4 +12,5 @@ mod optimizers;
 mod peer_runs;
 mod runs;
 mod seen;
+mod stable_diffusion;
 mod starts;

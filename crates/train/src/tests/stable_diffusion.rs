@@ -1,0 +1,161 @@
+//! Losses, gradients and optimiser steps of Stable Diffusion and SDXL against DiffSynth-Studio's (goldens/sd15, sdxl).
+//!
+//! The peer's losses are of the predicted noise, from the noised picture; here the same recipe sees velocities.
+
+use burn::tensor::{Device, Tensor};
+use fewstep_data::image::{Picture, Size};
+use fewstep_flow::diffusion::scale;
+use fewstep_flow::noise::TorchGenerator;
+use fewstep_flow::{Solver, trajectory};
+use fewstep_models::sampling::{Guidance, guided_velocity};
+use fewstep_models::{WeightType, save_tensors};
+use fewstep_testkit::{Golden, assert_tensors_close, golden};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::goldens::{
+    Bench, GRADIENT_TOLERANCE, LOSS_TOLERANCE, assert_losses, assert_norms, assert_relative, assert_tensors,
+};
+use super::methods::ByName;
+use crate::optimizer::Optimizer;
+use crate::recipe::{Compat, Recipe, StudentStart, Task, TrainingGrid};
+
+const SIDE_PX: usize = 64;
+/// Seed of the golden noise.
+const SEED: u64 = 9001;
+/// Of the goldens' prompt.
+const PROMPT: &str = "a photo of a cat sitting on the red sofa";
+
+/// What the peer measured on one family.
+struct Peer {
+    recipe: Recipe,
+    numbers: Value,
+    tensors: Golden,
+    folder: TempDir,
+}
+
+impl Peer {
+    fn both() -> [Self; 2] {
+        ["sd15", "sdxl"].map(Self::new)
+    }
+
+    /// A data set of one row, whose latents are stored: the peer's are of a picture that the goldens do not keep.
+    fn new(family: &str) -> Self {
+        let text = std::fs::read_to_string(golden(&format!("{family}/training.json"))).unwrap();
+        let tensors = Golden::open(golden(&format!("{family}/training.safetensors")));
+        let folder = tempfile::tempdir().unwrap();
+        let base = folder.path();
+        let metadata = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale\n";
+        std::fs::write(base.join("metadata.csv"), format!("{metadata}0.png,{PROMPT},{SEED},cpu,4,1\n"))
+            .unwrap();
+        let rgb = vec![0; 3 * SIDE_PX * SIDE_PX];
+        Picture { width: SIDE_PX, height: SIDE_PX, rgb }.save_png(&base.join("0.png")).unwrap();
+        let latents = ("latents".to_owned(), vec![4, 8, 8], tensors.f32s("input_latents"));
+        let file = base.join("latents/0.safetensors");
+        save_tensors(&file, [latents], WeightType::F32, &Default::default()).unwrap();
+        let recipe = Recipe {
+            task: Task::DirectDistill,
+            model: golden(&format!("{family}/model")),
+            dataset_base_path: base.into(),
+            trainable_models: vec!["unet".into()],
+            ..Recipe::compatible(Compat::Diffsynth)
+        };
+        let init = base.join("lora_init.safetensors");
+        std::fs::copy(golden(&format!("{family}/lora_init.safetensors")), init).unwrap();
+        Self { recipe, numbers: serde_json::from_str(&text).unwrap(), tensors, folder }
+    }
+
+    fn lora(&self) -> Recipe {
+        Recipe {
+            lora_base_model: Some("unet".into()),
+            lora_rank: 4,
+            lora_checkpoint: Some(self.folder.path().join("lora_init.safetensors")),
+            learning_rate: 1e-3,
+            ..self.recipe.clone()
+        }
+    }
+
+    fn loss(&self, case: &str) -> f64 {
+        self.numbers[case]["loss"].as_f64().unwrap()
+    }
+
+    /// Golden tensors whose keys start so, without that start.
+    fn tensors(&self, prefix: &str) -> ByName {
+        let keys = self.tensors.keys().into_iter();
+        let named = |key: String| Some((key.strip_prefix(prefix)?.to_owned(), self.tensors.f32s(&key)));
+        keys.filter_map(named).collect()
+    }
+}
+
+#[test]
+fn flow_matching_is_the_peers_loss_of_predicted_noise() {
+    for peer in Peer::both() {
+        let recipe = Recipe { task: Task::Sft, ..peer.recipe.clone() };
+        let generator = TorchGenerator::new(peer.numbers["sft"]["global_seed"].as_u64().unwrap());
+        let (loss, gradients) = Bench::new(&recipe).gradients(0, Some(vec![generator]));
+        assert_relative(loss, peer.loss("sft"), LOSS_TOLERANCE, "sft");
+        assert_norms(&gradients, &peer.numbers["sft"]["grad_norms"], GRADIENT_TOLERANCE);
+        assert_tensors(&gradients, &peer.tensors("sft.grad."));
+    }
+}
+
+#[test]
+fn direct_distillation_of_a_noise_predicting_model_equals_the_peers() {
+    for peer in Peer::both() {
+        let (loss, gradients) = Bench::new(&peer.recipe).gradients(0, None);
+        assert_relative(loss, peer.loss("distill_full"), LOSS_TOLERANCE, "distill_full");
+        assert_norms(&gradients, &peer.numbers["distill_full"]["grad_norms"], GRADIENT_TOLERANCE);
+        assert_tensors(&gradients, &peer.tensors("distill.grad."));
+    }
+}
+
+#[test]
+fn adapters_of_a_unet_learn_as_the_peers() {
+    for peer in Peer::both() {
+        let recipe = peer.lora();
+        let mut bench = Bench::new(&recipe);
+        let (loss, gradients) = bench.gradients(0, None);
+        assert_relative(loss, peer.loss("distill_lora"), LOSS_TOLERANCE, "distill_lora");
+        assert_norms(&gradients, &peer.numbers["distill_lora"]["grad_norms"], GRADIENT_TOLERANCE);
+        assert_tensors(&gradients, &peer.tensors("distill_lora.grad."));
+        let expected = peer.numbers["adamw_lora"]["losses"].as_array().unwrap();
+        let expected: Vec<f64> = expected.iter().map(|loss| loss.as_f64().unwrap()).collect();
+        let mut optimizer = Optimizer::new(&recipe);
+        let losses: Vec<f64> = expected.iter().map(|_| bench.update(&mut optimizer, 0, 1e-3)).collect();
+        assert_losses(&losses, &expected, LOSS_TOLERANCE);
+    }
+}
+
+#[test]
+fn a_roll_out_of_a_unet_passes_the_peers_states_on_its_timesteps() {
+    let device = Device::flex();
+    for peer in Peer::both() {
+        let bench = Bench::new(&peer.recipe);
+        let model = burn::module::Module::valid(&bench.model);
+        let size = Size { height: SIDE_PX, width: SIDE_PX };
+        let grid = peer.recipe.training_grid.sigmas(&model, 4, size).unwrap();
+        let batch = bench.batch(0, None);
+        let guidance = Guidance::off(batch.condition(&model, &[false]).unwrap());
+        let first = grid.as_slice()[0];
+        let start: Tensor<4> = peer.tensors.tensor("distill.start_latents", &device);
+        let states = trajectory(Solver::Euler, &grid, start * scale(first), |noisy, sigma| {
+            guided_velocity(&model, noisy, sigma, &guidance)
+        });
+        let kept = states[1..].iter().zip(&grid.as_slice()[1..]);
+        let kept = kept.map(|(state, sigma)| state.clone() / scale(*sigma)).collect();
+        let expected: Tensor<5> = peer.tensors.tensor("distill.trajectory", &device);
+        let largest: f32 = expected.clone().abs().max().into_scalar();
+        assert_tensors_close(Tensor::stack(kept, 0), expected, 5e-5 * largest.max(1.0));
+    }
+}
+
+#[test]
+fn a_student_starts_from_noise_unless_the_peer_is_followed() {
+    let peer = Peer::new("sd15");
+    let own = Recipe { student_start: StudentStart::Noise, ..peer.recipe.clone() };
+    let inference = Recipe { training_grid: TrainingGrid::Inference, ..peer.recipe.clone() };
+    for recipe in [own, inference] {
+        let loss = Bench::new(&recipe).step(0, None).0;
+        assert!((loss / peer.loss("distill_full") - 1.0).abs() > 1e-3, "{loss}");
+    }
+}
