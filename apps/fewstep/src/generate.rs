@@ -13,7 +13,7 @@ use fewstep_data::image::Picture;
 use fewstep_data::metadata::{DistillRow, RandDevice, write_distill_csv};
 use fewstep_data::provenance::{InputImage, Provenance};
 use fewstep_flow::Solver;
-use fewstep_models::conventions::name_of;
+use fewstep_models::conventions::{SOLVERS, name_of};
 use fewstep_models::student::noise_generator;
 use fewstep_models::{
     Components, DTYPES, Generated, LoadOptions, LoraFile, Model, ModelSource, Pipeline, PipelineOptions,
@@ -71,9 +71,9 @@ pub struct GenerateArgs {
     /// with, otherwise the model's usual one]
     #[arg(long, value_parser = guidance)]
     pub embedded_guidance: Option<f32>,
-    /// Integrator: euler or heun
-    #[arg(long, default_value = "euler", value_parser = solver)]
-    pub solver: Solver,
+    /// Integrator: euler, heun or plms (PNDM's) [default: euler; plms of models whose scheduler is PNDM]
+    #[arg(long, value_parser = solver)]
+    pub solver: Option<Solver>,
     /// Picture height in pixels
     #[arg(long)]
     pub height: usize,
@@ -279,7 +279,7 @@ fn provenance(
         cfg_scale: first.cfg_scale,
         embedded_guidance: told(pipeline, first),
         negative_prompt: args.negative_prompt.clone(),
-        solver: format!("{:?}", args.solver).to_lowercase(),
+        solver: name_of(&SOLVERS, pipeline.solver(first)).into(),
         sigmas: pipeline.grid(first)?.as_slice().to_vec(),
         student_num_inference_steps: args.student_num_inference_steps,
         student_cfg_scale: args.student_cfg_scale,

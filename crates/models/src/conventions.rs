@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use fewstep_data::image::Rounding;
+use fewstep_flow::Solver;
 use fewstep_flow::schedule::SigmaRounding;
 use fewstep_kernels::Gelu;
 
@@ -49,6 +50,9 @@ pub const DECODE_RANGES: [(&str, DecodeRange); 2] =
 /// Names of [`Conventions::rounding`].
 pub const ROUNDINGS: [(&str, Rounding); 2] =
     [("nearest", Rounding::Nearest), ("truncate", Rounding::Truncate)];
+/// Names of solvers.
+pub const SOLVERS: [(&str, Solver); 3] =
+    [("euler", Solver::Euler), ("heun", Solver::Heun), ("plms", Solver::Plms)];
 /// Names of [`Conventions::sigma_rounding`].
 pub const SIGMA_ROUNDINGS: [(&str, SigmaRounding); 2] =
     [("diffusers", SigmaRounding::Diffusers), ("diffsynth", SigmaRounding::Diffsynth)];

@@ -51,8 +51,8 @@ pub struct Request {
     pub height: usize,
     /// Picture width in pixels.
     pub width: usize,
-    /// Integrator.
-    pub solver: Solver,
+    /// Integrator; `None` is the published pipeline's, and Euler's of a few-step student.
+    pub solver: Option<Solver>,
     /// μ of the schedule's shift in place of the one for the picture's size (the peers' name).
     pub exponential_shift_mu: Option<f64>,
     /// A picture to start from; another size is resized and cut in the middle.
@@ -76,7 +76,7 @@ impl Request {
             embedded_guidance: None,
             height,
             width,
-            solver: Solver::Euler,
+            solver: None,
             exponential_shift_mu: None,
             input_image: None,
             denoising_strength: 1.0,
@@ -189,8 +189,8 @@ impl Pipeline {
         let noise = self.noise(requests)?;
         let start = self.start(requests, noise.clone(), &grid);
         let states = match first.keep_trajectory {
-            true => sample_trajectory(&self.model, first.solver, &grid, start, &guidance),
-            false => vec![sample_latents(&self.model, first.solver, &grid, start, &guidance)],
+            true => sample_trajectory(&self.model, self.solver(first), &grid, start, &guidance),
+            false => vec![sample_latents(&self.model, self.solver(first), &grid, start, &guidance)],
         };
         Ok(self.pictures(Drawn { grid, noise, states, condition: guidance.condition }))
     }
@@ -220,6 +220,12 @@ impl Pipeline {
             denoising_strength: request.denoising_strength,
             ..plain
         })
+    }
+
+    /// The solver of a request.
+    pub fn solver(&self, request: &Request) -> Solver {
+        let own = || if self.student.is_some() { Solver::Euler } else { self.model.solver() };
+        request.solver.unwrap_or_else(own)
     }
 
     fn guidance(&self, requests: &[Request]) -> Result<Guidance, ModelError> {

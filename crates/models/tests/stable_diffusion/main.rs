@@ -1,6 +1,9 @@
 //! Stable Diffusion and SDXL against numbers of diffusers (goldens/sd15, goldens/sdxl).
 
+mod pipeline;
+
 use burn::tensor::{Device, Tensor};
+use fewstep_data::image::Picture;
 use fewstep_models::stable_diffusion::{AddedCondition, Unet, UnetCondition};
 use fewstep_models::{ModelSource, WeightType};
 use fewstep_testkit::{Golden, assert_tensors_close, golden, values};
@@ -18,6 +21,10 @@ fn numbers(family: &str) -> Golden {
 
 fn unet(family: &str) -> Unet {
     Unet::from_pretrained(&source(family), WeightType::F32, &Device::flex()).expect("the golden UNet loads")
+}
+
+fn golden_picture(relative: &str) -> Picture {
+    Picture::load(&golden(relative)).expect("the golden picture loads")
 }
 
 /// Latents, timestep and condition of a golden case.

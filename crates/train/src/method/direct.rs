@@ -4,7 +4,7 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use fewstep_flow::{SigmaGrid, Solver, adjoint};
+use fewstep_flow::{SigmaGrid, Solver, adjoint, path};
 #[cfg(test)]
 use fewstep_models::sampling::sample_latents;
 use fewstep_models::sampling::{Guidance, guided_velocity, latents_from_noise, sample_trajectory};
@@ -13,7 +13,7 @@ use fewstep_models::{Condition, Denoiser, Model};
 use super::{GradientSum, scalar};
 use crate::TrainError;
 use crate::batch::Batch;
-use crate::recipe::{Distance, Recipe, StudentGuidance, TrainingGrid};
+use crate::recipe::{Distance, Recipe, StudentGuidance, StudentStart, TrainingGrid};
 
 /// Direct distillation and its settings.
 pub struct Direct {
@@ -21,6 +21,7 @@ pub struct Direct {
     huber_c: f64,
     training_grid: TrainingGrid,
     student_guidance: StudentGuidance,
+    student_start: StudentStart,
     /// Boxed: a model is hundreds of times larger than the rest.
     teacher: Option<Box<OnlineTeacher>>,
 }
@@ -47,6 +48,7 @@ impl Direct {
             huber_c: recipe.huber_c,
             training_grid: recipe.training_grid,
             student_guidance: recipe.student_guidance,
+            student_start: recipe.student_start,
             teacher: recipe.online_teacher.then(|| Box::new(teacher())),
         }
     }
@@ -104,7 +106,20 @@ impl Direct {
             None => batch.latents(),
         };
         let grid = self.training_grid.sigmas(model, group.num_inference_steps, group.size)?;
-        Ok(Problem { guidance, start: model.kept(model.start(noise, &grid)), grid, target })
+        let start = self.start(model, noise, &target, &grid);
+        Ok(Problem { guidance, start: model.kept(start), grid, target })
+    }
+
+    /// The state at the first sigma of the grid.
+    fn start(&self, model: &Model, noise: Tensor<4>, target: &Tensor<4>, grid: &SigmaGrid) -> Tensor<4> {
+        let knows_pure_noise = model.highest_sigma() == 1.0;
+        match self.student_start {
+            StudentStart::NoisedTarget if !knows_pure_noise => {
+                let sigma = Tensor::full([noise.dims()[0]], grid.as_slice()[0], &noise.device());
+                path::noisy(target.clone(), noise, sigma)
+            }
+            _ => model.start(noise, grid),
+        }
     }
 
     /// The loss of drawn latents; those have a graph.

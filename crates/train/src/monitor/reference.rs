@@ -5,7 +5,7 @@ use std::path::Path;
 
 use fewstep_data::buckets;
 use fewstep_data::provenance::{FILE_NAME, Provenance};
-use fewstep_flow::Solver;
+use fewstep_models::conventions::SOLVERS;
 use fewstep_models::{Model, Pipeline, Request, WeightFiles, WeightType, save_tensors};
 use fewstep_report::{Appearance, diversity};
 
@@ -132,7 +132,7 @@ fn teacher_settings(recipe: &Recipe, teacher: &Model) -> Result<Request, TrainEr
         cfg_scale: found.cfg_scale,
         embedded_guidance: found.embedded_guidance,
         negative_prompt: found.negative_prompt,
-        solver: if found.solver == "heun" { Solver::Heun } else { Solver::Euler },
+        solver: SOLVERS.iter().find(|(name, _)| *name == found.solver).map(|(_, solver)| *solver),
         exponential_shift_mu: found.exponential_shift_mu,
         ..online
     })

@@ -47,8 +47,9 @@ impl Recipe {
     }
 
     /// Keys with their values and the largest that makes sense.
-    fn bounds(&self) -> [(&'static str, usize, usize); 11] {
+    fn bounds(&self) -> [(&'static str, usize, usize); 12] {
         [
+            ("max_prompt_tokens", self.max_prompt_tokens.unwrap_or(1), 1 << 20),
             ("batch_size", self.batch_size, 1 << 16),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps, 1 << 20),
             ("dataset_repeat", self.dataset_repeat, 10_000),

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use choices::{
     Activation, Compat, Compute, DecayOn, Distance, Dtype, InitialWeights, LoraFormat, LossWeighting,
     Objective, OutputLayout, RandomNumbers, ResizedTargets, ResultWeights, Schedule, Stage, StateNumbers,
-    StudentGuidance, Task, TimestepSampling, TrainingGrid,
+    StudentGuidance, StudentStart, Task, TimestepSampling, TrainingGrid,
 };
 pub use optimizer::OptimizerName;
 pub use peers::PeerFlags;
@@ -55,6 +55,9 @@ pub struct Recipe {
     /// Activation of the denoiser's MLPs, where not the model's own or that of compat
     #[arg(long, value_enum, help_heading = "Run")]
     pub activation: Option<Activation>,
+    /// Tokens of a prompt that are read, where not the model's own number or that of compat
+    #[arg(long, value_name = "TOKENS", alias = "max-sequence-length", help_heading = "Run")]
+    pub max_prompt_tokens: Option<usize>,
     /// Start from the folder's weights or from random ones
     #[arg(long, value_enum, default_value = "pretrained", help_heading = "Run")]
     pub initial_weights: InitialWeights,
@@ -222,6 +225,10 @@ pub struct Recipe {
     /// direct_distill: whether the student follows its cfg_scale
     #[arg(long, value_enum, default_value = "apply", help_heading = "Method")]
     pub student_guidance: StudentGuidance,
+    /// direct_distill, models that know no pure noise: whether the student starts from noise, as pictures are drawn, or
+    /// from the teacher's picture noised to its first sigma
+    #[arg(long, value_enum, default_value = "noise", help_heading = "Method")]
+    pub student_start: StudentStart,
     /// Accepted, without effect yet: the memory of direct_distill does not grow with its steps in any case
     #[arg(long, help_heading = "Method")]
     pub use_gradient_checkpointing: bool,

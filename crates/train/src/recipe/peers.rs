@@ -27,6 +27,7 @@ impl Compat {
                 training_grid = "diffsynth"
                 student_guidance = "ignore"
                 embedded_guidance = 1.0
+                student_start = "noised_target"
                 output_layout = "diffsynth"
                 log_steps = 1
             },
@@ -46,10 +47,14 @@ impl From<Compat> for Peer {
 }
 
 impl Recipe {
-    /// How the model computes: as the peer where one is named, with the recipe's own activation where it has one.
+    /// How the model computes: as the peer where one is named, with the recipe's own choices where it has any.
     pub fn conventions(&self) -> Conventions {
         let conventions = Conventions::of(self.compat.map(Peer::from));
-        Conventions { gelu: self.activation.map_or(conventions.gelu, Activation::into), ..conventions }
+        Conventions {
+            gelu: self.activation.map_or(conventions.gelu, Activation::into),
+            max_prompt_tokens: self.max_prompt_tokens,
+            ..conventions
+        }
     }
 
     /// The type of trained parameters and of the optimiser's moments.

@@ -39,8 +39,9 @@ impl Recipe {
     }
 
     /// Keys that count something there must be one of.
-    fn counts(&self) -> [(&'static str, usize); 13] {
+    fn counts(&self) -> [(&'static str, usize); 14] {
         [
+            ("max_prompt_tokens", self.max_prompt_tokens.unwrap_or(1)),
             ("batch_size", self.batch_size),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps),
             ("dataset_repeat", self.dataset_repeat),

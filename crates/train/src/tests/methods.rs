@@ -198,7 +198,7 @@ fn sigma_and_dropped_captions_have_the_asked_for_shares() {
         let method = FlowMatching::new(&Recipe { timestep_sampling, ..base.clone() });
         let drawn: Vec<_> = (0..4000)
             .map(|row| Draw { seed: 1, epoch: 0, row }.generator(Purpose::Sample))
-            .map(|mut generator| method.draw_level(&mut generator, &levels))
+            .map(|mut generator| method.draw_level(&mut generator, &levels, 1.0))
             .collect();
         let share = |count: usize| count as f64 / drawn.len() as f64;
         // Four standard errors of a share near a quarter.
