@@ -205,7 +205,7 @@ impl Tokenizers {
 impl Sizes {
     /// From the transformer where there is one, otherwise from the encoders and the autoencoder.
     fn read(source: &ModelSource, parts: &Parts) -> Result<Self, ModelError> {
-        let latent_factor = config::latent_factor(source)?;
+        let latent_factor = autoencoder_kl::latent_factor(source)?;
         let encoders = (&parts.text_encoder, &parts.text_encoder_2);
         match (&parts.transformer, encoders) {
             (Some(transformer), _) => {

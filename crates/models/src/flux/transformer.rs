@@ -5,14 +5,15 @@ use burn::module::Module;
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
 use fewstep_kernels::{
-    AttentionOptions, Gelu, Modulation, QkvStream, RotaryTable, attention, gated_residual, gelu, joint_qkv,
-    linear_concat, norm_modulate, split_tokens,
+    AttentionOptions, Gelu, Modulation, RotaryTable, attention, gated_residual, gelu, linear_concat,
+    norm_modulate, split_tokens,
 };
 
 use super::config::TransformerConfig;
 use crate::parts::double_stream::{Block, EPSILON, Heads, OUTPUT, Scale, Shared, Streams, key_mask};
 use crate::parts::linear::Linear;
 use crate::parts::rotary::exact_table;
+use crate::parts::single_stream::qkv_of_one;
 use crate::parts::timestep::{TIME_FEATURES, TwoLayers, sinusoidal};
 use crate::weights::{KeyMap, load};
 use crate::{Condition, ModelError, ModelSource, WeightType};
@@ -181,7 +182,7 @@ impl Transformer {
         let text_tokens = streams.text.dims()[1];
         let mut tokens = Tensor::cat(vec![streams.text, streams.image], 1); // [B, S + N, D]
         for block in &self.single_transformer_blocks {
-            tokens = block.forward(tokens, text_tokens, &shared, heads.count);
+            tokens = block.forward(tokens, &shared, heads.count);
         }
         let image = split_tokens(tokens, text_tokens..text_tokens + rows * columns);
         let modulation = self.norm_out.linear.forward(shared.time);
@@ -208,7 +209,7 @@ impl Transformer {
         let text_tokens = streams.text.dims()[1];
         let mut tokens = Tensor::cat(vec![streams.text, streams.image], 1);
         for block in &self.single_transformer_blocks {
-            tokens = block.forward(tokens, text_tokens, &shared, heads.count);
+            tokens = block.forward(tokens, &shared, heads.count);
             let image = tokens.clone().narrow(1, text_tokens, rows * columns);
             states.push([image, tokens.clone().narrow(1, 0, text_tokens)]);
         }
@@ -314,10 +315,10 @@ impl SingleBlock {
     }
 
     /// `[B, S + N, D]`, text first.
-    fn forward(&self, tokens: Tensor<3>, text_tokens: usize, shared: &Shared, heads: usize) -> Tensor<3> {
+    fn forward(&self, tokens: Tensor<3>, shared: &Shared, heads: usize) -> Tensor<3> {
         let modulation = self.norm.linear.forward(shared.time.clone());
         let input = norm_modulate(tokens.clone(), modulation.clone(), SINGLE, EPSILON);
-        let attended = self.attn.forward(input.clone(), text_tokens, shared, heads);
+        let attended = self.attn.forward(input.clone(), shared, heads);
         let hidden = gelu(self.proj_mlp.forward(input), shared.gelu);
         let update = self.proj_out.forward(Tensor::cat(vec![attended, hidden], 2));
         gated_residual(tokens, update, modulation, SINGLE_GATE)
@@ -325,18 +326,11 @@ impl SingleBlock {
 }
 
 impl SingleAttention {
-    fn forward(&self, x: Tensor<3>, text_tokens: usize, shared: &Shared, heads: usize) -> Tensor<3> {
-        let tokens = x.dims()[1];
+    fn forward(&self, x: Tensor<3>, shared: &Shared, heads: usize) -> Tensor<3> {
         let projections = [&self.to_q, &self.to_k, &self.to_v].map(Linear::projection);
-        let qkv = linear_concat(x, projections);
-        let part = |range| QkvStream {
-            qkv: split_tokens(qkv.clone(), range),
-            norm_q: self.norm_q.weight.val(),
-            norm_k: self.norm_k.weight.val(),
-        };
-        let (text, image) = (part(0..text_tokens), part(text_tokens..tokens));
-        let joint = joint_qkv(text, image, heads, &shared.rotary, EPSILON);
-        attention(joint, AttentionOptions { keys: shared.keys.clone(), causal: false })
+        let norms = [&self.norm_q, &self.norm_k];
+        let qkv = qkv_of_one(linear_concat(x, projections), norms, heads, (&shared.rotary, EPSILON));
+        attention(qkv, AttentionOptions { keys: shared.keys.clone(), causal: false })
     }
 }
 

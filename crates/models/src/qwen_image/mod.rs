@@ -24,6 +24,7 @@ use fewstep_kernels::HalfType;
 use serde_json::Value;
 
 pub use config::{PredictionType, PromptTemplate, Rope, TextEncoderConfig, TransformerConfig};
+pub(crate) use text_encoder::KEYS as TEXT_KEYS;
 pub use text_encoder::TextEncoder;
 pub use tokenizer::{PromptTokenizer, PromptTokens};
 pub use transformer::Transformer;

@@ -229,7 +229,7 @@ impl StudentGuidance {
     }
 }
 
-/// What the student of a model that knows no pure noise starts from, such as Stable Diffusion; others start from noise.
+/// What the student of a model that knows no pure noise starts from; others start from noise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
