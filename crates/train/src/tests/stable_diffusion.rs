@@ -2,6 +2,8 @@
 //!
 //! The peer's losses are of the predicted noise, from the noised picture; here the same recipe sees velocities.
 
+use std::sync::atomic::AtomicBool;
+
 use burn::tensor::{Device, Tensor};
 use fewstep_data::image::{Picture, Size};
 use fewstep_flow::diffusion::scale;
@@ -16,7 +18,9 @@ use tempfile::TempDir;
 use super::goldens::{
     Bench, GRADIENT_TOLERANCE, LOSS_TOLERANCE, assert_losses, assert_norms, assert_relative, assert_tensors,
 };
+use super::fixtures::{Recorder, newest_checkpoint, run, train};
 use super::methods::ByName;
+use crate::Outcome;
 use crate::optimizer::Optimizer;
 use crate::recipe::{Compat, Recipe, StudentStart, Task, TrainingGrid};
 
@@ -146,6 +150,25 @@ fn a_roll_out_of_a_unet_passes_the_peers_states_on_its_timesteps() {
         let expected: Tensor<5> = peer.tensors.tensor("distill.trajectory", &device);
         let largest: f32 = expected.clone().abs().max().into_scalar();
         assert_tensors_close(Tensor::stack(kept, 0), expected, 5e-5 * largest.max(1.0));
+    }
+}
+
+#[test]
+fn a_resumed_run_of_a_unet_equals_an_uninterrupted_one_to_the_bit() {
+    for peer in Peer::both() {
+        let [whole, parts] = ["whole", "parts"].map(|name| Recipe {
+            output_path: peer.folder.path().join(name),
+            max_steps: Some(3),
+            height: Some(SIDE_PX),
+            width: Some(SIDE_PX),
+            ..peer.lora()
+        });
+        train(&whole);
+        let stop = AtomicBool::new(false);
+        let mut recorder = Recorder { stop: Some((2, &stop)), ..Recorder::default() };
+        assert_eq!(run(&parts, &mut recorder).unwrap(), Outcome::Stopped(2));
+        train(&parts);
+        assert!(newest_checkpoint(&whole) == newest_checkpoint(&parts), "checkpoints differ");
     }
 }
 
