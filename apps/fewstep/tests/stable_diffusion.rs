@@ -26,7 +26,8 @@ impl Fixture {
         let fixture = Self { folder: tempfile::tempdir().unwrap(), model };
         let prompts = ["--prompt", "a cat", "--prompt", "a red house by the sea"];
         let settings = ["--num-inference-steps", "6", "--cfg-scale", "3", "--batch-size", "2"];
-        fixture.run("generate", &[&["--output", &fixture.arg("data")], &prompts[..], &settings, &SIZE].concat());
+        fixture
+            .run("generate", &[&["--output", &fixture.arg("data")], &prompts[..], &settings, &SIZE].concat());
         fixture
     }
 
@@ -121,7 +122,8 @@ fn students_of_stable_diffusion_are_trained_fused_converted_and_reported() {
 fn work_on_stable_diffusion_split_in_two_gives_the_losses_of_the_whole() {
     for family in FAMILIES {
         let fixture = Fixture::new(family);
-        let whole = fixture.train("whole", &[&["--task", "sft", "--guidance-dropout", "0"], &LORA[..]].concat());
+        let whole =
+            fixture.train("whole", &[&["--task", "sft", "--guidance-dropout", "0"], &LORA[..]].concat());
         let (data, cache) = (fixture.arg("data"), fixture.arg("cache"));
         let process = ["--task", "sft:data_process", "--dataset-base-path", &data, "--output-path", &cache];
         fixture.run("train", &process);

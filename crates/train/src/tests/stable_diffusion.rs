@@ -15,10 +15,10 @@ use fewstep_testkit::{Golden, assert_tensors_close, golden};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::fixtures::{Recorder, newest_checkpoint, run, train};
 use super::goldens::{
     Bench, GRADIENT_TOLERANCE, LOSS_TOLERANCE, assert_losses, assert_norms, assert_relative, assert_tensors,
 };
-use super::fixtures::{Recorder, newest_checkpoint, run, train};
 use super::methods::ByName;
 use crate::Outcome;
 use crate::optimizer::Optimizer;
