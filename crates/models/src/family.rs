@@ -31,7 +31,7 @@ pub struct Defaults {
     pub num_inference_steps: usize,
     /// Guidance of two evaluations; 1 is off.
     pub cfg_scale: f32,
-    /// The guidance scale that the denoiser is told; `None` where it takes none.
+    /// The guidance scale that the denoiser is told where a condition has none; `None` where it takes none.
     pub embedded_guidance: Option<f32>,
 }
 
@@ -105,12 +105,6 @@ pub(crate) trait Kind: Sync + Debug {
         Err(without)
     }
 
-    /// What a model is usually run with.
-    ///
-    /// # Errors
-    /// If a config that tells it is damaged.
-    fn defaults(&self, source: &ModelSource) -> Result<Defaults, ModelError>;
-
     /// Checks the configs of all components against each other.
     ///
     /// # Errors
@@ -180,6 +174,9 @@ pub(crate) trait Family: Debug {
     /// The same, to be changed.
     fn settings_mut(&mut self) -> &mut Settings;
 
+    /// What the model is usually run with.
+    fn defaults(&self) -> Defaults;
+
     /// Text states of prompts, differentiable in the text encoders.
     ///
     /// # Errors
@@ -229,11 +226,6 @@ pub(crate) trait Family: Debug {
     /// The guided velocity of [`crate::Denoiser`].
     fn guide(&self, conditional: Tensor<4>, unconditional: Tensor<4>, cfg_scale: f32) -> Tensor<4> {
         rounded(guided(conditional, unconditional, cfg_scale), self.settings().dtype)
-    }
-
-    /// The guidance scale that the denoiser is told where a condition has none; `None` where it takes none.
-    fn embedded_guidance(&self) -> Option<f32> {
-        None
     }
 
     /// The sigma grid of a run.

@@ -11,9 +11,11 @@ use fewstep_flow::schedule::{GridRequest, SchedulerConfig, TrainingLevels};
 use fewstep_flow::{SigmaGrid, Solver};
 
 use crate::family::{AUTOENCODER, Defaults, Family, Kind};
+use crate::flux::{self, Flux};
 use crate::load_options::{rounded, store_weights};
 use crate::qwen_image::{self, QwenImage};
 use crate::stable_diffusion::{self, StableDiffusion};
+use crate::student::SigmaRule;
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
 use crate::{
     Components, Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource, Peer,
@@ -54,6 +56,8 @@ pub trait Denoiser {
 /// storage.
 #[derive(Module, Debug)]
 pub enum Model {
+    /// See [`crate::flux`].
+    Flux(Flux),
     /// See [`crate::qwen_image`].
     QwenImage(QwenImage),
     /// See [`crate::stable_diffusion`].
@@ -61,11 +65,13 @@ pub enum Model {
 }
 
 /// Every family there is code for.
-pub(crate) static KINDS: [&dyn Kind; 3] = [&qwen_image::Kind, &stable_diffusion::BASE, &stable_diffusion::XL];
+pub(crate) static KINDS: [&dyn Kind; 4] =
+    [&flux::Kind, &qwen_image::Kind, &stable_diffusion::BASE, &stable_diffusion::XL];
 
 impl Model {
     fn family(&self) -> &dyn Family {
         match self {
+            Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
         }
@@ -73,6 +79,7 @@ impl Model {
 
     fn family_mut(&mut self) -> &mut dyn Family {
         match self {
+            Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
         }
@@ -197,9 +204,9 @@ impl Model {
         self.family().pooled_width()
     }
 
-    /// The guidance scale that the denoiser is told where a condition has none; `None` where it takes none.
-    pub fn embedded_guidance(&self) -> Option<f32> {
-        self.family().embedded_guidance()
+    /// What the model is usually run with.
+    pub fn defaults(&self) -> Defaults {
+        self.family().defaults()
     }
 
     /// Pictures to latents.
@@ -322,6 +329,16 @@ impl Model {
         self.family().grid(request)
     }
 
+    /// The sigma grid of a run as a student's rule has it. A family may have more to say of its own scheduler than its
+    /// config does.
+    pub(crate) fn grid_by(&self, rule: &SigmaRule, asked: &GridRequest) -> Result<SigmaGrid, ModelError> {
+        let request = rule.request(asked);
+        match rule.scheduler == *self.scheduler() {
+            true => self.grid(&request),
+            false => Ok(rule.scheduler.grid(&request)?),
+        }
+    }
+
     /// The first state of a run from pure noise on a grid: the noise itself where the grid starts at 1.
     ///
     /// # Shapes
@@ -426,14 +443,6 @@ pub(crate) fn kind_of(source: &ModelSource) -> Result<&'static dyn Kind, ModelEr
         let expected = KINDS.iter().map(|kind| kind.pipeline_class()).collect();
         ModelError::UnknownClass { path, role: "pipeline", found, expected }
     })
-}
-
-/// What a model is usually run with, told by its configs.
-///
-/// # Errors
-/// If the folder names no known family, or a config is damaged.
-pub fn defaults(source: &ModelSource) -> Result<Defaults, ModelError> {
-    kind_of(source)?.defaults(source)
 }
 
 /// Shapes of all tensors that the weight files of a model must hold, by component and key.

@@ -22,6 +22,12 @@ impl Guidance {
     pub fn off(condition: Condition) -> Self {
         Self { condition, unconditional: None, cfg_scale: 1.0 }
     }
+
+    /// The same with another scale that the denoiser is told; `None` leaves it to the model.
+    pub fn told(self, embedded_guidance: Option<f32>) -> Self {
+        let told = |condition: Condition| condition.with_embedded_guidance(embedded_guidance);
+        Self { condition: told(self.condition), unconditional: self.unconditional.map(told), ..self }
+    }
 }
 
 /// Velocity under guidance at one time for the whole batch.

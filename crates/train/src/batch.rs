@@ -179,16 +179,17 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// If a prompt cannot be encoded.
     pub fn condition(&self, model: &Model, dropped: &[bool]) -> Result<Condition, TrainError> {
+        let told = |condition: Condition| condition.with_embedded_guidance(self.group().embedded_guidance());
         let rows = dropped.iter().enumerate();
         let Some(empty) = self.texts.len().checked_sub(1) else {
             let prompts =
                 rows.map(|(row, dropped)| if *dropped { EMPTY_PROMPT } else { self.sample(row).prompt });
             let texts: Vec<String> = prompts.map(|prompt| self.data.prompts()[prompt].clone()).collect();
-            return Ok(model.encode_prompts(&texts)?);
+            return Ok(told(model.encode_prompts(&texts)?));
         };
         let chosen: Vec<usize> = rows.map(|(row, dropped)| if *dropped { empty } else { row }).collect();
         let texts: Vec<&HostTensor> = chosen.iter().map(|row| &self.texts[*row]).collect();
-        let condition = padded(&texts, self.data.device());
+        let condition = told(padded(&texts, self.data.device()));
         if self.pooled.is_empty() {
             return Ok(condition);
         }

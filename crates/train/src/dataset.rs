@@ -66,6 +66,8 @@ pub struct Group {
     pub num_inference_steps: usize,
     /// Bits of the student's guidance, since floats are not [`Eq`].
     cfg_scale_bits: u32,
+    /// The same of the scale that the denoiser is told.
+    embedded_guidance_bits: Option<u32>,
 }
 
 impl Group {
@@ -75,17 +77,29 @@ impl Group {
     /// If the size does not fit the model.
     pub(crate) fn new(row: &SourceRow, size: Size, model: &Model) -> Result<Self, TrainError> {
         let latent_shape = model.latent_shape(size.height, size.width)?;
-        Ok(Self::of(latent_shape, size, (row.num_inference_steps, row.cfg_scale)))
+        let drawn = (row.num_inference_steps, row.cfg_scale, row.embedded_guidance);
+        Ok(Self::of(latent_shape, size, drawn))
     }
 
-    /// A group of its sizes and the student's sampling steps and guidance.
-    pub(crate) fn of(latent_shape: [usize; 3], size: Size, (steps, cfg_scale): (usize, f32)) -> Self {
-        Self { latent_shape, size, num_inference_steps: steps, cfg_scale_bits: cfg_scale.to_bits() }
+    /// A group of its sizes and the student's sampling steps, guidance, and scale that the denoiser is told.
+    pub(crate) fn of(
+        latent_shape: [usize; 3],
+        size: Size,
+        (num_inference_steps, cfg_scale, embedded_guidance): (usize, f32, Option<f32>),
+    ) -> Self {
+        let (cfg_scale_bits, embedded_guidance_bits) =
+            (cfg_scale.to_bits(), embedded_guidance.map(f32::to_bits));
+        Self { latent_shape, size, num_inference_steps, cfg_scale_bits, embedded_guidance_bits }
     }
 
     /// The student's guidance; 1 is off.
     pub fn cfg_scale(&self) -> f32 {
         f32::from_bits(self.cfg_scale_bits)
+    }
+
+    /// The guidance scale that the denoiser is told, where it takes one; `None` leaves it to the model.
+    pub fn embedded_guidance(&self) -> Option<f32> {
+        self.embedded_guidance_bits.map(f32::from_bits)
     }
 }
 

@@ -56,6 +56,9 @@ struct ProcessedRow {
     rand_device: RandDevice,
     num_inference_steps: usize,
     cfg_scale: f32,
+    /// Absent in files older than the choice.
+    #[serde(default)]
+    embedded_guidance: Option<f32>,
 }
 
 /// Writes a prepared data set into the recipe's output folder; returns the folder.
@@ -187,6 +190,7 @@ fn row(sample: &Sample) -> ProcessedRow {
         rand_device: sample.rand_device,
         num_inference_steps: sample.group.num_inference_steps,
         cfg_scale: sample.group.cfg_scale(),
+        embedded_guidance: sample.group.embedded_guidance(),
     }
 }
 
@@ -197,7 +201,7 @@ fn sample(row: &ProcessedRow, latent_shape: [usize; 3]) -> Sample {
         prompt: row.prompt,
         noise_seed: row.seed,
         rand_device: row.rand_device,
-        group: Group::of(latent_shape, size, (row.num_inference_steps, row.cfg_scale)),
+        group: Group::of(latent_shape, size, (row.num_inference_steps, row.cfg_scale, row.embedded_guidance)),
     }
 }
 

@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 use super::published;
 use super::vae::VaeConfig;
 use crate::config_file::ConfigFile;
+use crate::parts::double_stream::Heads;
+use crate::parts::patches::PATCH;
 use crate::{ModelError, ModelSource, ranges};
 
 /// The configs of the components that learn, checked against each other and against the autoencoder's.
@@ -169,6 +171,11 @@ impl TransformerConfig {
         Ok(config)
     }
 
+    /// K and E.
+    pub(super) fn heads(&self) -> Heads {
+        Heads { count: self.num_attention_heads, dim: self.attention_head_dim }
+    }
+
     fn check(&self) -> Result<(), String> {
         let variants = [
             ("guidance_embeds", self.guidance_embeds),
@@ -199,7 +206,7 @@ impl TransformerConfig {
             ));
         }
         let (patch, token) = (self.patch_size * self.patch_size, self.in_channels);
-        if self.patch_size != super::latents::PATCH || token != patch * self.out_channels {
+        if self.patch_size != PATCH || token != patch * self.out_channels {
             return Err(format!(
                 "patch_size {} and in_channels {token}, expected 2 and 4 × out_channels {}",
                 self.patch_size, self.out_channels

@@ -7,7 +7,6 @@
 
 mod config;
 mod footprint;
-mod latents;
 mod published;
 mod rotary;
 mod text_encoder;
@@ -36,6 +35,7 @@ use crate::family::{self, AUTOENCODER, Defaults, Family, Settings};
 use crate::footprint::{Evaluation, Workload};
 use crate::load_options::{rounded, store_weights};
 use crate::model_folder::SCHEDULER_FILE;
+use crate::parts::patches;
 use crate::weights::{KeyMap, TensorShapes, WeightFiles, WeightType, expected, initialize};
 use crate::{
     Components, Condition, Conventions, Encoding, GuidanceRule, Linear, LoadOptions, Model, ModelError,
@@ -224,6 +224,10 @@ impl Family for QwenImage {
         &mut self.settings
     }
 
+    fn defaults(&self) -> Defaults {
+        Defaults { num_inference_steps: 50, cfg_scale: 4.0, embedded_guidance: None }
+    }
+
     fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {
         let tokens = self.tokenizer()?.encode(prompts)?;
         let encoder = self.text_encoder.as_ref().ok_or(ENCODER_NOT_LOADED)?;
@@ -260,15 +264,15 @@ impl Family for QwenImage {
     }
 
     fn division_factor(&self) -> usize {
-        self.vae.factor() * latents::PATCH
+        self.vae.factor() * patches::PATCH
     }
 
     fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {
         let [_, channels, height, width] = noisy.dims();
-        let packed = latents::pack(noisy.clone());
+        let packed = patches::pack(noisy.clone());
         let time = self.time(sigma.clone());
         let output = self.denoiser().forward(packed, time, condition, [height / 2, width / 2]);
-        let output = latents::unpack(output, [channels, height, width]);
+        let output = patches::unpack(output, [channels, height, width]);
         let velocity = match self.denoiser().prediction_type() {
             PredictionType::Velocity => output,
             PredictionType::Clean => velocity_of_clean(noisy, output, sigma),
@@ -283,8 +287,8 @@ impl Family for QwenImage {
             return rounded(combined, self.settings.dtype);
         }
         let [_, channels, height, width] = conditional.dims();
-        let rescaled = rescaled(latents::pack(combined), latents::pack(conditional));
-        rounded(latents::unpack(rescaled, [channels, height, width]), self.settings.dtype)
+        let rescaled = rescaled(patches::pack(combined), patches::pack(conditional));
+        rounded(patches::unpack(rescaled, [channels, height, width]), self.settings.dtype)
     }
 
     fn round_to(&mut self, component: &str, half: Option<HalfType>) {
@@ -347,10 +351,6 @@ impl family::Kind for Kind {
         without: ModelError,
     ) -> Result<Value, ModelError> {
         published::config_of(source, component, without)
-    }
-
-    fn defaults(&self, _source: &ModelSource) -> Result<Defaults, ModelError> {
-        Ok(Defaults { num_inference_steps: 50, cfg_scale: 4.0, embedded_guidance: None })
     }
 
     fn check_configs(&self, source: &ModelSource) -> Result<(), ModelError> {

@@ -1,19 +1,17 @@
 //! The double-stream transformer (MMDiT): image and text tokens have their own weights and meet in one
 //! attention per block. Numbers equal diffusers' `QwenImageTransformer2DModel`.
 
-use burn::module::{Module, Param};
+use burn::module::Module;
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
-use fewstep_kernels::{
-    AttentionOptions, Gelu, KeyMask, Modulation, QkvStream, RotaryTable, attention, gated_residual, gelu,
-    joint_qkv, linear_concat, norm_modulate, rms_norm, split_tokens,
-};
+use fewstep_kernels::{Gelu, norm_modulate, rms_norm};
 
 use super::config::{PredictionType, TransformerConfig};
 use super::rotary::joint_table;
+use crate::parts::double_stream::{Block, EPSILON, OUTPUT, Scale, Shared, Streams, key_mask};
 use crate::parts::linear::Linear;
-use crate::parts::timestep::sinusoidal;
-use crate::weights::{KeyMap, load, unfilled};
+use crate::parts::timestep::{TIME_FEATURES, TwoLayers, sinusoidal};
+use crate::weights::{KeyMap, load};
 use crate::{Condition, ModelError, ModelSource, WeightType};
 
 pub(super) const KEYS: KeyMap = KeyMap {
@@ -29,19 +27,26 @@ pub(super) const KEYS: KeyMap = KeyMap {
 /// Parameters that start at zero when trained from scratch.
 pub(super) const ZERO_AT_START: &[&str] = &["img_mod", "txt_mod", "norm_out", "proj_out"];
 
-const EPSILON: f32 = 1e-6;
-/// Width of the sinusoidal time features.
-pub(super) const TIME_FEATURES: usize = 256;
 /// σ in [0, 1] is the model's timestep / 1000; the features are taken of the timestep.
 const TIME_SCALE: f32 = 1000.0;
 
-/// Chunks of a stream's modulation, in the order of the projection's output.
-const ATTENTION: Modulation = Modulation { shift: 0, scale: 1 };
-const ATTENTION_GATE: usize = 2;
-const MLP: Modulation = Modulation { shift: 3, scale: 4 };
-const MLP_GATE: usize = 5;
-/// The final modulation has its scale first.
-const OUTPUT: Modulation = Modulation { shift: 1, scale: 0 };
+/// The order of a block's modules in diffusers.
+const BLOCK_ORDER: [&str; 14] = [
+    "img_mod",
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_out",
+    "attn.to_add_out",
+    "img_mlp.up",
+    "img_mlp.down",
+    "txt_mod",
+    "txt_mlp.up",
+    "txt_mlp.down",
+];
 
 /// The denoiser over packed latents.
 #[derive(Module, Debug)]
@@ -61,71 +66,12 @@ pub struct Transformer {
 
 #[derive(Module, Debug)]
 struct TimeTextEmbed {
-    timestep_embedder: TimestepEmbedder,
-}
-
-#[derive(Module, Debug)]
-struct TimestepEmbedder {
-    linear_1: Linear,
-    linear_2: Linear,
-}
-
-/// The weight of an RMS norm.
-#[derive(Module, Debug)]
-struct Scale {
-    weight: Param<Tensor<1>>,
+    timestep_embedder: TwoLayers,
 }
 
 #[derive(Module, Debug)]
 struct NormOut {
     linear: Linear,
-}
-
-/// One block: joint attention, then an MLP per stream, each modulated and gated by the time.
-#[derive(Module, Debug)]
-struct Block {
-    img_mod: Linear,
-    txt_mod: Linear,
-    attn: JointAttention,
-    img_mlp: Mlp,
-    txt_mlp: Mlp,
-}
-
-#[derive(Module, Debug)]
-struct JointAttention {
-    to_q: Linear,
-    to_k: Linear,
-    to_v: Linear,
-    to_out: Linear,
-    add_q_proj: Linear,
-    add_k_proj: Linear,
-    add_v_proj: Linear,
-    to_add_out: Linear,
-    norm_q: Scale,
-    norm_k: Scale,
-    norm_added_q: Scale,
-    norm_added_k: Scale,
-}
-
-#[derive(Module, Debug)]
-struct Mlp {
-    up: Linear,
-    down: Linear,
-}
-
-/// The two streams, `[B, N, D]` and `[B, S, D]`.
-struct Streams {
-    image: Tensor<3>,
-    text: Tensor<3>,
-}
-
-/// What every block of one evaluation shares.
-struct Shared {
-    /// SiLU of the time embedding, `[B, D]`.
-    time: Tensor<2>,
-    rotary: RotaryTable,
-    keys: Option<KeyMask>,
-    gelu: Gelu,
 }
 
 impl Transformer {
@@ -153,19 +99,17 @@ impl Transformer {
     }
 
     pub(super) fn unfilled(config: &TransformerConfig, device: &Device) -> Self {
-        let width = config.num_attention_heads * config.attention_head_dim;
+        let heads = config.heads();
+        let width = heads.width();
         let linear = |input, output| Linear::unfilled(input, output, true, device);
         Self {
             time_text_embed: TimeTextEmbed {
-                timestep_embedder: TimestepEmbedder {
-                    linear_1: linear(TIME_FEATURES, width),
-                    linear_2: linear(width, width),
-                },
+                timestep_embedder: TwoLayers::unfilled(TIME_FEATURES, width, device),
             },
             txt_norm: Scale::unfilled(config.joint_attention_dim, device),
             img_in: linear(config.in_channels, width),
             txt_in: linear(config.joint_attention_dim, width),
-            transformer_blocks: (0..config.num_layers).map(|_| Block::unfilled(config, device)).collect(),
+            transformer_blocks: (0..config.num_layers).map(|_| Block::unfilled(heads, device)).collect(),
             norm_out: NormOut { linear: linear(width, 2 * width) },
             proj_out: linear(width, config.in_channels),
             config: config.clone(),
@@ -198,7 +142,7 @@ impl Transformer {
     ) -> Tensor<3> {
         let (mut streams, shared) = self.embed(packed, sigma, condition, [rows, columns]);
         for block in &self.transformer_blocks {
-            streams = block.forward(streams, &shared, &self.config);
+            streams = block.forward(streams, &shared, self.config.num_attention_heads);
         }
         let modulation = self.norm_out.linear.forward(shared.time);
         self.proj_out.forward(norm_modulate(streams.image, modulation, OUTPUT, EPSILON))
@@ -217,7 +161,7 @@ impl Transformer {
         let (mut streams, shared) = self.embed(packed, sigma, condition, [rows, columns]);
         let mut states = Vec::with_capacity(self.transformer_blocks.len());
         for block in &self.transformer_blocks {
-            streams = block.forward(streams, &shared, &self.config);
+            streams = block.forward(streams, &shared, self.config.num_attention_heads);
             states.push([streams.image.clone(), streams.text.clone()]);
         }
         states
@@ -243,9 +187,8 @@ impl Transformer {
 
     /// `[B]` to `[B, D]`.
     fn embed_time(&self, sigma: Tensor<1>) -> Tensor<2> {
-        let embedder = &self.time_text_embed.timestep_embedder;
-        let hidden = embedder.linear_1.forward(sinusoidal(sigma, TIME_FEATURES, TIME_SCALE));
-        embedder.linear_2.forward(silu(hidden))
+        let features = sinusoidal(sigma, TIME_FEATURES, TIME_SCALE);
+        self.time_text_embed.timestep_embedder.forward(features)
     }
 
     /// `[B, S, J]` to `[B, S, D]`.
@@ -266,141 +209,13 @@ impl Transformer {
             ("txt_in".to_owned(), &mut self.txt_in),
         ];
         for (index, block) in self.transformer_blocks.iter_mut().enumerate() {
-            let named = block.linears().into_iter();
+            let named = block.linears(BLOCK_ORDER).into_iter();
             linears
                 .extend(named.map(|(name, linear)| (format!("transformer_blocks.{index}.{name}"), linear)));
         }
         linears.push(("norm_out.linear".to_owned(), &mut self.norm_out.linear));
         linears.push(("proj_out".to_owned(), &mut self.proj_out));
         linears
-    }
-}
-
-/// Hides padded text tokens; `None` where there are none.
-fn key_mask(condition: &Condition, image_tokens: usize) -> Option<KeyMask> {
-    let tokens = condition.text.dims()[1];
-    let padded = condition.lengths.iter().any(|length| *length < tokens);
-    padded.then(|| KeyMask::from_lengths(&condition.lengths, tokens, image_tokens))
-}
-
-impl Scale {
-    fn unfilled(width: usize, device: &Device) -> Self {
-        Self { weight: unfilled([width], device) }
-    }
-}
-
-impl Block {
-    fn unfilled(config: &TransformerConfig, device: &Device) -> Self {
-        let width = config.num_attention_heads * config.attention_head_dim;
-        Self {
-            img_mod: Linear::unfilled(width, 6 * width, true, device),
-            txt_mod: Linear::unfilled(width, 6 * width, true, device),
-            attn: JointAttention::unfilled(config, device),
-            img_mlp: Mlp::unfilled(width, device),
-            txt_mlp: Mlp::unfilled(width, device),
-        }
-    }
-
-    fn linears(&mut self) -> [(&'static str, &mut Linear); 14] {
-        let attn = &mut self.attn;
-        [
-            ("img_mod", &mut self.img_mod),
-            ("attn.to_q", &mut attn.to_q),
-            ("attn.to_k", &mut attn.to_k),
-            ("attn.to_v", &mut attn.to_v),
-            ("attn.add_q_proj", &mut attn.add_q_proj),
-            ("attn.add_k_proj", &mut attn.add_k_proj),
-            ("attn.add_v_proj", &mut attn.add_v_proj),
-            ("attn.to_out", &mut attn.to_out),
-            ("attn.to_add_out", &mut attn.to_add_out),
-            ("img_mlp.up", &mut self.img_mlp.up),
-            ("img_mlp.down", &mut self.img_mlp.down),
-            ("txt_mod", &mut self.txt_mod),
-            ("txt_mlp.up", &mut self.txt_mlp.up),
-            ("txt_mlp.down", &mut self.txt_mlp.down),
-        ]
-    }
-
-    fn forward(&self, streams: Streams, shared: &Shared, config: &TransformerConfig) -> Streams {
-        let image_modulation = self.img_mod.forward(shared.time.clone());
-        let text_modulation = self.txt_mod.forward(shared.time.clone());
-        let attended = self.attn.forward(
-            Streams {
-                image: norm_modulate(streams.image.clone(), image_modulation.clone(), ATTENTION, EPSILON),
-                text: norm_modulate(streams.text.clone(), text_modulation.clone(), ATTENTION, EPSILON),
-            },
-            shared,
-            config.num_attention_heads,
-        );
-        let image = gated_residual(streams.image, attended.image, image_modulation.clone(), ATTENTION_GATE);
-        let text = gated_residual(streams.text, attended.text, text_modulation.clone(), ATTENTION_GATE);
-        Streams {
-            image: self.img_mlp.forward(image, image_modulation, shared.gelu),
-            text: self.txt_mlp.forward(text, text_modulation, shared.gelu),
-        }
-    }
-}
-
-impl JointAttention {
-    fn unfilled(config: &TransformerConfig, device: &Device) -> Self {
-        let width = config.num_attention_heads * config.attention_head_dim;
-        let square = || Linear::unfilled(width, width, true, device);
-        let norm = || Scale::unfilled(config.attention_head_dim, device);
-        Self {
-            to_q: square(),
-            to_k: square(),
-            to_v: square(),
-            to_out: square(),
-            add_q_proj: square(),
-            add_k_proj: square(),
-            add_v_proj: square(),
-            to_add_out: square(),
-            norm_q: norm(),
-            norm_k: norm(),
-            norm_added_q: norm(),
-            norm_added_k: norm(),
-        }
-    }
-
-    /// Attends over [text, image] and projects each stream back.
-    fn forward(&self, streams: Streams, shared: &Shared, heads: usize) -> Streams {
-        let (text_tokens, image_tokens) = (streams.text.dims()[1], streams.image.dims()[1]);
-        let image = [&self.to_q, &self.to_k, &self.to_v].map(Linear::projection);
-        let text = [&self.add_q_proj, &self.add_k_proj, &self.add_v_proj].map(Linear::projection);
-        let qkv = joint_qkv(
-            QkvStream {
-                qkv: linear_concat(streams.text, text),
-                norm_q: self.norm_added_q.weight.val(),
-                norm_k: self.norm_added_k.weight.val(),
-            },
-            QkvStream {
-                qkv: linear_concat(streams.image, image),
-                norm_q: self.norm_q.weight.val(),
-                norm_k: self.norm_k.weight.val(),
-            },
-            heads,
-            &shared.rotary,
-            EPSILON,
-        ); // [3, B, K, S + N, E]
-        let joint = attention(qkv, AttentionOptions { keys: shared.keys.clone(), causal: false }); // [B, S + N, D]
-        let text = split_tokens(joint.clone(), 0..text_tokens);
-        let image = split_tokens(joint, text_tokens..text_tokens + image_tokens);
-        Streams { image: self.to_out.forward(image), text: self.to_add_out.forward(text) }
-    }
-}
-
-impl Mlp {
-    fn unfilled(width: usize, device: &Device) -> Self {
-        Self {
-            up: Linear::unfilled(width, 4 * width, true, device),
-            down: Linear::unfilled(4 * width, width, true, device),
-        }
-    }
-
-    /// The modulated, gated MLP with its residual.
-    fn forward(&self, x: Tensor<3>, modulation: Tensor<2>, kind: Gelu) -> Tensor<3> {
-        let hidden = self.up.forward(norm_modulate(x.clone(), modulation.clone(), MLP, EPSILON));
-        gated_residual(x, self.down.forward(gelu(hidden, kind)), modulation, MLP_GATE)
     }
 }
 

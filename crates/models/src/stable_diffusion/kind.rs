@@ -6,7 +6,7 @@ use super::config::UnetConfig;
 use super::unet::{self, Unet};
 use super::{StableDiffusion, footprint, published};
 use crate::config_file::ConfigFile;
-use crate::family::{self, AUTOENCODER, Defaults};
+use crate::family::{self, AUTOENCODER};
 use crate::footprint::{Evaluation, Workload};
 use crate::model_folder::SCHEDULER_FILE;
 use crate::parts::autoencoder_kl::{self, AutoencoderKl, AutoencoderKlConfig};
@@ -35,7 +35,7 @@ pub(crate) struct Kind {
     pub(super) scheduler: &'static str,
     published_files: [(&'static str, &'static str); 2],
     tables: &'static [&'static str],
-    cfg_scale: f32,
+    pub(super) cfg_scale: f32,
 }
 
 /// Stable Diffusion 1 and 2.
@@ -186,10 +186,6 @@ impl family::Kind for Kind {
             true => &XL.published_files,
             false => &BASE.published_files,
         }
-    }
-
-    fn defaults(&self, _source: &ModelSource) -> Result<Defaults, ModelError> {
-        Ok(Defaults { num_inference_steps: 50, cfg_scale: self.cfg_scale, embedded_guidance: None })
     }
 
     fn check_configs(&self, source: &ModelSource) -> Result<(), ModelError> {

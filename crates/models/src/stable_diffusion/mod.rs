@@ -27,7 +27,7 @@ pub use unet::{AddedCondition, Unet, UnetCondition};
 use self::kind::{Configs, DENOISER};
 use self::text::TextEncoders;
 use crate::config_file::ConfigFile;
-use crate::family::{self, Family, Settings};
+use crate::family::{self, Defaults, Family, Settings};
 use crate::load_options::{rounded, store_weights};
 use crate::model_folder::SCHEDULER_FILE;
 use crate::parts::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
@@ -231,6 +231,10 @@ impl Family for StableDiffusion {
 
     fn settings_mut(&mut self) -> &mut Settings {
         &mut self.settings
+    }
+
+    fn defaults(&self) -> Defaults {
+        Defaults { num_inference_steps: 50, cfg_scale: self.kind.cfg_scale, embedded_guidance: None }
     }
 
     fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {

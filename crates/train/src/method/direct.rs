@@ -39,10 +39,9 @@ pub struct OnlineTeacher {
 impl Direct {
     /// The settings of a recipe; `start` is the model before training, which an online teacher keeps.
     pub fn new(recipe: &Recipe, start: &Model) -> Self {
-        let teacher = || OnlineTeacher {
-            model: start.clone(),
-            num_inference_steps: recipe.teacher_num_inference_steps,
-            cfg_scale: recipe.teacher_cfg_scale as f32,
+        let teacher = || {
+            let (num_inference_steps, cfg_scale) = recipe.teacher(start.defaults());
+            OnlineTeacher { model: start.clone(), num_inference_steps, cfg_scale }
         };
         Self {
             distance: recipe.loss,
@@ -159,7 +158,8 @@ impl OnlineTeacher {
     fn latents(&self, noise: Tensor<4>, batch: &Batch<'_>) -> Result<Tensor<4>, TrainError> {
         let size = batch.group().size;
         let grid = self.model.sigma_grid(self.num_inference_steps, size.height, size.width)?;
-        let guidance = batch.guidance(&self.model, self.cfg_scale)?;
+        // The teacher is told what it usually is, whatever its student is told.
+        let guidance = batch.guidance(&self.model, self.cfg_scale)?.told(None);
         Ok(latents_from_noise(&self.model, &grid, noise, &guidance))
     }
 }

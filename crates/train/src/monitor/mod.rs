@@ -136,7 +136,7 @@ impl<'a> Monitor<'a> {
                 recipe.student_guidance.scale(group.cfg_scale()),
             ),
             Objective::FlowMatching => {
-                let (steps, cfg_scale) = samples::settings(recipe, group);
+                let (steps, cfg_scale) = samples::settings(recipe, group, model.defaults());
                 (model.sigma_grid(steps, group.size.height, group.size.width)?, cfg_scale)
             }
         };

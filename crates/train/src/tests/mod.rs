@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod batches;
+mod families;
 mod fixtures;
 mod goldens;
 mod guards;
@@ -12,5 +13,4 @@ mod optimizers;
 mod peer_runs;
 mod runs;
 mod seen;
-mod stable_diffusion;
 mod starts;

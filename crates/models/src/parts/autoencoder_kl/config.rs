@@ -63,6 +63,12 @@ impl AutoencoderKlConfig {
         1 << (self.block_out_channels.len() - 1)
     }
 
+    /// Held at full resolution for each pixel: a residual block's input, its norm's centred and scaled values, the
+    /// activation, the convolution's input by rows, and its output.
+    pub(crate) fn numbers_per_pixel(&self) -> u64 {
+        6 * self.block_out_channels[0] as u64
+    }
+
     fn check(&self) -> Result<(), String> {
         let stages = self.block_out_channels.len();
         ranges::check(&[

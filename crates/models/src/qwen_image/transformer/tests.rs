@@ -3,6 +3,8 @@
 use fewstep_testkit::{Golden, assert_tensors_close, golden};
 
 use super::*;
+use crate::parts::double_stream::ATTENTION;
+use fewstep_kernels::{QkvStream, joint_qkv};
 
 /// Absolute, on states of unit scale; the f32 rounding of the peers was measured at 1.2e-6.
 const TOLERANCE: f32 = 1e-5;

@@ -1,6 +1,7 @@
-//! Losses, gradients and optimiser steps of Stable Diffusion and SDXL against DiffSynth-Studio's (goldens/sd15, sdxl).
+//! Losses, gradients and optimiser steps of the families against DiffSynth-Studio's (goldens/flux, sd15, sdxl): the same
+//! recipe for all of them.
 //!
-//! The peer's losses are of the predicted noise, from the noised picture; here the same recipe sees velocities.
+//! Of models that predict noise, the peer's losses are of the noise, from the noised picture; here they are of velocities.
 
 use std::sync::atomic::AtomicBool;
 
@@ -39,7 +40,12 @@ struct Peer {
 }
 
 impl Peer {
-    fn both() -> [Self; 2] {
+    fn all() -> [Self; 3] {
+        ["flux", "sd15", "sdxl"].map(Self::new)
+    }
+
+    /// Those that predict noise.
+    fn of_noise() -> [Self; 2] {
         ["sd15", "sdxl"].map(Self::new)
     }
 
@@ -54,14 +60,16 @@ impl Peer {
             .unwrap();
         let rgb = vec![0; 3 * SIDE_PX * SIDE_PX];
         Picture { width: SIDE_PX, height: SIDE_PX, rgb }.save_png(&base.join("0.png")).unwrap();
-        let latents = ("latents".to_owned(), vec![4, 8, 8], tensors.f32s("input_latents"));
+        let shape = tensors.shape("input_latents")[1..].to_vec();
+        let latents = ("latents".to_owned(), shape, tensors.f32s("input_latents"));
         let file = base.join("latents/0.safetensors");
         save_tensors(&file, [latents], WeightType::F32, &Default::default()).unwrap();
         let recipe = Recipe {
             task: Task::DirectDistill,
             model: golden(&format!("{family}/model")),
             dataset_base_path: base.into(),
-            trainable_models: vec!["unet".into()],
+            trainable_models: vec!["dit".into()],
+            max_prompt_tokens: (family == "flux").then_some(64),
             ..Recipe::compatible(Compat::Diffsynth)
         };
         let init = base.join("lora_init.safetensors");
@@ -71,7 +79,7 @@ impl Peer {
 
     fn lora(&self) -> Recipe {
         Recipe {
-            lora_base_model: Some("unet".into()),
+            lora_base_model: Some("dit".into()),
             lora_rank: 4,
             lora_checkpoint: Some(self.folder.path().join("lora_init.safetensors")),
             learning_rate: 1e-3,
@@ -92,8 +100,8 @@ impl Peer {
 }
 
 #[test]
-fn flow_matching_is_the_peers_loss_of_predicted_noise() {
-    for peer in Peer::both() {
+fn flow_matching_equals_the_peers_whatever_the_model_predicts() {
+    for peer in Peer::all() {
         let recipe = Recipe { task: Task::Sft, ..peer.recipe.clone() };
         let generator = TorchGenerator::new(peer.numbers["sft"]["global_seed"].as_u64().unwrap());
         let (loss, gradients) = Bench::new(&recipe).gradients(0, Some(vec![generator]));
@@ -104,8 +112,8 @@ fn flow_matching_is_the_peers_loss_of_predicted_noise() {
 }
 
 #[test]
-fn direct_distillation_of_a_noise_predicting_model_equals_the_peers() {
-    for peer in Peer::both() {
+fn direct_distillation_equals_the_peers_whatever_the_model_predicts() {
+    for peer in Peer::all() {
         let (loss, gradients) = Bench::new(&peer.recipe).gradients(0, None);
         assert_relative(loss, peer.loss("distill_full"), LOSS_TOLERANCE, "distill_full");
         assert_norms(&gradients, &peer.numbers["distill_full"]["grad_norms"], GRADIENT_TOLERANCE);
@@ -114,8 +122,8 @@ fn direct_distillation_of_a_noise_predicting_model_equals_the_peers() {
 }
 
 #[test]
-fn adapters_of_a_unet_learn_as_the_peers() {
-    for peer in Peer::both() {
+fn adapters_of_every_family_learn_as_the_peers() {
+    for peer in Peer::all() {
         let recipe = peer.lora();
         let mut bench = Bench::new(&recipe);
         let (loss, gradients) = bench.gradients(0, None);
@@ -133,7 +141,7 @@ fn adapters_of_a_unet_learn_as_the_peers() {
 #[test]
 fn a_roll_out_of_a_unet_passes_the_peers_states_on_its_timesteps() {
     let device = Device::flex();
-    for peer in Peer::both() {
+    for peer in Peer::of_noise() {
         let bench = Bench::new(&peer.recipe);
         let model = burn::module::Module::valid(&bench.model);
         let size = Size { height: SIDE_PX, width: SIDE_PX };
@@ -181,4 +189,19 @@ fn a_student_starts_from_noise_unless_the_peer_is_followed() {
         let loss = Bench::new(&recipe).step(0, None).0;
         assert!((loss / peer.loss("distill_full") - 1.0).abs() > 1e-3, "{loss}");
     }
+}
+
+#[test]
+fn a_model_that_is_told_its_guidance_learns_with_that_of_the_row_or_the_recipe() {
+    let peer = Peer::new("flux");
+    let loss = |recipe: &Recipe| Bench::new(recipe).step(0, None).0;
+    let at = |scale| loss(&Recipe { embedded_guidance: scale, ..peer.recipe.clone() });
+    let own = at(Some(3.5));
+    assert!((own / peer.loss("distill_full") - 1.0).abs() > 1e-4, "the peer's is 1: {own}");
+    assert_eq!(at(None), own, "the model's own where nobody says otherwise");
+    let metadata = peer.folder.path().join("metadata.csv");
+    let text = std::fs::read_to_string(&metadata).unwrap();
+    let (header, row) = text.trim_end().split_once('\n').unwrap();
+    std::fs::write(&metadata, format!("{header},embedded_guidance\n{row},3.5\n")).unwrap();
+    assert_eq!(loss(&peer.recipe), own, "a row's own wins over the recipe's");
 }
