@@ -19,7 +19,7 @@ use crate::student::SigmaRule;
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
 use crate::z_image::{self, ZImage};
 use crate::{
-    Components, Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource,
+    Components, Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource, Peer,
     PromptLength, model_folder,
 };
 
@@ -288,9 +288,13 @@ impl Model {
         &self.family().settings().scheduler
     }
 
-    /// The solver of the published pipeline; a few-step student's is Euler's.
+    /// The solver of the pipeline that is followed: DiffSynth's always takes Euler's steps, and so does a few-step
+    /// student.
     pub fn solver(&self) -> Solver {
-        self.scheduler().solver()
+        match self.conventions().peer {
+            Some(Peer::Diffsynth) => Solver::Euler,
+            Some(Peer::Diffusers) | None => self.scheduler().solver(),
+        }
     }
 
     /// The noise levels of training, with the weights of a peer's loss: those that the model was trained on, or that

@@ -164,3 +164,51 @@ impl Count {
         self.block = self.block.max(kept);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use fewstep_testkit::golden;
+
+    use super::*;
+    use crate::family::Kind;
+    use crate::stable_diffusion::{BASE, XL};
+
+    #[test]
+    fn at_one_pixel_and_one_token_every_weight_is_multiplied_once() {
+        for (family, kind) in [("sd15", &BASE), ("sdxl", &XL)] {
+            let source = ModelSource::from(&golden(&format!("{family}/model")));
+            let mut count = Count { text: 1, ..Count::default() };
+            count.unet(&UnetConfig::read(&source).unwrap(), [1, 1]);
+            // The time's layers are counted as nothing; biases and norms are vectors.
+            let counts = |key: &str, shape: &[usize]| {
+                shape.len() > 1 && !key.contains("time_emb") && !key.contains("embedding")
+            };
+            let tensors = kind.component_tensors(&source, "unet").unwrap();
+            let matrices = tensors.iter().filter(|(key, shape)| counts(key, shape));
+            let numbers: usize = matrices.map(|(_, shape)| shape.iter().product::<usize>()).sum();
+            assert_eq!(count.weights, numbers as u64, "{family}");
+        }
+    }
+
+    #[test]
+    fn adapters_keep_less_than_full_training_and_checkpoints_least() {
+        let source = ModelSource::from(&golden("sdxl/model"));
+        let of = |lora_rank| {
+            let workload = Workload {
+                height: 512,
+                width: 512,
+                batch_size: 2,
+                text_tokens: 77,
+                lora_rank,
+                components: crate::Components::All,
+            };
+            evaluation(&source, &workload).unwrap()
+        };
+        let (full, adapters) = (of(None), of(Some(4)));
+        assert_eq!(full.image_tokens, 64 * 64);
+        assert!(full.activations.checkpointed < full.activations.training);
+        assert!(full.activations.drawing < full.activations.checkpointed);
+        assert_eq!(full.flops.forward, adapters.flops.forward);
+        assert!(adapters.flops.backward < full.flops.backward);
+    }
+}

@@ -4,6 +4,8 @@
 //!
 //! Of models that predict noise, the peer's losses are of the noise, from the noised picture; here they are of velocities.
 
+use std::sync::atomic::AtomicBool;
+
 use burn::tensor::{Device, Tensor};
 use fewstep_data::image::{Picture, Size};
 use fewstep_flow::diffusion::scale;
@@ -15,10 +17,12 @@ use fewstep_testkit::{Golden, assert_tensors_close, golden};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::fixtures::{Recorder, newest_checkpoint, run, train};
 use super::goldens::{
     Bench, GRADIENT_TOLERANCE, LOSS_TOLERANCE, assert_losses, assert_norms, assert_relative, assert_tensors,
 };
 use super::methods::ByName;
+use crate::Outcome;
 use crate::optimizer::Optimizer;
 use crate::recipe::{Compat, Recipe, StudentStart, Task, TrainingGrid};
 
@@ -155,6 +159,25 @@ fn a_roll_out_of_a_unet_passes_the_peers_states_on_its_timesteps() {
         let expected: Tensor<5> = peer.tensors.tensor("distill.trajectory", &device);
         let largest: f32 = expected.clone().abs().max().into_scalar();
         assert_tensors_close(Tensor::stack(kept, 0), expected, 5e-5 * largest.max(1.0));
+    }
+}
+
+#[test]
+fn a_resumed_run_of_any_family_equals_an_uninterrupted_one_to_the_bit() {
+    for peer in Peer::all() {
+        let [whole, parts] = ["whole", "parts"].map(|name| Recipe {
+            output_path: peer.folder.path().join(name),
+            max_steps: Some(3),
+            height: Some(SIDE_PX),
+            width: Some(SIDE_PX),
+            ..peer.lora()
+        });
+        train(&whole);
+        let stop = AtomicBool::new(false);
+        let mut recorder = Recorder { stop: Some((2, &stop)), ..Recorder::default() };
+        assert_eq!(run(&parts, &mut recorder).unwrap(), Outcome::Stopped(2));
+        train(&parts);
+        assert!(newest_checkpoint(&whole) == newest_checkpoint(&parts), "checkpoints differ");
     }
 }
 
