@@ -1,6 +1,5 @@
-//! Losses, gradients and optimiser steps of the families against DiffSynth-Studio's (goldens/flux, sd15, sdxl,
-//! zimage): the same
-//! recipe for all of them.
+//! Losses, gradients and optimiser steps of the families against DiffSynth-Studio's (goldens/flux, sd15, sdxl, zimage):
+//! the same recipe for all of them.
 //!
 //! Of models that predict noise, the peer's losses are of the noise, from the noised picture; here they are of velocities.
 
