@@ -9,6 +9,7 @@ pub mod dry_run;
 pub mod evaluate;
 pub mod generate;
 pub mod inspect;
+pub mod interrupt;
 pub mod lora;
 pub mod machine;
 pub mod model_args;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::model::check_family;
-use crate::{Components, ModelError, ModelSource, qwen_image};
+use crate::{Components, ModelError, ModelSource, WeightType, qwen_image};
 
 /// The work that is asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +48,8 @@ pub struct Footprint {
     pub parameters: BTreeMap<&'static str, u64>,
     /// Those of them that stay in memory: an autoencoder for videos needs few of its weights for pictures.
     pub held: BTreeMap<&'static str, u64>,
+    /// The component that denoises.
+    pub denoiser: &'static str,
     /// Parameters that learn.
     pub trained: u64,
     /// Numbers that evaluating the denoiser on a batch holds.
@@ -118,6 +120,13 @@ impl Footprint {
     ) -> Result<BTreeMap<&'static str, u64>, ModelError> {
         check_family(source)?;
         qwen_image::held(source, components)
+    }
+
+    /// Bytes that a weight of a component takes in memory. Frozen matrices are stored in the number type, and the few
+    /// norms and biases among them count as well; what learns stays in f32, and so does the autoencoder.
+    pub fn bytes_per_weight(component: &str, dtype: WeightType, learns: bool) -> u64 {
+        let stored = if component == "vae" || learns { WeightType::F32 } else { dtype };
+        stored.bytes() as u64
     }
 
     /// Gradients held at the worst moment: the sum over sampling steps, and those that are being added to it.

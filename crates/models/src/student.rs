@@ -9,7 +9,7 @@ use std::path::Path;
 use fewstep_data::provenance::{TORCH_CPU, TORCH_CUDA};
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::noise::RandDevice;
-use fewstep_flow::schedule::{GridRequest, SchedulerConfig, ShiftOverride};
+use fewstep_flow::schedule::{GridRequest, SchedulerConfig, ShiftOverride, SigmaRounding};
 use serde::{Deserialize, Serialize};
 
 use crate::qwen_image::DENOISER;
@@ -60,6 +60,9 @@ pub struct SigmaRule {
     pub scheduler: SchedulerConfig,
     /// What training put in the place of the scheduler's shift.
     pub shift: Option<ShiftOverride>,
+    /// Whose last bits the sigmas have.
+    #[serde(default)]
+    pub rounding: SigmaRounding,
 }
 
 impl Student {
@@ -153,7 +156,8 @@ impl Student {
             return Ok(Some(grid.sigmas.clone()));
         }
         let Some(rule) = &self.rule else { return Ok(None) };
-        Ok(Some(rule.scheduler.grid(&GridRequest { shift: rule.shift, ..*asked })?))
+        let request = GridRequest { shift: rule.shift, rounding: rule.rounding, ..*asked };
+        Ok(Some(rule.scheduler.grid(&request)?))
     }
 
     /// The generator of its noise; `None` where it was trained from several, or an unknown one.
@@ -202,7 +206,7 @@ mod tests {
         let scheduler = SchedulerConfig { shift: 3.0, ..SchedulerConfig::default() };
         Student {
             grids: vec![grid(2, 64, &[1.0, 0.7, 0.0]), grid(3, 96, &[1.0, 0.8, 0.6, 0.0])],
-            rule: Some(SigmaRule { scheduler, shift: None }),
+            rule: Some(SigmaRule { scheduler, shift: None, rounding: SigmaRounding::Diffsynth }),
             noise_generators: [TORCH_CUDA.to_owned()].into(),
         }
     }
@@ -233,6 +237,19 @@ mod tests {
         assert_eq!(of(2, 96), [1.0, 0.75, 0.0]);
         let old = Student { rule: None, ..student() };
         assert_eq!(old.grid(&GridRequest::new(2, 16), [96; 2]).unwrap(), None);
+    }
+
+    #[test]
+    fn the_rule_is_right_to_the_last_bit() {
+        let rounding = SigmaRounding::Diffsynth;
+        let shift = Some(ShiftOverride::Mu(0.8));
+        let rule = SigmaRule { scheduler: SchedulerConfig::default(), shift, rounding };
+        let asked = GridRequest::new(7, 16);
+        let expected =
+            rule.scheduler.grid(&GridRequest { shift, rounding: SigmaRounding::Diffsynth, ..asked }).unwrap();
+        assert_ne!(expected, rule.scheduler.grid(&GridRequest { shift, ..asked }).unwrap());
+        let student = Student { rule: Some(rule), ..student() };
+        assert_eq!(student.grid(&asked, [64; 2]).unwrap(), Some(expected));
     }
 
     #[test]

@@ -12,27 +12,17 @@ use crate::recipe::TrainingGrid;
 impl TrainingGrid {
     /// The grid of a number of steps for pictures of a size.
     pub(crate) fn sigmas(self, model: &Model, steps: usize, size: Size) -> Result<SigmaGrid, TrainError> {
+        let SigmaRule { scheduler, shift, rounding } = self.rule(model);
         let inference = model.grid_request(steps, size.height, size.width);
-        let request = GridRequest {
-            shift: self.shift(),
-            rounding: match self {
-                Self::Inference => inference.rounding,
-                Self::Diffsynth => SigmaRounding::Diffsynth,
-            },
-            ..inference
-        };
-        Ok(model.grid(&request)?)
+        Ok(scheduler.grid(&GridRequest { shift, rounding, ..inference })?)
     }
 
     /// How grids of any size and number of steps follow from the model's schedule.
     pub(crate) fn rule(self, model: &Model) -> SigmaRule {
-        SigmaRule { scheduler: model.scheduler().clone(), shift: self.shift() }
-    }
-
-    fn shift(self) -> Option<ShiftOverride> {
-        match self {
-            Self::Inference => None,
-            Self::Diffsynth => Some(ShiftOverride::DiffsynthTraining),
-        }
+        let (shift, rounding) = match self {
+            Self::Inference => (None, model.conventions().sigma_rounding),
+            Self::Diffsynth => (Some(ShiftOverride::DiffsynthTraining), SigmaRounding::Diffsynth),
+        };
+        SigmaRule { scheduler: model.scheduler().clone(), shift, rounding }
     }
 }

@@ -27,6 +27,7 @@ pub(crate) fn footprint(source: &ModelSource, workload: &Workload) -> Result<Foo
     let parameters = counted(source, workload.components)?;
     Ok(Footprint {
         image_tokens: rows * columns,
+        denoiser: super::DENOISER,
         trained: size.rank.map_or(parameters[super::DENOISER], |rank| transformer.adapters(rank)),
         parameters,
         held: held(source, workload.components)?,

@@ -149,15 +149,10 @@ impl Facts<'_> {
         F32 * self.trained * (1 + u64::from(self.averages())) + self.optimizer_bytes()
     }
 
-    /// Frozen matrices are stored in the run's number type; the few norms and biases among them count as well. What
-    /// learns stays in f32, and so does the autoencoder.
     fn bytes_per_weight(&self, component: &str) -> u64 {
         let learns =
             !self.is_lora() && self.recipe.trainable_models.iter().any(|name| name.trim() == component);
-        match component == "vae" || learns {
-            true => F32,
-            false => WeightType::from(self.recipe.dtype).bytes() as u64,
-        }
+        Footprint::bytes_per_weight(component, self.recipe.dtype.into(), learns)
     }
 
     /// Numbers of the largest evaluation with its graph.
