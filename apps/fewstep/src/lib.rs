@@ -16,6 +16,7 @@ pub mod model_args;
 pub mod parse;
 pub mod progress;
 pub mod prompts;
+pub mod selftest;
 pub mod student;
 pub mod train;
 pub mod watch;

@@ -43,7 +43,7 @@ pub struct TrainArgs {
 pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
     flags.unsupported.check()?;
     let recipe = flags.recipe.resolve(matches, flags.config.as_deref())?;
-    let device = device(&recipe)?;
+    let device = device(recipe.device)?;
     let mut progress = TrainProgress::new(flags.quiet);
     for note in recipe.notes() {
         progress.say(note);
@@ -82,9 +82,9 @@ fn model_args(recipe: &Recipe) -> ModelArgs {
     }
 }
 
-/// The device a recipe names.
-fn device(recipe: &Recipe) -> Result<Device, TrainError> {
-    match recipe.device {
+/// The device of a name.
+pub(crate) fn device(name: Compute) -> Result<Device, TrainError> {
+    match name {
         Compute::Cpu => Ok(Device::flex()),
         Compute::Cuda => {
             Err(TrainError::Value { key: "device", found: "cuda".into(), expected: "cpu in this build" })

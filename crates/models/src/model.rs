@@ -322,6 +322,14 @@ impl Model {
         self
     }
 
+    /// The model with gradient checkpointing in its denoiser or without: backward passes compute the inside of each block
+    /// again instead of keeping it.
+    pub fn recomputing_blocks(self, recomputes_blocks: bool) -> Self {
+        match self {
+            Model::QwenImage(model) => Model::QwenImage(model.recomputing_blocks(recomputes_blocks)),
+        }
+    }
+
     /// The denoiser's projections with their module names, for adapters.
     pub(crate) fn denoiser_linears(&mut self) -> Vec<(String, &mut Linear)> {
         match self {

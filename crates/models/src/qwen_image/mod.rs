@@ -258,6 +258,13 @@ impl QwenImage {
         }
     }
 
+    /// See [`crate::Model::recomputing_blocks`].
+    pub(crate) fn recomputing_blocks(self, recomputes_blocks: bool) -> Self {
+        let transformer =
+            self.transformer.map(|transformer| transformer.recomputing_blocks(recomputes_blocks));
+        Self { transformer, ..self }
+    }
+
     /// The transformer.
     ///
     /// # Panics

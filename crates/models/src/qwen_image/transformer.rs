@@ -6,7 +6,7 @@ use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
 use fewstep_kernels::{
     AttentionOptions, Gelu, KeyMask, Modulation, QkvStream, RotaryTable, attention, gated_residual, gelu,
-    joint_qkv, linear_concat, norm_modulate, rms_norm, split_tokens,
+    joint_qkv, linear_concat, norm_modulate, recomputed, rms_norm, split_tokens,
 };
 
 use super::config::{PredictionType, TransformerConfig};
@@ -57,6 +57,9 @@ pub struct Transformer {
     config: TransformerConfig,
     #[module(skip)]
     gelu: Gelu,
+    /// Backward passes compute the inside of each block again instead of keeping it.
+    #[module(skip)]
+    recomputes_blocks: bool,
 }
 
 #[derive(Module, Debug)]
@@ -119,13 +122,28 @@ struct Streams {
     text: Tensor<3>,
 }
 
+/// The modulations of the two streams, `[B, 6 D]` each.
+struct Modulations {
+    image: Tensor<2>,
+    text: Tensor<2>,
+}
+
+/// One of the two streams.
+#[derive(Clone, Copy)]
+enum Side {
+    Image,
+    Text,
+}
+
 /// What every block of one evaluation shares.
+#[derive(Clone)]
 struct Shared {
     /// SiLU of the time embedding, `[B, D]`.
     time: Tensor<2>,
     rotary: RotaryTable,
     keys: Option<KeyMask>,
     gelu: Gelu,
+    heads: usize,
 }
 
 impl Transformer {
@@ -170,12 +188,19 @@ impl Transformer {
             proj_out: linear(width, config.in_channels),
             config: config.clone(),
             gelu: Gelu::Tanh,
+            recomputes_blocks: false,
         }
     }
 
     /// The same weights with another activation of the MLPs; they were trained with the tanh form.
     pub fn with_gelu(self, gelu: Gelu) -> Self {
         Self { gelu, ..self }
+    }
+
+    /// The same weights with gradient checkpointing: a backward pass through [`Transformer::forward`] keeps what goes
+    /// into each block, and computes its inside again.
+    pub fn recomputing_blocks(self, recomputes_blocks: bool) -> Self {
+        Self { recomputes_blocks, ..self }
     }
 
     /// What [`Transformer::forward`] returns.
@@ -197,11 +222,21 @@ impl Transformer {
         [rows, columns]: [usize; 2],
     ) -> Tensor<3> {
         let (mut streams, shared) = self.embed(packed, sigma, condition, [rows, columns]);
-        for block in &self.transformer_blocks {
-            streams = block.forward(streams, &shared, &self.config);
+        let (last, blocks) = self.transformer_blocks.split_last().expect("a transformer has blocks");
+        for block in blocks {
+            streams = if self.recomputes_blocks {
+                block.forward_recomputed(streams, &shared)
+            } else {
+                block.forward(streams, &shared)
+            };
         }
+        let image = if self.recomputes_blocks {
+            last.forward_image_recomputed(streams, &shared)
+        } else {
+            last.forward_image(streams, &shared)
+        };
         let modulation = self.norm_out.linear.forward(shared.time);
-        self.proj_out.forward(norm_modulate(streams.image, modulation, OUTPUT, EPSILON))
+        self.proj_out.forward(norm_modulate(image, modulation, OUTPUT, EPSILON))
     }
 
     /// Image and text tokens after each block, `[B, N, D]` and `[B, S, D]`: where two implementations part.
@@ -217,7 +252,7 @@ impl Transformer {
         let (mut streams, shared) = self.embed(packed, sigma, condition, [rows, columns]);
         let mut states = Vec::with_capacity(self.transformer_blocks.len());
         for block in &self.transformer_blocks {
-            streams = block.forward(streams, &shared, &self.config);
+            streams = block.forward(streams, &shared);
             states.push([streams.image.clone(), streams.text.clone()]);
         }
         states
@@ -235,6 +270,7 @@ impl Transformer {
             rotary: joint_table(condition.text.dims()[1], [rows, columns], self.config.axes_dims_rope),
             keys: key_mask(condition, rows * columns),
             gelu: self.gelu,
+            heads: self.config.num_attention_heads,
         };
         let streams =
             Streams { image: self.img_in.forward(packed), text: self.embed_text(condition.text.clone()) };
@@ -321,23 +357,79 @@ impl Block {
         ]
     }
 
-    fn forward(&self, streams: Streams, shared: &Shared, config: &TransformerConfig) -> Streams {
-        let image_modulation = self.img_mod.forward(shared.time.clone());
-        let text_modulation = self.txt_mod.forward(shared.time.clone());
-        let attended = self.attn.forward(
-            Streams {
-                image: norm_modulate(streams.image.clone(), image_modulation.clone(), ATTENTION, EPSILON),
-                text: norm_modulate(streams.text.clone(), text_modulation.clone(), ATTENTION, EPSILON),
-            },
-            shared,
-            config.num_attention_heads,
-        );
-        let image = gated_residual(streams.image, attended.image, image_modulation.clone(), ATTENTION_GATE);
-        let text = gated_residual(streams.text, attended.text, text_modulation.clone(), ATTENTION_GATE);
+    fn forward(&self, streams: Streams, shared: &Shared) -> Streams {
+        let (attended, modulations) = self.attend(&streams, shared);
         Streams {
-            image: self.img_mlp.forward(image, image_modulation, shared.gelu),
-            text: self.txt_mlp.forward(text, text_modulation, shared.gelu),
+            image: self.after_attention(Side::Image, streams.image, attended.image, modulations.image, shared),
+            text: self.after_attention(Side::Text, streams.text, attended.text, modulations.text, shared),
         }
+    }
+
+    /// The image after the last block: nothing reads its text any more.
+    fn forward_image(&self, streams: Streams, shared: &Shared) -> Tensor<3> {
+        let (attended, modulations) = self.attend(&streams, shared);
+        self.after_attention(Side::Image, streams.image, attended.image, modulations.image, shared)
+    }
+
+    /// [`Block::forward`] with gradient checkpointing.
+    fn forward_recomputed(&self, streams: Streams, shared: &Shared) -> Streams {
+        let (text, image) = (streams.text.dims()[1], streams.image.dims()[1]);
+        let joint = self.recomputed(streams, shared, |block, streams, shared| {
+            let Streams { image, text } = block.forward(streams, shared);
+            Tensor::cat(vec![text, image], 1)
+        }); // [B, S + N, D]
+        Streams {
+            text: split_tokens(joint.clone(), 0..text),
+            image: split_tokens(joint, text..text + image),
+        }
+    }
+
+    /// [`Block::forward_image`] with gradient checkpointing.
+    fn forward_image_recomputed(&self, streams: Streams, shared: &Shared) -> Tensor<3> {
+        self.recomputed(streams, shared, Self::forward_image)
+    }
+
+    fn recomputed(
+        &self,
+        streams: Streams,
+        shared: &Shared,
+        forward: fn(&Self, Streams, &Shared) -> Tensor<3>,
+    ) -> Tensor<3> {
+        let inputs = [streams.image, streams.text, shared.time.clone().unsqueeze_dim(1)];
+        // The time goes in as an input: a graph that ends outside of the node must not be held by it.
+        let shared = Shared { time: shared.time.clone().inner(), ..shared.clone() };
+        recomputed(self, inputs, move |block, [image, text, time]| {
+            let shared = Shared { time: time.squeeze_dim(1), ..shared.clone() };
+            forward(block, Streams { image, text }, &shared)
+        })
+    }
+
+    /// What both streams attend to, and their modulations.
+    fn attend(&self, streams: &Streams, shared: &Shared) -> (Streams, Modulations) {
+        let image = self.img_mod.forward(shared.time.clone());
+        let text = self.txt_mod.forward(shared.time.clone());
+        let normed = Streams {
+            image: norm_modulate(streams.image.clone(), image.clone(), ATTENTION, EPSILON),
+            text: norm_modulate(streams.text.clone(), text.clone(), ATTENTION, EPSILON),
+        };
+        (self.attn.attend(normed, shared), Modulations { image, text })
+    }
+
+    /// The rest of one stream: the attention's projection and the MLP, each gated into the residual.
+    fn after_attention(
+        &self,
+        side: Side,
+        x: Tensor<3>,
+        attended: Tensor<3>,
+        modulation: Tensor<2>,
+        shared: &Shared,
+    ) -> Tensor<3> {
+        let (projection, mlp) = match side {
+            Side::Image => (&self.attn.to_out, &self.img_mlp),
+            Side::Text => (&self.attn.to_add_out, &self.txt_mlp),
+        };
+        let x = gated_residual(x, projection.forward(attended), modulation.clone(), ATTENTION_GATE);
+        mlp.forward(x, modulation, shared.gelu)
     }
 }
 
@@ -362,8 +454,8 @@ impl JointAttention {
         }
     }
 
-    /// Attends over [text, image] and projects each stream back.
-    fn forward(&self, streams: Streams, shared: &Shared, heads: usize) -> Streams {
+    /// Attends over [text, image]; the streams are still to be projected.
+    fn attend(&self, streams: Streams, shared: &Shared) -> Streams {
         let (text_tokens, image_tokens) = (streams.text.dims()[1], streams.image.dims()[1]);
         let image = [&self.to_q, &self.to_k, &self.to_v].map(Linear::projection);
         let text = [&self.add_q_proj, &self.add_k_proj, &self.add_v_proj].map(Linear::projection);
@@ -378,14 +470,15 @@ impl JointAttention {
                 norm_q: self.norm_q.weight.val(),
                 norm_k: self.norm_k.weight.val(),
             },
-            heads,
+            shared.heads,
             &shared.rotary,
             EPSILON,
         ); // [3, B, K, S + N, E]
         let joint = attention(qkv, AttentionOptions { keys: shared.keys.clone(), causal: false }); // [B, S + N, D]
-        let text = split_tokens(joint.clone(), 0..text_tokens);
-        let image = split_tokens(joint, text_tokens..text_tokens + image_tokens);
-        Streams { image: self.to_out.forward(image), text: self.to_add_out.forward(text) }
+        Streams {
+            text: split_tokens(joint.clone(), 0..text_tokens),
+            image: split_tokens(joint, text_tokens..text_tokens + image_tokens),
+        }
     }
 }
 

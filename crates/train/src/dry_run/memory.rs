@@ -173,7 +173,11 @@ impl Facts<'_> {
                 .text_numbers(bucket.largest_batch, Footprint::of_encoding(self.source)?.per_token_training),
             false => 0,
         };
-        Ok(evaluations * footprint.activations.training + text)
+        let activations = match self.recipe.checkpoints_gradients() {
+            true => footprint.activations.checkpointed,
+            false => footprint.activations.training,
+        };
+        Ok(evaluations * activations + text)
     }
 
     fn footprint(&self, bucket: &Bucket, batch_size: usize) -> Result<Footprint, ModelError> {
