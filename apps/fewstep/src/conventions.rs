@@ -31,7 +31,7 @@ pub struct ConventionArgs {
     /// How pixels become 8 bits, in place of --compat's
     #[arg(long, value_name = "NAME", value_parser = named(&ROUNDINGS))]
     pub pixel_rounding: Option<Rounding>,
-    /// Tokens of a prompt that are read, in place of --compat's
+    /// Tokens of a prompt that are read, in place of the model's or --compat's
     #[arg(long, value_name = "TOKENS", alias = "max-sequence-length")]
     pub max_prompt_tokens: Option<usize>,
     /// Last bits of the sigmas, in place of --compat's
@@ -44,11 +44,12 @@ impl ConventionArgs {
     pub fn conventions(&self) -> Conventions {
         let of_peer = Conventions::of(self.compat);
         Conventions {
+            peer: self.compat,
             gelu: self.activation.unwrap_or(of_peer.gelu),
             guidance: self.guidance_rule.unwrap_or(of_peer.guidance),
             decode: self.decode_range.unwrap_or(of_peer.decode),
             rounding: self.pixel_rounding.unwrap_or(of_peer.rounding),
-            max_prompt_tokens: self.max_prompt_tokens.unwrap_or(of_peer.max_prompt_tokens),
+            max_prompt_tokens: self.max_prompt_tokens,
             sigma_rounding: self.sigma_rounding.unwrap_or(of_peer.sigma_rounding),
         }
     }

@@ -55,12 +55,12 @@ pub struct EvaluateArgs {
     /// Picture width in pixels
     #[arg(long)]
     pub width: usize,
-    /// Sampling steps of the teacher
-    #[arg(long, default_value_t = 50)]
-    pub teacher_num_inference_steps: usize,
-    /// Guidance scale of the teacher
-    #[arg(long, default_value_t = 4.0, value_parser = guidance)]
-    pub teacher_cfg_scale: f32,
+    /// Sampling steps of the teacher [default: the model's usual ones]
+    #[arg(long)]
+    pub teacher_num_inference_steps: Option<usize>,
+    /// Guidance scale of the teacher [default: the model's usual one]
+    #[arg(long, value_parser = guidance)]
+    pub teacher_cfg_scale: Option<f32>,
     /// Sampling steps at which the undistilled model is shown [default: what the first student was trained for,
     /// where its file says so, otherwise 4]
     #[arg(long)]
@@ -110,6 +110,8 @@ struct Contestant {
     student: Option<TrainedStudent>,
     num_inference_steps: usize,
     cfg_scale: f32,
+    /// The guidance scale that the denoiser is told; `None` leaves it to the model.
+    embedded_guidance: Option<f32>,
 }
 
 /// What a contestant drew, one entry per picture.
@@ -228,12 +230,15 @@ fn contestants(
         student: None,
         num_inference_steps,
         cfg_scale,
+        embedded_guidance: None,
     };
-    let mut contestants = vec![
-        contestant("teacher", args.teacher_num_inference_steps, args.teacher_cfg_scale),
-        contestant("undistilled", base, 1.0),
-        contestant("undistilled", base, args.teacher_cfg_scale),
-    ];
+    let usual = teacher.defaults();
+    let guidance = args.teacher_cfg_scale.unwrap_or(usual.cfg_scale);
+    let steps = args.teacher_num_inference_steps.unwrap_or(usual.num_inference_steps);
+    let mut contestants = vec![contestant("teacher", steps, guidance), contestant("undistilled", base, 1.0)];
+    if guidance != 1.0 {
+        contestants.push(contestant("undistilled", base, guidance));
+    }
     contestants.extend(students);
     Ok(contestants)
 }
@@ -264,6 +269,7 @@ fn contestants_of(
         student: student.clone(),
         num_inference_steps: *num_inference_steps,
         cfg_scale,
+        embedded_guidance: trained.and_then(|trained| trained.embedded_guidance),
     };
     let contestants: Vec<Contestant> = steps.iter().map(contestant).collect();
     if let Some(found) = found {
@@ -280,6 +286,7 @@ fn tell(args: &EvaluateArgs, found: &Found, contestants: &[Contestant], progress
             .as_ref()
             .and_then(|steps| steps.first().copied()),
         cfg_scale: args.student_cfg_scale,
+        embedded_guidance: None,
         rand_device: Some(RandDevice::Cpu),
         exponential_shift_mu: None,
         size: [args.height, args.width],
@@ -288,8 +295,13 @@ fn tell(args: &EvaluateArgs, found: &Found, contestants: &[Contestant], progress
     // Among others a student is shown at its own steps: that is what the flag is for.
     let shown = contestants.iter().find(|who| who.num_inference_steps == trained).or(contestants.first());
     let warning = shown.and_then(|who| {
-        let (num_inference_steps, cfg_scale) = (who.num_inference_steps, who.cfg_scale);
-        found.warning(&asked, &Settings { num_inference_steps, cfg_scale, rand_device: RandDevice::Cpu })
+        let settings = Settings {
+            num_inference_steps: who.num_inference_steps,
+            cfg_scale: who.cfg_scale,
+            embedded_guidance: who.embedded_guidance,
+            rand_device: RandDevice::Cpu,
+        };
+        found.warning(&asked, &settings)
     });
     for line in found.taken(&asked).into_iter().chain(warning) {
         progress.say(&line);
@@ -323,6 +335,7 @@ fn draw(
             seed,
             num_inference_steps: contestant.num_inference_steps,
             cfg_scale: contestant.cfg_scale,
+            embedded_guidance: contestant.embedded_guidance,
             ..Request::new(prompt, args.height, args.width)
         })
         .collect();

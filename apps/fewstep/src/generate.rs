@@ -13,11 +13,11 @@ use fewstep_data::image::Picture;
 use fewstep_data::metadata::{DistillRow, RandDevice, write_distill_csv};
 use fewstep_data::provenance::{InputImage, Provenance};
 use fewstep_flow::Solver;
-use fewstep_models::conventions::name_of;
+use fewstep_models::conventions::{SOLVERS, name_of};
 use fewstep_models::student::noise_generator;
 use fewstep_models::{
-    DTYPES, Generated, LoraFile, ModelSource, Pipeline, PipelineOptions, Request, WeightType, save_tensors,
-    weights_hash,
+    Components, DTYPES, Generated, LoadOptions, LoraFile, Model, ModelSource, Pipeline, PipelineOptions,
+    Request, WeightType, save_tensors, weights_hash,
 };
 use sha2::{Digest, Sha256};
 
@@ -61,15 +61,19 @@ pub struct GenerateArgs {
     /// Pictures per prompt, each with a seed of its own
     #[arg(long, default_value_t = 1)]
     pub images_per_prompt: usize,
-    /// Sampling steps [default: what a student was trained for, otherwise 50]
+    /// Sampling steps [default: what a student was trained for, otherwise the model's usual ones]
     #[arg(long)]
     pub num_inference_steps: Option<usize>,
-    /// Guidance scale; 1 is off [default: what a student was trained with, otherwise 4]
+    /// Guidance scale; 1 is off [default: what a student was trained with, otherwise the model's usual one]
     #[arg(long, value_parser = guidance)]
     pub cfg_scale: Option<f32>,
-    /// Integrator: euler or heun
-    #[arg(long, default_value = "euler", value_parser = solver)]
-    pub solver: Solver,
+    /// Guidance scale that the denoiser is told, where it was distilled to follow one [default: what a student was trained
+    /// with, otherwise the model's usual one]
+    #[arg(long, value_parser = guidance)]
+    pub embedded_guidance: Option<f32>,
+    /// Integrator: euler, heun or plms (PNDM's) [default: euler; plms of models whose scheduler is PNDM]
+    #[arg(long, value_parser = solver)]
+    pub solver: Option<Solver>,
     /// Picture height in pixels
     #[arg(long)]
     pub height: usize,
@@ -101,6 +105,10 @@ pub struct GenerateArgs {
     /// Guidance scale the student shall run with: written to metadata.csv
     #[arg(long, default_value_t = 1.0, value_parser = guidance)]
     pub student_cfg_scale: f32,
+    /// Guidance scale that the student's denoiser shall be told, where it takes one: written to metadata.csv [default:
+    /// that of these pictures]
+    #[arg(long, value_parser = guidance)]
+    pub student_embedded_guidance: Option<f32>,
     /// How the model computes.
     #[command(flatten)]
     pub load: LoadArgs,
@@ -144,8 +152,9 @@ pub fn generate(args: &GenerateArgs, progress: &dyn Progress) -> Result<()> {
         progress.advance(batch.len() as u64);
     }
     progress.finish();
-    let rows: Vec<DistillRow> =
-        requests.iter().enumerate().map(|(index, request)| row(args, index, request)).collect();
+    let student_told = told(&pipeline, &requests[0]).map(|own| args.student_embedded_guidance.unwrap_or(own));
+    let row = |(index, request)| DistillRow { embedded_guidance: student_told, ..row(args, index, request) };
+    let rows: Vec<DistillRow> = requests.iter().enumerate().map(row).collect();
     Ok(write_distill_csv(&args.output.join("metadata.csv"), &rows)?)
 }
 
@@ -154,12 +163,17 @@ fn drawn_with(args: &GenerateArgs, source: &ModelSource, progress: &dyn Progress
     let asked = Asked {
         num_inference_steps: args.num_inference_steps,
         cfg_scale: args.cfg_scale,
+        embedded_guidance: args.embedded_guidance,
         rand_device: args.rand_device,
         exponential_shift_mu: args.exponential_shift_mu,
         size: [args.height, args.width],
     };
-    let Some(found) = Found::new(source, args.lora.as_ref())? else { return Ok(asked.settings(None)) };
-    let settings = asked.settings(Some(found.student()));
+    let options = LoadOptions { components: Components::Denoiser, ..args.load.options() };
+    let usual = Model::outline(source, &options)?.defaults();
+    let Some(found) = Found::new(source, args.lora.as_ref())? else {
+        return Ok(asked.settings(None, usual));
+    };
+    let settings = asked.settings(Some(found.student()), usual);
     for line in found.taken(&asked).into_iter().chain(found.warning(&asked, &settings)) {
         progress.say(&line);
     }
@@ -206,6 +220,7 @@ fn settings(args: &GenerateArgs, drawn_with: Settings) -> Result<Request> {
         rand_device: drawn_with.rand_device,
         num_inference_steps: drawn_with.num_inference_steps,
         cfg_scale: drawn_with.cfg_scale,
+        embedded_guidance: drawn_with.embedded_guidance,
         solver: args.solver,
         exponential_shift_mu: args.exponential_shift_mu,
         input_image: args.input_image.as_deref().map(Picture::load).transpose()?,
@@ -242,6 +257,12 @@ fn warn_of_long_prompts(pipeline: &Pipeline, requests: &[Request], progress: &dy
 /// Characters of a prompt that name it in a message.
 const SHOWN_OF_PROMPT: usize = 40;
 
+/// The scale that the denoiser is told; `None` where it takes none.
+fn told(pipeline: &Pipeline, request: &Request) -> Option<f32> {
+    let usual = pipeline.model.defaults().embedded_guidance?;
+    Some(request.embedded_guidance.unwrap_or(usual))
+}
+
 fn provenance(
     args: &GenerateArgs,
     source: &ModelSource,
@@ -256,8 +277,9 @@ fn provenance(
         lora: args.lora.as_ref().map(|lora| format!("{}:{}", lora.path.display(), lora.alpha)),
         num_inference_steps: first.num_inference_steps,
         cfg_scale: first.cfg_scale,
+        embedded_guidance: told(pipeline, first),
         negative_prompt: args.negative_prompt.clone(),
-        solver: format!("{:?}", args.solver).to_lowercase(),
+        solver: name_of(&SOLVERS, pipeline.solver(first)).into(),
         sigmas: pipeline.grid(first)?.as_slice().to_vec(),
         student_num_inference_steps: args.student_num_inference_steps,
         student_cfg_scale: args.student_cfg_scale,
@@ -340,6 +362,9 @@ fn tensors(generated: &Generated) -> Vec<(String, Vec<usize>, Vec<f32>)> {
         entry("latents", generated.latents.clone().squeeze_dim::<3>(0)),
         entry("text", generated.condition.text.clone().squeeze_dim::<2>(0)),
     ];
+    if let Some(pooled) = &generated.condition.pooled {
+        tensors.push(entry("pooled", pooled.clone().squeeze_dim::<1>(0)));
+    }
     if let Some(trajectory) = &generated.trajectory {
         let sigmas = generated.sigmas.as_slice().to_vec();
         tensors.push(entry("noise", generated.noise.clone().squeeze_dim::<3>(0)));
@@ -362,5 +387,6 @@ fn row(args: &GenerateArgs, index: usize, request: &Request) -> DistillRow {
         rand_device: request.rand_device,
         num_inference_steps: args.student_num_inference_steps,
         cfg_scale: args.student_cfg_scale,
+        embedded_guidance: None,
     }
 }

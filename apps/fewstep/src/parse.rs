@@ -6,6 +6,7 @@ use burn::tensor::Device;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use fewstep_flow::Solver;
 use fewstep_hub::Source;
+use fewstep_models::conventions::SOLVERS;
 use fewstep_models::lora::LoraFormat;
 use fewstep_models::{LoraFile, WeightType};
 
@@ -67,13 +68,10 @@ pub fn weight_type(text: &str) -> Result<WeightType, String> {
     }
 }
 
-/// `euler` or `heun`.
+/// `euler`, `heun` or `plms`.
 pub fn solver(text: &str) -> Result<Solver, String> {
-    match text {
-        "euler" => Ok(Solver::Euler),
-        "heun" => Ok(Solver::Heun),
-        _ => Err("expected euler or heun".into()),
-    }
+    let known = SOLVERS.iter().find(|(name, _)| *name == text);
+    known.map(|(_, solver)| *solver).ok_or_else(|| "expected euler, heun or plms".into())
 }
 
 /// `cpu`; other devices are named but not built in.

@@ -6,12 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use fewstep_data::metadata::RandDevice;
 use fewstep_models::student::{TrainedGrid, noise_generator};
-use fewstep_models::{LoraFile, ModelSource, Student};
-
-/// Sampling steps of a model that is no student.
-const TEACHER_STEPS: usize = 50;
-/// Guidance of a model that is no student.
-const TEACHER_CFG_SCALE: f32 = 4.0;
+use fewstep_models::{Defaults, LoraFile, ModelSource, Student};
 
 /// What the flags ask for; `None` where they are not given.
 #[derive(Clone, Copy, Debug, Default)]
@@ -20,6 +15,8 @@ pub struct Asked {
     pub num_inference_steps: Option<usize>,
     /// Guidance.
     pub cfg_scale: Option<f32>,
+    /// The guidance scale that the denoiser is told.
+    pub embedded_guidance: Option<f32>,
     /// Generator of the noise.
     pub rand_device: Option<RandDevice>,
     /// Shift of the schedule.
@@ -35,6 +32,8 @@ pub struct Settings {
     pub num_inference_steps: usize,
     /// Guidance; 1 is off.
     pub cfg_scale: f32,
+    /// The guidance scale that the denoiser is told; `None` leaves it to the model.
+    pub embedded_guidance: Option<f32>,
     /// Generator of the noise.
     pub rand_device: RandDevice,
 }
@@ -83,6 +82,7 @@ impl Found {
         let parts = [
             asked.num_inference_steps.is_none().then(|| steps(trained.num_inference_steps)),
             asked.cfg_scale.is_none().then(|| guidance(trained.cfg_scale)),
+            trained.embedded_guidance.filter(|_| asked.embedded_guidance.is_none()).map(told),
             (asked.rand_device.is_none())
                 .then(|| self.student.rand_device())
                 .flatten()
@@ -100,6 +100,7 @@ impl Found {
         let parts = [
             differs(settings.num_inference_steps, trained.num_inference_steps, steps),
             differs(settings.cfg_scale, trained.cfg_scale, guidance),
+            self.other_told(settings.embedded_guidance, trained),
             self.other_size(asked.size, trained),
             self.other_noise(settings.rand_device),
             asked.exponential_shift_mu.map(|mu| format!("a shift of {mu} instead of its own sigma grid")),
@@ -109,6 +110,10 @@ impl Found {
         (!parts.is_empty()).then(|| {
             format!("warning: {} is drawn with as it was not trained: {}", self.name, parts.join("; "))
         })
+    }
+
+    fn other_told(&self, found: Option<f32>, trained: &TrainedGrid) -> Option<String> {
+        differs(found?, trained.embedded_guidance?, told)
     }
 
     fn other_size(&self, [height, width]: [usize; 2], trained: &TrainedGrid) -> Option<String> {
@@ -125,14 +130,16 @@ impl Found {
 }
 
 impl Asked {
-    /// The flags over what the student was trained with, that over a teacher's usual settings.
-    pub fn settings(&self, student: Option<&Student>) -> Settings {
+    /// The flags over what the student was trained with, that over the model's usual settings.
+    pub fn settings(&self, student: Option<&Student>, usual: Defaults) -> Settings {
         let trained = student.map(|student| student.setting(self.size));
         let of_student = trained.map(|trained| (trained.num_inference_steps, trained.cfg_scale));
-        let (steps, cfg_scale) = of_student.unwrap_or((TEACHER_STEPS, TEACHER_CFG_SCALE));
+        let (steps, cfg_scale) = of_student.unwrap_or((usual.num_inference_steps, usual.cfg_scale));
+        let told = trained.and_then(|trained| trained.embedded_guidance);
         Settings {
             num_inference_steps: self.num_inference_steps.unwrap_or(steps),
             cfg_scale: self.cfg_scale.unwrap_or(cfg_scale),
+            embedded_guidance: self.embedded_guidance.or(told),
             rand_device: self.rand_device.or_else(|| student?.rand_device()).unwrap_or_default(),
         }
     }
@@ -145,6 +152,10 @@ fn differs<T: PartialEq>(found: T, expected: T, text: impl Fn(T) -> String) -> O
 
 fn steps(steps: usize) -> String {
     if steps == 1 { "1 step".to_owned() } else { format!("{steps} steps") }
+}
+
+fn told(scale: f32) -> String {
+    format!("embedded guidance {scale}")
 }
 
 fn guidance(cfg_scale: f32) -> String {
@@ -161,6 +172,7 @@ mod tests {
         let grid = TrainedGrid {
             num_inference_steps: 2,
             cfg_scale: 1.0,
+            embedded_guidance: Some(3.5),
             height: 64,
             width: 32,
             sigmas: SigmaGrid::uniform(2).unwrap(),
@@ -173,6 +185,7 @@ mod tests {
     const OPEN: Asked = Asked {
         num_inference_steps: None,
         cfg_scale: None,
+        embedded_guidance: None,
         rand_device: None,
         exponential_shift_mu: None,
         size: [64, 32],
@@ -180,13 +193,29 @@ mod tests {
 
     #[test]
     fn open_flags_are_the_students_and_without_one_the_teachers() {
-        let trained = Settings { num_inference_steps: 2, cfg_scale: 1.0, rand_device: RandDevice::Cuda };
-        assert_eq!(OPEN.settings(Some(found().student())), trained);
+        let usual = Defaults { num_inference_steps: 28, cfg_scale: 4.0, embedded_guidance: None };
+        let trained = Settings {
+            num_inference_steps: 2,
+            cfg_scale: 1.0,
+            embedded_guidance: Some(3.5),
+            rand_device: RandDevice::Cuda,
+        };
+        assert_eq!(OPEN.settings(Some(found().student()), usual), trained);
         assert_eq!(found().warning(&OPEN, &trained), None);
         let said = found().taken(&OPEN).unwrap();
-        assert!(said.ends_with("2 steps, no guidance, noise of torch-cuda, its own sigma grid"), "{said}");
-        let teacher = Settings { num_inference_steps: 50, cfg_scale: 4.0, rand_device: RandDevice::Cpu };
-        assert_eq!(OPEN.settings(None), teacher);
+        assert!(
+            said.ends_with(
+                "2 steps, no guidance, embedded guidance 3.5, noise of torch-cuda, its own sigma grid"
+            ),
+            "{said}"
+        );
+        let teacher = Settings {
+            num_inference_steps: 28,
+            cfg_scale: 4.0,
+            embedded_guidance: None,
+            rand_device: RandDevice::Cpu,
+        };
+        assert_eq!(OPEN.settings(None, usual), teacher);
     }
 
     #[test]
@@ -194,17 +223,20 @@ mod tests {
         let asked = Asked {
             num_inference_steps: Some(8),
             cfg_scale: Some(3.5),
+            embedded_guidance: Some(1.0),
             rand_device: Some(RandDevice::Cpu),
             exponential_shift_mu: Some(0.5),
             size: [48, 32],
         };
-        let settings = asked.settings(Some(found().student()));
+        let usual = Defaults { num_inference_steps: 50, cfg_scale: 4.0, embedded_guidance: None };
+        let settings = asked.settings(Some(found().student()), usual);
         assert_eq!(settings.num_inference_steps, 8);
         assert_eq!(found().taken(&asked), None);
         let warning = Found { alpha: 0.5, ..found() }.warning(&asked, &settings).unwrap();
         for part in [
             "8 steps instead of 2 steps",
             "guidance 3.5 instead of no guidance",
+            "embedded guidance 1 instead of embedded guidance 3.5",
             "32x48 px instead of 32x64 px",
             "noise of torch-cpu instead of torch-cuda",
             "a shift of 0.5",

@@ -129,6 +129,7 @@ fn a_data_set_is_told_with_its_rows_and_origin() {
         rand_device: RandDevice::Cpu,
         num_inference_steps: 4,
         cfg_scale: 1.0,
+        embedded_guidance: None,
     };
     write_distill_csv(&folder.path().join("metadata.csv"), &[row(0), row(1)]).unwrap();
     let told = inspect(folder.path(), &[]);

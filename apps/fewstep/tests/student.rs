@@ -89,7 +89,7 @@ fn a_lora_tells_everything_it_was_trained_with() {
     assert!(told("recipe").contains("lora_rank = 2"), "{}", told("recipe"));
     let student = Student::of_file(&fixture.path("run/lora.safetensors")).unwrap().unwrap();
     assert_eq!(student.grids[0].sigmas.steps(), 4);
-    assert_eq!(student.rule.unwrap().scheduler.shift_terminal, Some(0.02));
+    assert_eq!(student.rule.unwrap().scheduler.flow_matching().unwrap().shift_terminal, Some(0.02));
     // Small beside any published adapter, whose header alone is as large.
     assert!(info.values().map(String::len).sum::<usize>() < 16_384);
 

@@ -30,6 +30,10 @@ pub struct Provenance {
     pub num_inference_steps: usize,
     /// The teacher's guidance.
     pub cfg_scale: f32,
+    /// The guidance scale that the teacher's denoiser was told; `None` where it takes none, and in files older than the
+    /// choice.
+    #[serde(default)]
+    pub embedded_guidance: Option<f32>,
     /// What the teacher's guidance pushed away from.
     pub negative_prompt: String,
     /// The teacher's integrator.
@@ -154,7 +158,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("temporary folder");
         let mut json = serde_json::to_value(Provenance::default()).expect("plain fields");
         let fields = json.as_object_mut().expect("an object");
-        for new in ["conventions", "exponential_shift_mu", "input_image", "saves_latents"] {
+        for new in
+            ["conventions", "embedded_guidance", "exponential_shift_mu", "input_image", "saves_latents"]
+        {
             fields.remove(new).expect("a field of today");
         }
         std::fs::write(folder.path().join(FILE_NAME), json.to_string()).expect("written");

@@ -22,7 +22,7 @@ pub enum FlowError {
         /// Its value.
         found: String,
         /// What could be followed.
-        expected: &'static str,
+        expected: String,
     },
     /// A run asks for what no schedule has.
     #[error("sampling: {field}: found {found}, expected {expected}")]

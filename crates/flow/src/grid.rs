@@ -15,7 +15,12 @@ pub(crate) fn check_steps(found: usize) -> Result<(), FlowError> {
     }
 }
 
-/// Noise levels s_1 > … > s_N > s_{N+1} = 0 of a run with N steps; s_1 is at most 1.
+/// The highest end of a grid: more than the 0.03 that diffusion models leave whose last step goes to their first training
+/// timestep, and less than any other step.
+const MAX_END: f32 = 0.05;
+
+/// Noise levels s_1 > … > s_N > s_{N+1} of a run with N steps; s_1 is at most 1, and s_{N+1} is 0, or the little noise that
+/// some diffusion models leave.
 ///
 /// A student is trained for one grid. It is stored with data sets and weights as a plain list of numbers; equality is
 /// exact, and [`SigmaGrid::agrees_with`] forgives last bits.
@@ -24,11 +29,11 @@ pub(crate) fn check_steps(found: usize) -> Result<(), FlowError> {
 pub struct SigmaGrid(Vec<f32>);
 
 impl SigmaGrid {
-    /// A grid of given levels, the final 0 included.
+    /// A grid of given levels, the final one included.
     ///
     /// # Errors
     /// When there are fewer than two, one is not finite, the first is above 1, one does not fall below its
-    /// predecessor, or the last is not 0.
+    /// predecessor, or the last is no end.
     pub fn new(sigmas: Vec<f32>) -> Result<Self, FlowError> {
         let length = sigmas.len();
         if length < 2 {
@@ -44,8 +49,8 @@ impl SigmaGrid {
         if let Some(at) = sigmas.windows(2).position(|pair| pair[1] >= pair[0]) {
             return Err(bad(at + 1, "less than the entry before it"));
         }
-        if sigmas[length - 1] != 0.0 {
-            return Err(bad(length - 1, "0 at the end"));
+        if !(0.0..MAX_END).contains(&sigmas[length - 1]) {
+            return Err(bad(length - 1, "0, or at most 0.05, at the end"));
         }
         Ok(Self(sigmas))
     }
@@ -64,7 +69,12 @@ impl SigmaGrid {
         self.0.len() - 1
     }
 
-    /// All levels, the final 0 included.
+    /// The level that the last step leads to.
+    pub fn end(&self) -> f32 {
+        self.0[self.0.len() - 1]
+    }
+
+    /// All levels, the final one included.
     pub fn as_slice(&self) -> &[f32] {
         &self.0
     }

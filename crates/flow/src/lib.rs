@@ -23,6 +23,7 @@
 #![forbid(unsafe_code)]
 
 pub mod adjoint;
+pub mod diffusion;
 mod error;
 mod grid;
 pub mod guidance;

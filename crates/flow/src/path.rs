@@ -46,7 +46,8 @@ pub fn velocity_of_clean<const D: usize>(noisy: Tensor<D>, clean: Tensor<D>, sig
 /// Smallest sigma [`velocity_of_clean`] divides by.
 pub const SIGMA_FLOOR: f32 = 0.05;
 
-fn per_sample<const D: usize>(sigma: Tensor<1>, like: &Tensor<D>) -> Tensor<D> {
+/// One level per sample, to be broadcast.
+pub(crate) fn per_sample<const D: usize>(sigma: Tensor<1>, like: &Tensor<D>) -> Tensor<D> {
     let [levels] = sigma.dims();
     let batch = like.dims()[0];
     assert_eq!(levels, batch, "{levels} sigmas for a batch of {batch}");

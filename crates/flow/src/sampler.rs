@@ -1,5 +1,5 @@
 //! Solvers of the sampling equation dx/ds = v(x, s), from noise at the first sigma of a grid to the picture
-//! at 0.
+//! at its end.
 //!
 //! They are plain functions of tensors. Under autodiff the gradient runs through every step, at the memory of
 //! all of them; [`crate::adjoint`] gives the same gradient at the memory of one.
@@ -17,9 +17,13 @@ pub enum Solver {
     /// The trapezoidal rule on an Euler prediction: two velocities per step, second order. The last step is
     /// Euler's, so that no network is asked about a sigma of 0 (EDM, arXiv 2206.00364, algorithm 1).
     Heun,
+    /// The linear multi-step method on the noise of variance-preserving models (PNDM, arXiv 2202.09778, without its
+    /// Runge-Kutta warm-up): one velocity per step and two in the first, which remembers nothing. For sampling alone: a
+    /// few-step student is trained on, and runs, Euler's steps. A step from pure noise is Euler's too.
+    Plms,
 }
 
-/// Solves from `noise` to the picture at sigma 0.
+/// Solves from `noise` to the picture at the end of the grid.
 ///
 /// `velocity` is called with a state and its sigma.
 ///
@@ -31,7 +35,8 @@ pub fn sample<const D: usize>(
     noise: Tensor<D>,
     mut velocity: impl FnMut(Tensor<D>, f32) -> Tensor<D>,
 ) -> Tensor<D> {
-    grid.pairs().fold(noise, |state, pair| step(solver, state, pair, &mut velocity))
+    let mut stepper = Stepper::new(solver, grid);
+    grid.pairs().fold(noise, |state, pair| stepper.step(state, pair, &mut velocity))
 }
 
 /// Every state of [`sample`], the noise first and the picture last: one more than there are steps.
@@ -42,32 +47,97 @@ pub fn trajectory<const D: usize>(
     mut velocity: impl FnMut(Tensor<D>, f32) -> Tensor<D>,
 ) -> Vec<Tensor<D>> {
     let mut states = Vec::with_capacity(grid.steps() + 1);
-    let mut state = noise;
+    let (mut stepper, mut state) = (Stepper::new(solver, grid), noise);
     for pair in grid.pairs() {
         states.push(state.clone());
-        state = step(solver, state, pair, &mut velocity);
+        state = stepper.step(state, pair, &mut velocity);
     }
     states.push(state);
     states
 }
 
-/// One step of [`sample`], from a state at the first sigma of a pair to the second.
-///
-/// # Shapes
-/// `state`, the velocities and the result: `[B, …]`, equal.
-pub fn step<const D: usize>(
+/// A run of a solver along a grid: what it remembers from step to step.
+#[derive(Debug, Clone)]
+pub struct Stepper<const D: usize> {
     solver: Solver,
-    state: Tensor<D>,
-    (sigma, next): (f32, f32),
-    mut velocity: impl FnMut(Tensor<D>, f32) -> Tensor<D>,
-) -> Tensor<D> {
-    let slope = velocity(state.clone(), sigma);
-    let predicted = state.clone() + slope.clone() * (next - sigma);
-    if solver == Solver::Euler || next == 0.0 {
-        return predicted;
+    /// The end of the grid.
+    end: f32,
+    /// The noise that the last steps have found in their states, the newest last. Of [`Solver::Plms`].
+    noises: Vec<Tensor<D>>,
+}
+
+impl<const D: usize> Stepper<D> {
+    /// A run that has not begun.
+    pub fn new(solver: Solver, grid: &SigmaGrid) -> Self {
+        Self { solver, end: grid.end(), noises: Vec::new() }
     }
-    let slope_there = velocity(predicted, next);
-    state + (slope + slope_there) * (0.5 * (next - sigma))
+
+    /// The next step, from a state at the first sigma of a pair of the grid to the second.
+    ///
+    /// # Shapes
+    /// `state`, the velocities and the result: `[B, …]`, equal.
+    pub fn step(
+        &mut self,
+        state: Tensor<D>,
+        (sigma, next): (f32, f32),
+        mut velocity: impl FnMut(Tensor<D>, f32) -> Tensor<D>,
+    ) -> Tensor<D> {
+        let slope = velocity(state.clone(), sigma);
+        let is_last = next == self.end;
+        let slope = match self.solver {
+            Solver::Euler => slope,
+            Solver::Heun if is_last => slope,
+            Solver::Heun => {
+                let predicted = state.clone() + slope.clone() * (next - sigma);
+                (slope + velocity(predicted, next)) * 0.5
+            }
+            Solver::Plms => self.multistep(&state, slope, (sigma, next), velocity),
+        };
+        state + slope * (next - sigma)
+    }
+
+    /// The slope of the line to the noise that the last four steps foretell, Adams and Bashforth's. The first step, which
+    /// remembers nothing, takes the mean of the noise at both of its ends.
+    fn multistep(
+        &mut self,
+        state: &Tensor<D>,
+        slope: Tensor<D>,
+        (sigma, next): (f32, f32),
+        mut velocity: impl FnMut(Tensor<D>, f32) -> Tensor<D>,
+    ) -> Tensor<D> {
+        if sigma == 1.0 {
+            return slope; // all of the state is noise there, whatever the slope
+        }
+        let noise_of =
+            |state: &Tensor<D>, slope: Tensor<D>, sigma: f32| state.clone() + slope * (1.0 - sigma);
+        self.noises.drain(..self.noises.len().saturating_sub(3));
+        self.noises.push(noise_of(state, slope.clone(), sigma));
+        let noise = match self.noises.as_slice() {
+            [noise] if next == self.end => noise.clone(),
+            [noise] => {
+                let predicted = state.clone() + slope * (next - sigma);
+                let slope_there = velocity(predicted.clone(), next);
+                (noise.clone() + noise_of(&predicted, slope_there, next)) * 0.5
+            }
+            noises => {
+                let weighted = noises.iter().rev().zip(adams_bashforth(noises.len()));
+                weighted
+                    .map(|(noise, weight)| noise.clone() * *weight)
+                    .reduce(|sum, noise| sum + noise)
+                    .expect("two or more")
+            }
+        };
+        (noise - state.clone()) / (1.0 - sigma)
+    }
+}
+
+/// Weights of the last values of equally long steps, the newest first.
+fn adams_bashforth(order: usize) -> &'static [f32] {
+    match order {
+        2 => &[3.0 / 2.0, -1.0 / 2.0],
+        3 => &[23.0 / 12.0, -16.0 / 12.0, 5.0 / 12.0],
+        _ => &[55.0 / 24.0, -59.0 / 24.0, 37.0 / 24.0, -9.0 / 24.0],
+    }
 }
 
 #[cfg(test)]

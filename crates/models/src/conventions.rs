@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use fewstep_data::image::Rounding;
+use fewstep_flow::Solver;
 use fewstep_flow::schedule::SigmaRounding;
 use fewstep_kernels::Gelu;
 
@@ -49,6 +50,9 @@ pub const DECODE_RANGES: [(&str, DecodeRange); 2] =
 /// Names of [`Conventions::rounding`].
 pub const ROUNDINGS: [(&str, Rounding); 2] =
     [("nearest", Rounding::Nearest), ("truncate", Rounding::Truncate)];
+/// Names of solvers.
+pub const SOLVERS: [(&str, Solver); 3] =
+    [("euler", Solver::Euler), ("heun", Solver::Heun), ("plms", Solver::Plms)];
 /// Names of [`Conventions::sigma_rounding`].
 pub const SIGMA_ROUNDINGS: [(&str, SigmaRounding); 2] =
     [("diffusers", SigmaRounding::Diffusers), ("diffsynth", SigmaRounding::Diffsynth)];
@@ -56,6 +60,8 @@ pub const SIGMA_ROUNDINGS: [(&str, SigmaRounding); 2] =
 /// Choices that change numbers but not weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Conventions {
+    /// Whose pipeline is followed in what has no choice of its own here.
+    pub peer: Option<Peer>,
     /// Activation of the transformer's MLPs.
     pub gelu: Gelu,
     /// How guidance combines two velocities.
@@ -64,8 +70,8 @@ pub struct Conventions {
     pub decode: DecodeRange,
     /// How pixels become 8 bits.
     pub rounding: Rounding,
-    /// Longest prompt in tokens, without its template; longer ones are cut.
-    pub max_prompt_tokens: usize,
+    /// Longest prompt in tokens, without its template; longer ones are cut. `None` leaves it to the family.
+    pub max_prompt_tokens: Option<usize>,
     /// Last bits of the sigma grids.
     pub sigma_rounding: SigmaRounding,
 }
@@ -74,11 +80,12 @@ impl Default for Conventions {
     /// The published model's own.
     fn default() -> Self {
         Self {
+            peer: None,
             gelu: Gelu::Tanh,
             guidance: GuidanceRule::NormRescaled,
             decode: DecodeRange::Clamped,
             rounding: Rounding::Nearest,
-            max_prompt_tokens: 1024,
+            max_prompt_tokens: None,
             sigma_rounding: SigmaRounding::Diffusers,
         }
     }
@@ -90,27 +97,34 @@ impl Conventions {
         match peer {
             None => Self::default(),
             Some(Peer::Diffsynth) => Self {
+                peer,
                 gelu: Gelu::Sigmoid,
                 guidance: GuidanceRule::Plain,
                 decode: DecodeRange::Unbounded,
                 rounding: Rounding::Truncate,
-                max_prompt_tokens: 4096,
+                max_prompt_tokens: None,
                 sigma_rounding: SigmaRounding::Diffsynth,
             },
-            Some(Peer::Diffusers) => Self { max_prompt_tokens: 512, ..Self::default() },
+            Some(Peer::Diffusers) => Self { peer, ..Self::default() },
         }
     }
-    /// Every choice by name, as a data set records it.
+
+    /// With a limit of prompts where none was chosen.
+    pub(crate) fn or_max_prompt_tokens(self, tokens: usize) -> Self {
+        Self { max_prompt_tokens: self.max_prompt_tokens.or(Some(tokens)), ..self }
+    }
+
+    /// Every choice by name, as a data set records it; a loaded model's has all of them.
     pub fn record(&self) -> BTreeMap<String, String> {
+        let limit = self.max_prompt_tokens.map(|tokens| ("max_prompt_tokens", tokens.to_string()));
         let entries = [
             ("activation", name_of(&ACTIVATIONS, self.gelu).to_owned()),
             ("guidance_rule", name_of(&GUIDANCE_RULES, self.guidance).to_owned()),
             ("decode_range", name_of(&DECODE_RANGES, self.decode).to_owned()),
             ("pixel_rounding", name_of(&ROUNDINGS, self.rounding).to_owned()),
-            ("max_prompt_tokens", self.max_prompt_tokens.to_string()),
             ("sigma_rounding", name_of(&SIGMA_ROUNDINGS, self.sigma_rounding).to_owned()),
         ];
-        entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+        entries.into_iter().chain(limit).map(|(key, value)| (key.to_owned(), value)).collect()
     }
 }
 
@@ -128,13 +142,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_peers_differ_in_every_recorded_choice_and_the_default_is_diffusers_but_for_the_prompt() {
+    fn the_peers_differ_in_every_recorded_choice_and_the_default_is_diffusers() {
         let [own, diffsynth, diffusers] =
             [None, Some(Peer::Diffsynth), Some(Peer::Diffusers)].map(|peer| Conventions::of(peer).record());
         assert!(diffsynth.iter().all(|(key, value)| diffusers[key] != *value), "{diffsynth:?}");
-        let differing: Vec<&String> = own.keys().filter(|key| own[*key] != diffusers[*key]).collect();
-        assert_eq!(differing, ["max_prompt_tokens"]);
+        assert_eq!(own, diffusers);
         assert_eq!(diffsynth["activation"], "gelu-sigmoid");
-        assert_eq!(diffsynth["max_prompt_tokens"], "4096");
+        let limited = Conventions { max_prompt_tokens: Some(7), ..Conventions::default() };
+        assert_eq!(limited.record()["max_prompt_tokens"], "7");
     }
 }

@@ -60,6 +60,12 @@ pub enum ModelError {
         /// Some of its keys.
         keys: Vec<String>,
     },
+    /// Weight files that no family has all of.
+    #[error("{} are not of one model\nhint: give the components of one model", paths(given))]
+    MixedFamilies {
+        /// The files that were given.
+        given: Vec<PathBuf>,
+    },
     /// Two weight files that are the same component.
     #[error("{} and {} both hold the component {component}\nhint: shards of one component are given together, in a nested list", first.display(), second.display())]
     SameComponent {

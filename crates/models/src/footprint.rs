@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::model::check_family;
-use crate::{Components, ModelError, ModelSource, WeightType, qwen_image};
+use crate::family::{AUTOENCODER, Kind};
+use crate::model::kind_of;
+use crate::{Components, ModelError, ModelSource, WeightType, lora};
 
 /// The work that is asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +59,14 @@ pub struct Footprint {
     pub flops: Flops,
 }
 
+/// What one evaluation of a denoiser on a batch takes.
+pub(crate) struct Evaluation {
+    /// Tokens of one picture.
+    pub(crate) image_tokens: usize,
+    pub(crate) activations: Activations,
+    pub(crate) flops: Flops,
+}
+
 /// Numbers held beside the weights at the worst moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Activations {
@@ -85,8 +94,16 @@ impl Footprint {
     /// If the model is of no known family, a config of what is loaded is missing or damaged, or the family cannot draw
     /// that size.
     pub fn of(source: &ModelSource, workload: &Workload) -> Result<Self, ModelError> {
-        check_family(source)?;
-        qwen_image::footprint(source, workload)
+        let kind = kind_of(source)?;
+        let Evaluation { image_tokens, activations, flops } = kind.evaluation(source, workload)?;
+        let parameters = Self::counted(source, workload.components)?;
+        let trained = match workload.lora_rank {
+            Some(rank) => adapters(kind, source, rank)?,
+            None => parameters[kind.denoiser()],
+        };
+        let held = Self::held_by(source, workload.components)?;
+        let denoiser = kind.denoiser();
+        Ok(Self { image_tokens, parameters, held, denoiser, trained, activations, flops })
     }
 
     /// What encoding takes with a model; weights need not be there.
@@ -94,8 +111,7 @@ impl Footprint {
     /// # Errors
     /// As [`Footprint::of`].
     pub fn of_encoding(source: &ModelSource) -> Result<Encoding, ModelError> {
-        check_family(source)?;
-        qwen_image::encoding(source)
+        kind_of(source)?.encoding(source)
     }
 
     /// Parameters of the components, as [`Footprint::parameters`].
@@ -106,8 +122,7 @@ impl Footprint {
         source: &ModelSource,
         components: Components,
     ) -> Result<BTreeMap<&'static str, u64>, ModelError> {
-        check_family(source)?;
-        qwen_image::counted(source, components)
+        sums(kind_of(source)?, source, components, &|_, shape| numbers(shape))
     }
 
     /// Numbers of the components' weights that stay in memory, as [`Footprint::held`].
@@ -118,14 +133,14 @@ impl Footprint {
         source: &ModelSource,
         components: Components,
     ) -> Result<BTreeMap<&'static str, u64>, ModelError> {
-        check_family(source)?;
-        qwen_image::held(source, components)
+        let kind = kind_of(source)?;
+        sums(kind, source, components, &|key, shape| kind.held(key, shape))
     }
 
     /// Bytes that a weight of a component takes in memory. Frozen matrices are stored in the number type, and the few
     /// norms and biases among them count as well; what learns stays in f32, and so does the autoencoder.
     pub fn bytes_per_weight(component: &str, dtype: WeightType, learns: bool) -> u64 {
-        let stored = if component == "vae" || learns { WeightType::F32 } else { dtype };
+        let stored = if component == AUTOENCODER || learns { WeightType::F32 } else { dtype };
         stored.bytes() as u64
     }
 
@@ -147,4 +162,37 @@ impl Flops {
         let forwards = if checkpointed { 3 } else { 2 };
         num_inference_steps as u64 * (forwards * self.forward + self.backward)
     }
+}
+
+/// What `count` makes of the tensors of each component that has any.
+fn sums(
+    kind: &dyn Kind,
+    source: &ModelSource,
+    components: Components,
+    count: &dyn Fn(&str, &[usize]) -> u64,
+) -> Result<BTreeMap<&'static str, u64>, ModelError> {
+    let of = |component: &'static str| {
+        let shapes = kind.component_tensors(source, component)?;
+        Ok((component, shapes.iter().map(|(key, shape)| count(key, shape)).sum()))
+    };
+    let counts: Result<BTreeMap<&str, u64>, ModelError> =
+        kind.loaded(components).into_iter().map(of).collect();
+    Ok(counts?.into_iter().filter(|(_, count)| *count > 0).collect())
+}
+
+fn numbers(shape: &[usize]) -> u64 {
+    shape.iter().product::<usize>() as u64
+}
+
+/// Parameters of adapters on the layers that the peers' recipes give some.
+fn adapters(kind: &dyn Kind, source: &ModelSource, rank: usize) -> Result<u64, ModelError> {
+    let tensors = kind.component_tensors(source, kind.denoiser())?;
+    let of = |(key, shape): (&String, &Vec<usize>)| match (key.strip_suffix(".weight"), shape.as_slice()) {
+        (Some(layer), [output, input]) => {
+            let chosen = kind.lora_targets().iter().any(|target| lora::matches(layer, target));
+            if chosen { (rank * (output + input)) as u64 } else { 0 }
+        }
+        _ => 0,
+    };
+    Ok(tensors.iter().map(of).sum())
 }

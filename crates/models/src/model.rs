@@ -1,4 +1,4 @@
-//! The one enum of families, and what every family offers.
+//! The one enum of families. Everything else asks a family through [`Family`] and [`Kind`].
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -6,14 +6,21 @@ use std::path::Path;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use fewstep_data::image::MAX_SIDE_PX;
-use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::guided;
-use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
+use fewstep_flow::schedule::{GridRequest, SchedulerConfig, TrainingLevels};
+use fewstep_flow::{SigmaGrid, Solver};
 
+use crate::family::{AUTOENCODER, Defaults, Family, Kind};
+use crate::flux::{self, Flux};
 use crate::load_options::{rounded, store_weights};
-use crate::qwen_image::{self, PromptLength, QwenImage};
-use crate::weights::{KeyMap, TensorShapes, WeightType, compare, copy_tree, is_weights};
-use crate::{Components, Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource};
+use crate::qwen_image::{self, QwenImage};
+use crate::stable_diffusion::{self, StableDiffusion};
+use crate::student::SigmaRule;
+use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
+use crate::{
+    Components, Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource, Peer,
+    PromptLength, model_folder,
+};
 
 /// Predicts velocities: all that methods and samplers know of a model.
 pub trait Denoiser {
@@ -49,8 +56,34 @@ pub trait Denoiser {
 /// storage.
 #[derive(Module, Debug)]
 pub enum Model {
+    /// See [`crate::flux`].
+    Flux(Flux),
     /// See [`crate::qwen_image`].
     QwenImage(QwenImage),
+    /// See [`crate::stable_diffusion`].
+    StableDiffusion(StableDiffusion),
+}
+
+/// Every family there is code for.
+pub(crate) static KINDS: [&dyn Kind; 4] =
+    [&flux::Kind, &qwen_image::Kind, &stable_diffusion::BASE, &stable_diffusion::XL];
+
+impl Model {
+    fn family(&self) -> &dyn Family {
+        match self {
+            Self::Flux(model) => model,
+            Self::QwenImage(model) => model,
+            Self::StableDiffusion(model) => model,
+        }
+    }
+
+    fn family_mut(&mut self) -> &mut dyn Family {
+        match self {
+            Self::Flux(model) => model,
+            Self::QwenImage(model) => model,
+            Self::StableDiffusion(model) => model,
+        }
+    }
 }
 
 impl Model {
@@ -59,8 +92,7 @@ impl Model {
     /// # Errors
     /// If a folder names no known family, a file is missing or damaged, or weights do not fit.
     pub fn from_pretrained(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
-        check_family(source)?;
-        QwenImage::from_pretrained(source, options).map(Model::QwenImage)
+        kind_of(source)?.load(source, options)
     }
 
     /// A model without its weights: sizes, names and schedule of the components that the options name. Nothing is
@@ -69,8 +101,7 @@ impl Model {
     /// # Errors
     /// If the folder names no known family, or a config or the tokenizer is missing, damaged or unsupported.
     pub fn outline(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
-        check_family(source)?;
-        QwenImage::outline(source, options).map(Model::QwenImage)
+        kind_of(source)?.outline(source, options)
     }
 
     /// Builds a model's configs with fresh weights; the same seed gives the same weights.
@@ -78,15 +109,14 @@ impl Model {
     /// # Errors
     /// As [`Model::from_pretrained`], weights aside.
     pub fn random(source: &ModelSource, seed: u64, device: &Device) -> Result<Self, ModelError> {
-        check_family(source)?;
-        QwenImage::random(source, seed, device).map(Model::QwenImage)
+        kind_of(source)?.random(source, seed, device)
     }
 
     /// The model with weights, and what its parts hand on, in a number type: as one loaded in it.
     pub fn stored_in(self, dtype: WeightType) -> Self {
-        match store_weights(self, dtype) {
-            Model::QwenImage(model) => Model::QwenImage(model.with_dtype(dtype)),
-        }
+        let mut model = store_weights(self, dtype);
+        model.family_mut().settings_mut().dtype = dtype;
+        model
     }
 
     /// Writes a complete model folder: the weights of this model's components that can learn, every other file
@@ -101,30 +131,59 @@ impl Model {
         dtype: WeightType,
         info: &BTreeMap<String, String>,
     ) -> Result<(), ModelError> {
-        let unchanged = match self {
-            Model::QwenImage(model) => model.unchanged(),
-        };
-        match (source.folder(), self) {
-            (Some(source), _) => {
-                let kept =
-                    |path: &Path| unchanged.iter().any(|name| path.parent() == Some(&source.join(name)));
-                copy_tree(source, folder, &|path| !is_weights(path) || kept(path))?;
-            }
-            (None, Model::QwenImage(_)) => qwen_image::write_configs(source, folder, &unchanged)?,
+        let unchanged = self.unchanged();
+        model_folder::write_all_but_weights(self.kind(), source, folder, &unchanged)?;
+        for component in self.component_names().iter().filter(|name| !unchanged.contains(name)) {
+            model_folder::write_component(self, source, folder, component, (dtype, info))?;
         }
-        match self {
-            Model::QwenImage(model) => model.save_weights(source, folder, dtype, info),
-        }
+        Ok(())
     }
 
+    /// Bytes of the folder that [`Model::save_pretrained`] writes, headers of weight files aside; the model needs no
+    /// weights for it.
+    ///
+    /// # Errors
+    /// If a folder or file cannot be read.
+    pub fn saved_bytes(&self, source: &ModelSource, dtype: WeightType) -> Result<u64, ModelError> {
+        let unchanged = self.unchanged();
+        let mut bytes =
+            source.bytes(&|component, is_weights| !is_weights || unchanged.contains(&component))?;
+        for component in self.component_names().iter().filter(|name| !unchanged.contains(name)) {
+            let tensors = self.kind().component_tensors(source, component)?;
+            let numbers: usize = tensors.values().map(|shape| shape.iter().product::<usize>()).sum();
+            bytes += (numbers * dtype.bytes()) as u64;
+        }
+        Ok(bytes)
+    }
+
+    /// Components whose files a saved model has from where it was loaded.
+    fn unchanged(&self) -> Vec<&'static str> {
+        let loaded = self.kind().loaded(self.family().settings().components);
+        let names = self.component_names().iter().copied();
+        names.filter(|name| *name == AUTOENCODER || !loaded.contains(name)).collect()
+    }
+
+    fn kind(&self) -> &'static dyn Kind {
+        self.family().kind()
+    }
+}
+
+impl Model {
     /// Text states of prompts, differentiable in the text encoder.
     ///
     /// # Errors
     /// If a prompt cannot be tokenised.
     pub fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {
-        match self {
-            Model::QwenImage(model) => model.encode_prompts(prompts),
-        }
+        self.family().encode_prompts(prompts)
+    }
+
+    /// Text states of negative prompts, which guidance pushes away from. Some families read an empty one in their own
+    /// way.
+    ///
+    /// # Errors
+    /// If a prompt cannot be tokenised.
+    pub fn encode_negatives(&self, prompts: &[String]) -> Result<Condition, ModelError> {
+        self.family().encode_negatives(prompts)
     }
 
     /// How long a prompt is, and how much of it is read.
@@ -132,9 +191,22 @@ impl Model {
     /// # Errors
     /// If the prompt cannot be tokenised.
     pub fn prompt_tokens(&self, prompt: &str) -> Result<PromptLength, ModelError> {
-        match self {
-            Model::QwenImage(model) => model.prompt_tokens(prompt),
-        }
+        self.family().prompt_tokens(prompt)
+    }
+
+    /// J, the width of the text states that the denoiser reads.
+    pub fn text_width(&self) -> usize {
+        self.family().text_width()
+    }
+
+    /// P, the width of the pooled states that the denoiser reads; `None` where it reads none.
+    pub fn pooled_width(&self) -> Option<usize> {
+        self.family().pooled_width()
+    }
+
+    /// What the model is usually run with.
+    pub fn defaults(&self) -> Defaults {
+        self.family().defaults()
     }
 
     /// Pictures to latents.
@@ -142,10 +214,7 @@ impl Model {
     /// # Shapes
     /// - `pixels`: `[B, 3, height, width]` in [−1, 1]; output `[B, C, H, W]`
     pub fn encode_images(&self, pixels: Tensor<4>) -> Tensor<4> {
-        let pixels = rounded(pixels, self.dtype());
-        let latents = match self {
-            Model::QwenImage(model) => model.vae.encode(pixels),
-        };
+        let latents = self.family().encode_images(rounded(pixels, self.dtype()));
         rounded(latents, self.dtype())
     }
 
@@ -154,10 +223,7 @@ impl Model {
     /// # Shapes
     /// - `latents`: `[B, C, H, W]`; output `[B, 3, height, width]`
     pub fn decode_latents(&self, latents: Tensor<4>) -> Tensor<4> {
-        let pixels = match self {
-            Model::QwenImage(model) => model.vae.decode(latents),
-        };
-        let pixels = rounded(pixels, self.dtype());
+        let pixels = rounded(self.family().decode_latents(latents), self.dtype());
         match self.conventions().decode {
             DecodeRange::Unbounded => pixels,
             DecodeRange::Clamped => pixels.clamp(-1.0, 1.0),
@@ -166,37 +232,29 @@ impl Model {
 
     /// What the model was loaded with.
     pub fn conventions(&self) -> &Conventions {
-        match self {
-            Model::QwenImage(model) => model.conventions(),
-        }
+        &self.family().settings().conventions
     }
 
     /// The number type the model was loaded with.
     pub fn dtype(&self) -> WeightType {
-        match self {
-            Model::QwenImage(model) => model.dtype(),
-        }
+        self.family().settings().dtype
     }
+}
 
+impl Model {
     /// `[C, H, W]` of the latents of a picture size in pixels.
     ///
     /// # Errors
     /// If a side is no multiple of [`Model::division_factor`], or longer than pictures are.
     pub fn latent_shape(&self, height: usize, width: usize) -> Result<[usize; 3], ModelError> {
         token_grid([height, width], self.division_factor())?;
-        match self {
-            Model::QwenImage(model) => {
-                let scale = model.vae.factor();
-                Ok([model.vae.channels(), height / scale, width / scale])
-            }
-        }
+        let scale = self.family().latent_factor();
+        Ok([self.family().latent_channels(), height / scale, width / scale])
     }
 
     /// Picture sides are multiples of this many pixels.
     pub fn division_factor(&self) -> usize {
-        match self {
-            Model::QwenImage(model) => model.division_factor(),
-        }
+        self.family().division_factor()
     }
 
     /// The sigma grid of inference, which is also the one a student is trained on.
@@ -214,17 +272,52 @@ impl Model {
 
     /// A run of pictures of a size from pure noise on the model's own schedule.
     pub fn grid_request(&self, num_inference_steps: usize, height: usize, width: usize) -> GridRequest {
-        let image_tokens = match self {
-            Model::QwenImage(model) => model.image_tokens(height, width),
-        };
+        let factor = self.division_factor();
+        let image_tokens = (height / factor).saturating_mul(width / factor);
         let rounding = self.conventions().sigma_rounding;
         GridRequest { rounding, ..GridRequest::new(num_inference_steps, image_tokens) }
     }
 
     /// The schedule's config.
     pub fn scheduler(&self) -> &SchedulerConfig {
-        match self {
-            Model::QwenImage(model) => model.scheduler(),
+        &self.family().settings().scheduler
+    }
+
+    /// The solver of the pipeline that is followed: DiffSynth's always takes Euler's steps, and so does a few-step
+    /// student.
+    pub fn solver(&self) -> Solver {
+        match self.conventions().peer {
+            Some(Peer::Diffsynth) => Solver::Euler,
+            Some(Peer::Diffusers) | None => self.scheduler().solver(),
+        }
+    }
+
+    /// The noise levels of training, with the weights of a peer's loss: those that the model was trained on, or that
+    /// steps of a grid start at.
+    ///
+    /// # Errors
+    /// If the request cannot be met.
+    pub fn training_levels(&self, request: &GridRequest) -> Result<TrainingLevels, ModelError> {
+        match self.scheduler() {
+            SchedulerConfig::Diffusion(config) => Ok(config.training_levels()),
+            SchedulerConfig::FlowMatching(_) => Ok(TrainingLevels::of(&self.grid(request)?)),
+        }
+    }
+
+    /// The weight of a velocity's squared error at which all levels count alike in what the denoiser was trained to
+    /// predict: 1 where that is the velocity.
+    pub fn loss_weight(&self, sigma: f32) -> f32 {
+        match self.scheduler() {
+            SchedulerConfig::Diffusion(config) => config.prediction_type.loss_weight(sigma),
+            SchedulerConfig::FlowMatching(_) => 1.0,
+        }
+    }
+
+    /// The highest sigma that the denoiser was trained on.
+    pub fn highest_sigma(&self) -> f32 {
+        match self.scheduler() {
+            SchedulerConfig::Diffusion(config) => config.table().highest(),
+            SchedulerConfig::FlowMatching(_) => 1.0,
         }
     }
 
@@ -233,72 +326,63 @@ impl Model {
     /// # Errors
     /// If the request cannot be met.
     pub fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, ModelError> {
-        Ok(self.scheduler().grid(request)?)
+        self.family().grid(request)
     }
 
-    /// Bytes of the folder that [`Model::save_pretrained`] writes, headers of weight files aside; the model needs no
-    /// weights for it.
-    ///
-    /// # Errors
-    /// If a folder or file cannot be read.
-    pub fn saved_bytes(&self, source: &ModelSource, dtype: WeightType) -> Result<u64, ModelError> {
-        let unchanged = match self {
-            Model::QwenImage(model) => model.unchanged(),
-        };
-        let mut bytes =
-            source.bytes(&|component, is_weights| !is_weights || unchanged.contains(&component))?;
-        for component in self.component_names().iter().filter(|name| !unchanged.contains(name)) {
-            let numbers: usize = qwen_image::component_tensors(source, component)?
-                .values()
-                .map(|shape| shape.iter().product::<usize>())
-                .sum();
-            bytes += (numbers * dtype.bytes()) as u64;
+    /// The sigma grid of a run as a student's rule has it. A family may have more to say of its own scheduler than its
+    /// config does.
+    pub(crate) fn grid_by(&self, rule: &SigmaRule, asked: &GridRequest) -> Result<SigmaGrid, ModelError> {
+        let request = rule.request(asked);
+        match rule.scheduler == *self.scheduler() {
+            true => self.grid(&request),
+            false => Ok(rule.scheduler.grid(&request)?),
         }
-        Ok(bytes)
     }
 
+    /// The first state of a run from pure noise on a grid: the noise itself where the grid starts at 1.
+    ///
+    /// # Shapes
+    /// `[B, C, H, W]`
+    pub fn start(&self, noise: Tensor<4>, grid: &SigmaGrid) -> Tensor<4> {
+        self.family().start(noise, grid.as_slice()[0])
+    }
+
+    /// The latents of the last state of a run on a grid: the state itself where the grid ends at 0.
+    ///
+    /// # Shapes
+    /// `[B, C, H, W]`
+    pub fn finish(&self, state: Tensor<4>, grid: &SigmaGrid) -> Tensor<4> {
+        let sigma = grid.as_slice().last().expect("a grid has sigmas");
+        self.family().finish(state, *sigma)
+    }
+}
+
+impl Model {
     /// Names of the components that parameters' names start with.
     pub fn component_names(&self) -> &'static [&'static str] {
-        match self {
-            Model::QwenImage(_) => qwen_image::COMPONENTS,
-        }
-    }
-
-    /// J, the width of the text states that the denoiser reads.
-    pub fn text_width(&self) -> usize {
-        match self {
-            Model::QwenImage(model) => model.text_width(),
-        }
+        self.kind().components()
     }
 
     /// The components that turn prompts into text states.
     pub fn text_encoder_names(&self) -> &'static [&'static str] {
-        match self {
-            Model::QwenImage(_) => qwen_image::TEXT_ENCODERS,
-        }
+        self.kind().text_encoders()
     }
 
     /// The layers of the denoiser that the peers' recipes give adapters, as [`crate::lora::LoraConfig`] names them.
     pub fn lora_targets(&self) -> &'static [&'static str] {
-        match self {
-            Model::QwenImage(_) => qwen_image::LORA_TARGETS,
-        }
+        self.kind().lora_targets()
     }
 
     /// The component that denoises: the one adapters belong to.
     pub fn denoiser_name(&self) -> &'static str {
-        match self {
-            Model::QwenImage(_) => qwen_image::DENOISER,
-        }
+        self.kind().denoiser()
     }
 
     /// The component of a parameter, and its key in that component's weight files; that of an adapter is its key in
     /// LoRA files.
     pub fn weight_key<'a>(&self, parameter: &'a str) -> (&'a str, String) {
         let (component, name) = parameter.split_once('.').unwrap_or((parameter, ""));
-        let keys = match self {
-            Model::QwenImage(_) => qwen_image::keys(component),
-        };
+        let keys = self.kind().keys(component);
         let key = keys.map_or_else(|| name.to_owned(), |keys| keys.key(name));
         let half = |ours, theirs| Some(format!("{}{theirs}", key.strip_suffix(ours)?));
         let lora = half(".lora.down", ".lora_A.default.weight");
@@ -307,60 +391,72 @@ impl Model {
 
     /// Parameters that are tables whose rows are looked up, and not matrices that something is multiplied by.
     pub fn tables(&self) -> &'static [&'static str] {
-        match self {
-            Model::QwenImage(_) => qwen_image::TABLES,
-        }
+        self.kind().tables()
     }
 
     /// The model with a component that computes with the nearest numbers of the model's type to its matrices: what a
     /// component does whose weights learn in f32. Gradients pass the rounding.
     pub fn rounding(mut self, component: &str) -> Self {
         let half = self.dtype().half();
-        match &mut self {
-            Model::QwenImage(model) => model.round_to(component, half),
-        }
+        self.family_mut().round_to(component, half);
         self
     }
 
     /// The model with gradient checkpointing in its denoiser or without: backward passes compute the inside of each block
     /// again instead of keeping it.
-    pub fn recomputing_blocks(self, recomputes_blocks: bool) -> Self {
-        match self {
-            Model::QwenImage(model) => Model::QwenImage(model.recomputing_blocks(recomputes_blocks)),
+    pub fn recomputing_blocks(mut self, recomputes_blocks: bool) -> Self {
+        if let Some(switch) = self.family_mut().recomputes_blocks_mut() {
+            *switch = recomputes_blocks;
         }
+        self
+    }
+
+    /// Whether the denoiser has gradient checkpointing.
+    pub fn can_recompute_blocks(&mut self) -> bool {
+        self.family_mut().recomputes_blocks_mut().is_some()
     }
 
     /// The denoiser's projections with their module names, for adapters.
     pub(crate) fn denoiser_linears(&mut self) -> Vec<(String, &mut Linear)> {
-        match self {
-            Model::QwenImage(model) => model.linears(),
-        }
+        self.family_mut().denoiser_linears()
     }
 
     /// How the denoiser's parameters are called in files.
     pub(crate) fn denoiser_keys(&self) -> &'static KeyMap {
-        match self {
-            Model::QwenImage(_) => qwen_image::transformer_keys(),
-        }
+        self.keys(self.denoiser_name())
+    }
+
+    /// How the parameters of a component with weights are called in files.
+    pub(crate) fn keys(&self, component: &str) -> &'static KeyMap {
+        self.kind().keys(component).unwrap_or_else(|| panic!("{component} has no weights"))
     }
 }
 
 impl Denoiser for Model {
     fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {
-        match self {
-            Model::QwenImage(model) => model.velocity(noisy, sigma, condition),
-        }
+        self.family().velocity(noisy, sigma, condition)
     }
 
     fn guide(&self, conditional: Tensor<4>, unconditional: Tensor<4>, cfg_scale: f32) -> Tensor<4> {
-        match self {
-            Model::QwenImage(model) => model.guide(conditional, unconditional, cfg_scale),
-        }
+        self.family().guide(conditional, unconditional, cfg_scale)
     }
 
     fn kept(&self, latents: Tensor<4>) -> Tensor<4> {
         rounded(latents, self.dtype())
     }
+}
+
+/// The family of a model.
+///
+/// # Errors
+/// If it is none there is code for.
+pub(crate) fn kind_of(source: &ModelSource) -> Result<&'static dyn Kind, ModelError> {
+    let (path, found) = source.pipeline_class()?;
+    let known = KINDS.iter().find(|kind| kind.pipeline_class() == found);
+    known.copied().ok_or_else(|| {
+        let expected = KINDS.iter().map(|kind| kind.pipeline_class()).collect();
+        ModelError::UnknownClass { path, role: "pipeline", found, expected }
+    })
 }
 
 /// Shapes of all tensors that the weight files of a model must hold, by component and key.
@@ -371,8 +467,9 @@ impl Denoiser for Model {
 /// # Errors
 /// If the folder names no known family, or a config is missing, damaged or unsupported.
 pub fn expected_tensors(source: &ModelSource) -> Result<BTreeMap<&'static str, TensorShapes>, ModelError> {
-    check_family(source)?;
-    qwen_image::expected_tensors(source)
+    let kind = kind_of(source)?;
+    kind.check_configs(source)?;
+    kind.components().iter().map(|name| Ok((*name, kind.component_tensors(source, name)?))).collect()
 }
 
 /// Compares the weight files of one component with the configs, without reading values.
@@ -380,17 +477,23 @@ pub fn expected_tensors(source: &ModelSource) -> Result<BTreeMap<&'static str, T
 /// # Errors
 /// If its config is missing, damaged or unsupported; if the files are missing or damaged; or as loading would refuse them.
 pub fn check_weights(source: &ModelSource, component: &'static str) -> Result<(), ModelError> {
-    check_family(source)?;
-    let expected = qwen_image::component_tensors(source, component)?;
-    match qwen_image::keys(component) {
+    let kind = kind_of(source)?;
+    let expected = kind.component_tensors(source, component)?;
+    match kind.keys(component) {
         Some(keys) if !expected.is_empty() => compare(&source.weights(component)?, &expected, keys),
         _ => Ok(()), // no component with weights
     }
 }
 
 /// The components that are loaded for some of the work.
-pub fn loaded_components(components: Components) -> &'static [&'static str] {
-    qwen_image::loaded(components)
+///
+/// # Errors
+/// If the folder names no known family.
+pub fn loaded_components(
+    source: &ModelSource,
+    components: Components,
+) -> Result<Vec<&'static str>, ModelError> {
+    Ok(kind_of(source)?.loaded(components))
 }
 
 /// Height and width of a picture in units of `factor` pixels.
@@ -407,14 +510,4 @@ pub(crate) fn token_grid([height, width]: [usize; 2], factor: usize) -> Result<[
         }
     }
     Ok([height / factor, width / factor])
-}
-
-/// Checks that the model is of a family there is code for.
-pub(crate) fn check_family(source: &ModelSource) -> Result<(), ModelError> {
-    let (path, found) = source.pipeline_class()?;
-    if found != qwen_image::PIPELINE_CLASS {
-        let expected = vec![qwen_image::PIPELINE_CLASS];
-        return Err(ModelError::UnknownClass { path, role: "pipeline", found, expected });
-    }
-    Ok(())
 }

@@ -45,12 +45,14 @@ pub struct Request {
     pub num_inference_steps: usize,
     /// Guidance scale; 1 is off.
     pub cfg_scale: f32,
+    /// The guidance scale that the denoiser is told, where it takes one; `None` for the model's own.
+    pub embedded_guidance: Option<f32>,
     /// Picture height in pixels.
     pub height: usize,
     /// Picture width in pixels.
     pub width: usize,
-    /// Integrator.
-    pub solver: Solver,
+    /// Integrator; `None` is the published pipeline's, and Euler's of a few-step student.
+    pub solver: Option<Solver>,
     /// μ of the schedule's shift in place of the one for the picture's size (the peers' name).
     pub exponential_shift_mu: Option<f64>,
     /// A picture to start from; another size is resized and cut in the middle.
@@ -71,9 +73,10 @@ impl Request {
             rand_device: RandDevice::Cpu,
             num_inference_steps: 4,
             cfg_scale: 1.0,
+            embedded_guidance: None,
             height,
             width,
-            solver: Solver::Euler,
+            solver: None,
             exponential_shift_mu: None,
             input_image: None,
             denoising_strength: 1.0,
@@ -186,8 +189,8 @@ impl Pipeline {
         let noise = self.noise(requests)?;
         let start = self.start(requests, noise.clone(), &grid);
         let states = match first.keep_trajectory {
-            true => sample_trajectory(&self.model, first.solver, &grid, start, &guidance),
-            false => vec![sample_latents(&self.model, first.solver, &grid, start, &guidance)],
+            true => sample_trajectory(&self.model, self.solver(first), &grid, start, &guidance),
+            false => vec![sample_latents(&self.model, self.solver(first), &grid, start, &guidance)],
         };
         Ok(self.pictures(Drawn { grid, noise, states, condition: guidance.condition }))
     }
@@ -201,9 +204,16 @@ impl Pipeline {
         let plain = self.model.grid_request(request.num_inference_steps, request.height, request.width);
         if let (Some(student), None) = (&self.student, request.exponential_shift_mu)
             && request.denoising_strength == 1.0
-            && let Some(grid) = student.grid(&plain, [request.height, request.width])?
         {
-            return Ok(grid);
+            if let Some(grid) =
+                student.trained_grid(request.num_inference_steps, [request.height, request.width])
+            {
+                return Ok(grid);
+            }
+            // A file without a rule leaves it to the model's own schedule, the best guess.
+            if let Some(rule) = &student.rule {
+                return self.model.grid_by(rule, &plain);
+            }
         }
         self.model.grid(&GridRequest {
             shift: request.exponential_shift_mu.map(ShiftOverride::Mu),
@@ -212,15 +222,22 @@ impl Pipeline {
         })
     }
 
+    /// The solver of a request.
+    pub fn solver(&self, request: &Request) -> Solver {
+        let own = || if self.student.is_some() { Solver::Euler } else { self.model.solver() };
+        request.solver.unwrap_or_else(own)
+    }
+
     fn guidance(&self, requests: &[Request]) -> Result<Guidance, ModelError> {
         let prompts: Vec<String> = requests.iter().map(|request| request.prompt.clone()).collect();
-        let condition = self.model.encode_prompts(&prompts)?;
-        let cfg_scale = requests[0].cfg_scale;
+        let Request { cfg_scale, embedded_guidance, .. } = requests[0];
+        let told = |condition: Condition| condition.with_embedded_guidance(embedded_guidance);
+        let condition = told(self.model.encode_prompts(&prompts)?);
         if cfg_scale == 1.0 {
             return Ok(Guidance::off(condition));
         }
         let negatives: Vec<String> = requests.iter().map(|request| request.negative_prompt.clone()).collect();
-        let unconditional = Some(self.model.encode_prompts(&negatives)?);
+        let unconditional = Some(told(self.model.encode_negatives(&negatives)?));
         Ok(Guidance { condition, unconditional, cfg_scale })
     }
 
@@ -241,7 +258,7 @@ impl Pipeline {
         let inputs: Vec<&Picture> =
             requests.iter().filter_map(|request| request.input_image.as_ref()).collect();
         if inputs.is_empty() {
-            return noise;
+            return self.model.kept(self.model.start(noise, grid));
         }
         let (height, width) = (requests[0].height, requests[0].width);
         let pixels =
@@ -254,7 +271,8 @@ impl Pipeline {
 
     /// Decodes what was drawn, sample by sample.
     fn pictures(&self, drawn: Drawn) -> Vec<Generated> {
-        let latents = drawn.states.last().expect("the final latents are always there").clone();
+        let last = drawn.states.last().expect("the final latents are always there").clone();
+        let latents = self.model.finish(last, &drawn.grid);
         let pixels = self.model.decode_latents(latents.clone());
         let [_, _, height, width] = pixels.dims();
         let values = crate::weights::values(pixels);
@@ -303,7 +321,8 @@ fn fitted(picture: &Picture, size: Size) -> Picture {
 /// Whether two requests can share a batch.
 fn alike(a: &Request, b: &Request) -> bool {
     let sampling = |r: &Request| (r.num_inference_steps, r.cfg_scale.to_bits(), r.height, r.width, r.solver);
+    let told = |r: &Request| r.embedded_guidance.map(f32::to_bits);
     let schedule = |r: &Request| (r.exponential_shift_mu.map(f64::to_bits), r.denoising_strength.to_bits());
     let kinds = |r: &Request| (r.input_image.is_some(), r.keep_trajectory);
-    sampling(a) == sampling(b) && schedule(a) == schedule(b) && kinds(a) == kinds(b)
+    sampling(a) == sampling(b) && told(a) == told(b) && schedule(a) == schedule(b) && kinds(a) == kinds(b)
 }

@@ -1,10 +1,10 @@
 //! Drawing latents: a solver, a sigma grid, guidance, and a model.
 
 use burn::tensor::{Tensor, TensorData};
-use fewstep_flow::sampler::step;
+use fewstep_flow::sampler::Stepper;
 use fewstep_flow::{SigmaGrid, Solver};
 
-use crate::{Condition, Denoiser};
+use crate::{Condition, Denoiser, Model};
 
 /// What a sampler is told about the prompts.
 #[derive(Clone, Debug)]
@@ -21,6 +21,12 @@ impl Guidance {
     /// Conditional sampling without guidance.
     pub fn off(condition: Condition) -> Self {
         Self { condition, unconditional: None, cfg_scale: 1.0 }
+    }
+
+    /// The same with another scale that the denoiser is told; `None` leaves it to the model.
+    pub fn told(self, embedded_guidance: Option<f32>) -> Self {
+        let told = |condition: Condition| condition.with_embedded_guidance(embedded_guidance);
+        Self { condition: told(self.condition), unconditional: self.unconditional.map(told), ..self }
     }
 }
 
@@ -61,6 +67,20 @@ pub fn sample_latents(
     states(denoiser, solver, grid, noise, guidance).last().expect("a grid has steps")
 }
 
+/// Draws latents by Euler steps from pure noise, as a model begins and ends a run on a grid.
+///
+/// # Shapes
+/// - `noise` and output: `[B, C, H, W]`
+pub fn latents_from_noise(
+    model: &Model,
+    grid: &SigmaGrid,
+    noise: Tensor<4>,
+    guidance: &Guidance,
+) -> Tensor<4> {
+    let start = model.kept(model.start(noise, grid));
+    model.finish(sample_latents(model, Solver::Euler, grid, start, guidance), grid)
+}
+
 /// Every state of [`sample_latents`], `noise` first and the latents last: one more than there are steps.
 ///
 /// # Shapes
@@ -83,9 +103,10 @@ fn states(
     noise: Tensor<4>,
     guidance: &Guidance,
 ) -> impl Iterator<Item = Tensor<4>> {
+    let mut stepper = Stepper::new(solver, grid);
     grid.pairs().scan(noise, move |state, pair| {
         let velocity = |noisy, sigma| guided_velocity(denoiser, noisy, sigma, guidance);
-        *state = denoiser.kept(step(solver, state.clone(), pair, velocity));
+        *state = denoiser.kept(stepper.step(state.clone(), pair, velocity));
         Some(state.clone())
     })
 }

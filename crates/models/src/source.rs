@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 
 use fewstep_data::bounded;
 
+use crate::ModelError;
+use crate::family::Kind;
+use crate::model::KINDS;
 use crate::weights::{WeightFiles, component_files, is_weights, read_info};
-use crate::{ModelError, qwen_image};
 
 /// The metadata of a safetensors file.
 pub(crate) type Info = BTreeMap<String, String>;
@@ -36,6 +38,8 @@ enum Place {
 struct GivenFiles {
     /// The class a `model_index.json` would name.
     pipeline_class: &'static str,
+    /// Components that such a model has.
+    components: &'static [&'static str],
     /// Component → its files, sorted.
     weights: BTreeMap<&'static str, Vec<PathBuf>>,
     /// Folders that may be the model folder, in the order the files were given.
@@ -67,15 +71,19 @@ impl ModelSource {
     /// Weight files given one by one: a group for each component, holding its file or its shards.
     ///
     /// # Errors
-    /// If a file cannot be read, a group is of no known component, or two are of the same one.
+    /// If a file cannot be read, a group is of no known component, two are of the same one, or no family has all of them.
     pub fn from_files(groups: &[Vec<PathBuf>]) -> Result<Self, ModelError> {
+        let opened: Vec<WeightFiles> =
+            groups.iter().map(|group| WeightFiles::open_all(group)).collect::<Result<_, _>>()?;
+        let kind = family_of(&opened)?;
         let mut given = GivenFiles {
-            pipeline_class: qwen_image::PIPELINE_CLASS,
+            pipeline_class: kind.pipeline_class(),
+            components: kind.components(),
             weights: BTreeMap::new(),
             folders: Vec::new(),
         };
-        for group in groups {
-            given.add(group)?;
+        for files in &opened {
+            given.add(kind.component_of(files).expect("the family has all of them"), files)?;
         }
         Ok(Self { place: Place::Files(given), tokenizer: None })
     }
@@ -98,7 +106,7 @@ impl ModelSource {
         match &self.place {
             Place::Folder(_) => true,
             Place::Files(given) => {
-                qwen_image::COMPONENTS.iter().all(|component| given.weights.contains_key(component))
+                given.components.iter().all(|component| given.weights.contains_key(component))
             }
         }
     }
@@ -237,17 +245,15 @@ impl ModelSource {
         Ok((path, text))
     }
 
-    /// The folder of the tokenizer's files.
+    /// The folder of a tokenizer's files, by its name in the official layout. One that was given by itself is the first.
     ///
     /// # Errors
     /// If there is none; the error says where it was looked for.
-    pub(crate) fn tokenizer(&self) -> Result<PathBuf, ModelError> {
+    pub(crate) fn tokenizer(&self, name: &str) -> Result<PathBuf, ModelError> {
         match (&self.tokenizer, &self.place) {
-            (Some(folder), _) => Ok(folder.clone()),
-            (None, Place::Folder(folder)) => required(folder, "tokenizer"),
-            (None, Place::Files(given)) => {
-                first_of(given.folders.iter().map(|folder| folder.join("tokenizer")), "tokenizer")
-            }
+            (Some(folder), _) if name == "tokenizer" => Ok(folder.clone()),
+            (_, Place::Folder(folder)) => required(folder, name),
+            (_, Place::Files(given)) => first_of(given.folders.iter().map(|folder| folder.join(name)), name),
         }
     }
 
@@ -280,12 +286,7 @@ impl ModelSource {
 }
 
 impl GivenFiles {
-    fn add(&mut self, group: &[PathBuf]) -> Result<(), ModelError> {
-        let files = WeightFiles::open_all(group)?;
-        let Some(component) = qwen_image::component_of(&files) else {
-            let keys = files.keys().take(4).map(str::to_owned).collect();
-            return Err(ModelError::UnknownWeights { path: files.path().to_owned(), keys });
-        };
+    fn add(&mut self, component: &'static str, files: &WeightFiles) -> Result<(), ModelError> {
         let mut paths = files.files();
         paths.sort();
         for path in &paths {
@@ -317,6 +318,24 @@ impl GivenFiles {
     fn all_files(&self) -> Vec<PathBuf> {
         self.weights.values().flatten().cloned().collect()
     }
+}
+
+/// The first family that has a component for all of these weights.
+fn family_of(groups: &[WeightFiles]) -> Result<&'static dyn Kind, ModelError> {
+    let has = |kind: &&dyn Kind, files: &WeightFiles| kind.component_of(files).is_some();
+    if let Some(kind) = KINDS.iter().find(|kind| groups.iter().all(|files| has(kind, files))) {
+        return Ok(*kind);
+    }
+    // Either nobody knows some of the weights, or they are of several families.
+    let unknown = groups.iter().find(|files| !KINDS.iter().any(|kind| has(kind, files)));
+    let path = |files: &WeightFiles| files.path().to_owned();
+    Err(match unknown {
+        Some(files) => {
+            let keys = files.keys().take(4).map(str::to_owned).collect();
+            ModelError::UnknownWeights { path: path(files), keys }
+        }
+        None => ModelError::MixedFamilies { given: groups.iter().map(path).collect() },
+    })
 }
 
 /// A path of a model folder that must exist.

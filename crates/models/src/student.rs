@@ -12,7 +12,7 @@ use fewstep_flow::noise::RandDevice;
 use fewstep_flow::schedule::{GridRequest, SchedulerConfig, ShiftOverride, SigmaRounding};
 use serde::{Deserialize, Serialize};
 
-use crate::qwen_image::DENOISER;
+use crate::model::kind_of;
 use crate::source::Info;
 use crate::weights::read_info;
 use crate::{LoraFile, ModelError, ModelSource};
@@ -45,6 +45,9 @@ pub struct TrainedGrid {
     pub num_inference_steps: usize,
     /// Guidance; 1 is off.
     pub cfg_scale: f32,
+    /// The guidance scale that the denoiser is told, where it takes one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embedded_guidance: Option<f32>,
     /// Picture height in px.
     pub height: usize,
     /// Picture width in px.
@@ -63,6 +66,13 @@ pub struct SigmaRule {
     /// Whose last bits the sigmas have.
     #[serde(default)]
     pub rounding: SigmaRounding,
+}
+
+impl SigmaRule {
+    /// A run as the rule has it.
+    pub(crate) fn request(&self, asked: &GridRequest) -> GridRequest {
+        GridRequest { shift: self.shift, rounding: self.rounding, ..*asked }
+    }
 }
 
 impl Student {
@@ -91,7 +101,7 @@ impl Student {
     /// # Errors
     /// As [`Student::of_file`].
     pub fn of_model(source: &ModelSource) -> Result<Option<Self>, ModelError> {
-        match source.info(DENOISER)? {
+        match source.info(kind_of(source)?.denoiser())? {
             Some((path, info)) => Self::of_info(&path, &info),
             None => Ok(None),
         }
@@ -138,26 +148,12 @@ impl Student {
         self.grids.iter().find(of_size).unwrap_or(&self.grids[0])
     }
 
-    /// The grid to draw on: the one trained on, to the bit, otherwise as the rule has it. `None` where the file has no
-    /// rule: the model's own schedule is then the best guess.
-    ///
-    /// # Errors
-    /// If the rule has no such grid.
-    pub fn grid(
-        &self,
-        asked: &GridRequest,
-        [height, width]: [usize; 2],
-    ) -> Result<Option<SigmaGrid>, ModelError> {
-        let steps = asked.num_inference_steps;
+    /// The grid trained on, to the bit; `None` for pictures of `[height, width]` px in steps it was not trained for.
+    pub fn trained_grid(&self, num_inference_steps: usize, [height, width]: [usize; 2]) -> Option<SigmaGrid> {
         let trained = |grid: &&TrainedGrid| {
-            (grid.height, grid.width, grid.num_inference_steps) == (height, width, steps)
+            (grid.height, grid.width, grid.num_inference_steps) == (height, width, num_inference_steps)
         };
-        if let Some(grid) = self.grids.iter().find(trained) {
-            return Ok(Some(grid.sigmas.clone()));
-        }
-        let Some(rule) = &self.rule else { return Ok(None) };
-        let request = GridRequest { shift: rule.shift, rounding: rule.rounding, ..*asked };
-        Ok(Some(rule.scheduler.grid(&request)?))
+        Some(self.grids.iter().find(trained)?.sigmas.clone())
     }
 
     /// The generator of its noise; `None` where it was trained from several, or an unknown one.
@@ -196,14 +192,23 @@ fn damaged(path: &Path, key: &str, reason: &str) -> ModelError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fewstep_flow::schedule::FlowMatchConfig;
 
     fn grid(num_inference_steps: usize, side: usize, sigmas: &[f32]) -> TrainedGrid {
         let sigmas = SigmaGrid::new(sigmas.to_vec()).unwrap();
-        TrainedGrid { num_inference_steps, cfg_scale: 1.0, height: side, width: side, sigmas }
+        TrainedGrid {
+            num_inference_steps,
+            cfg_scale: 1.0,
+            embedded_guidance: Some(3.5),
+            height: side,
+            width: side,
+            sigmas,
+        }
     }
 
     fn student() -> Student {
-        let scheduler = SchedulerConfig { shift: 3.0, ..SchedulerConfig::default() };
+        let scheduler =
+            SchedulerConfig::FlowMatching(FlowMatchConfig { shift: 3.0, ..FlowMatchConfig::default() });
         Student {
             grids: vec![grid(2, 64, &[1.0, 0.7, 0.0]), grid(3, 96, &[1.0, 0.8, 0.6, 0.0])],
             rule: Some(SigmaRule { scheduler, shift: None, rounding: SigmaRounding::Diffsynth }),
@@ -228,28 +233,24 @@ mod tests {
 
     #[test]
     fn the_grid_is_the_trained_one_and_otherwise_that_of_the_rule() {
-        let of = |steps, side| {
-            let grid = student().grid(&GridRequest::new(steps, 16), [side; 2]).unwrap();
-            grid.unwrap().as_slice().to_vec()
-        };
-        assert_eq!(of(2, 64), [1.0, 0.7, 0.0]);
+        let trained = |steps, side| student().trained_grid(steps, [side; 2]);
+        assert_eq!(trained(2, 64).unwrap().as_slice(), [1.0, 0.7, 0.0]);
+        assert_eq!(trained(2, 96), None);
+        let rule = student().rule.unwrap();
+        let shifted = GridRequest { shift: Some(ShiftOverride::Mu(0.1)), ..GridRequest::new(2, 16) };
         // Shift 3 moves 1/2 to 3/4.
-        assert_eq!(of(2, 96), [1.0, 0.75, 0.0]);
-        let old = Student { rule: None, ..student() };
-        assert_eq!(old.grid(&GridRequest::new(2, 16), [96; 2]).unwrap(), None);
+        let grid = rule.scheduler.grid(&rule.request(&shifted)).unwrap();
+        assert_eq!(grid.as_slice(), [1.0, 0.75, 0.0]);
     }
 
     #[test]
     fn the_rule_is_right_to_the_last_bit() {
-        let rounding = SigmaRounding::Diffsynth;
-        let shift = Some(ShiftOverride::Mu(0.8));
-        let rule = SigmaRule { scheduler: SchedulerConfig::default(), shift, rounding };
+        let (shift, rounding) = (Some(ShiftOverride::Mu(0.8)), SigmaRounding::Diffsynth);
+        let rule = SigmaRule { shift, rounding, ..student().rule.unwrap() };
         let asked = GridRequest::new(7, 16);
-        let expected =
-            rule.scheduler.grid(&GridRequest { shift, rounding: SigmaRounding::Diffsynth, ..asked }).unwrap();
-        assert_ne!(expected, rule.scheduler.grid(&GridRequest { shift, ..asked }).unwrap());
-        let student = Student { rule: Some(rule), ..student() };
-        assert_eq!(student.grid(&asked, [64; 2]).unwrap(), Some(expected));
+        let grid = |request: GridRequest| rule.scheduler.grid(&request).unwrap();
+        assert_eq!(grid(rule.request(&asked)), grid(GridRequest { shift, rounding, ..asked }));
+        assert_ne!(grid(rule.request(&asked)), grid(GridRequest { shift, ..asked }));
     }
 
     #[test]

@@ -194,7 +194,7 @@ fn a_strength_outside_its_range_is_refused() {
 
 #[test]
 fn a_prompt_over_the_limit_is_counted_and_cut_to_its_first_tokens() {
-    let limited = |max_prompt_tokens| Conventions { max_prompt_tokens, ..diffsynth() };
+    let limited = |tokens| Conventions { max_prompt_tokens: Some(tokens), ..diffsynth() };
     let pipeline = pipeline(limited(12), WeightType::F32);
     let long = "one two three four five six seven eight nine ten";
     let length = pipeline.model.prompt_tokens(long).expect("tokenises");

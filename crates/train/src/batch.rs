@@ -135,14 +135,17 @@ pub struct Batch<'a> {
     latents: Vec<HostTensor>,
     /// Text states `[S, J]` of each row and, last, of the empty prompt; none where prompts are encoded in each step.
     texts: Vec<HostTensor>,
+    /// Pooled states `[P]` of the same; none where the model has none.
+    pooled: Vec<HostTensor>,
 }
 
 impl<'a> Batch<'a> {
     /// A batch of what the data set's [`Dataset::reading`] of its positions has read.
     pub(crate) fn new(data: &'a Dataset, planned: Planned, seed: u64, read: Vec<HostTensor>) -> Self {
         let mut latents = read;
-        let texts = latents.split_off(data.pictures(&planned.positions));
-        Self { data, planned, seed, latents, texts }
+        let mut texts = latents.split_off(data.pictures(&planned.positions));
+        let pooled = texts.split_off(texts.len().min(planned.positions.len() + 1));
+        Self { data, planned, seed, latents, texts, pooled }
     }
 
     /// Number of samples.
@@ -176,16 +179,24 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// If a prompt cannot be encoded.
     pub fn condition(&self, model: &Model, dropped: &[bool]) -> Result<Condition, TrainError> {
+        let told = |condition: Condition| condition.with_embedded_guidance(self.group().embedded_guidance());
         let rows = dropped.iter().enumerate();
         let Some(empty) = self.texts.len().checked_sub(1) else {
             let prompts =
                 rows.map(|(row, dropped)| if *dropped { EMPTY_PROMPT } else { self.sample(row).prompt });
             let texts: Vec<String> = prompts.map(|prompt| self.data.prompts()[prompt].clone()).collect();
-            return Ok(model.encode_prompts(&texts)?);
+            return Ok(told(model.encode_prompts(&texts)?));
         };
-        let texts: Vec<&HostTensor> =
-            rows.map(|(row, dropped)| &self.texts[if *dropped { empty } else { row }]).collect();
-        Ok(padded(&texts, self.data.device()))
+        let chosen: Vec<usize> = rows.map(|(row, dropped)| if *dropped { empty } else { row }).collect();
+        let texts: Vec<&HostTensor> = chosen.iter().map(|row| &self.texts[*row]).collect();
+        let condition = told(padded(&texts, self.data.device()));
+        if self.pooled.is_empty() {
+            return Ok(condition);
+        }
+        let width = self.pooled[empty].values.len();
+        let values = chosen.iter().flat_map(|row| &self.pooled[*row].values).copied().collect();
+        let data = TensorData::new::<f32, _>(values, [chosen.len(), width]);
+        Ok(condition.with_pooled(Tensor::from_data(data, self.data.device())))
     }
 
     /// The prompts, and where `cfg_scale` is on the empty prompt against them.
@@ -243,5 +254,5 @@ fn padded(texts: &[&HostTensor], device: &Device) -> Condition {
         values[row * longest * width..][..text.values.len()].copy_from_slice(&text.values);
     }
     let data = TensorData::new(values, [texts.len(), longest, width]);
-    Condition { text: Tensor::from_data(data, device), lengths }
+    Condition::new(Tensor::from_data(data, device), lengths)
 }

@@ -17,7 +17,7 @@ use crate::host::HostTensor;
 use crate::place::Place;
 use crate::recipe::Recipe;
 use crate::source::SourceRow;
-use crate::tables::{PictureTable, PromptTable, Stored};
+use crate::tables::{PictureTable, PromptTable, Stored, TextWidths};
 use crate::workers::Reading;
 use crate::{TrainError, processed};
 
@@ -36,6 +36,8 @@ pub(crate) struct Tables {
     pub(crate) prompts: Vec<String>,
     /// Text states of the prompts, `[S, J]` each; none when the text encoder learns and prompts are encoded in each step.
     pub(crate) texts: Vec<Place>,
+    /// Pooled states of the prompts, `[P]` each; none where the model has none, or as [`Self::texts`].
+    pub(crate) pooled: Vec<Place>,
 }
 
 /// One row: indices into the tables of its data set.
@@ -64,6 +66,8 @@ pub struct Group {
     pub num_inference_steps: usize,
     /// Bits of the student's guidance, since floats are not [`Eq`].
     cfg_scale_bits: u32,
+    /// The same of the scale that the denoiser is told.
+    embedded_guidance_bits: Option<u32>,
 }
 
 impl Group {
@@ -73,17 +77,29 @@ impl Group {
     /// If the size does not fit the model.
     pub(crate) fn new(row: &SourceRow, size: Size, model: &Model) -> Result<Self, TrainError> {
         let latent_shape = model.latent_shape(size.height, size.width)?;
-        Ok(Self::of(latent_shape, size, (row.num_inference_steps, row.cfg_scale)))
+        let drawn = (row.num_inference_steps, row.cfg_scale, row.embedded_guidance);
+        Ok(Self::of(latent_shape, size, drawn))
     }
 
-    /// A group of its sizes and the student's sampling steps and guidance.
-    pub(crate) fn of(latent_shape: [usize; 3], size: Size, (steps, cfg_scale): (usize, f32)) -> Self {
-        Self { latent_shape, size, num_inference_steps: steps, cfg_scale_bits: cfg_scale.to_bits() }
+    /// A group of its sizes and the student's sampling steps, guidance, and scale that the denoiser is told.
+    pub(crate) fn of(
+        latent_shape: [usize; 3],
+        size: Size,
+        (num_inference_steps, cfg_scale, embedded_guidance): (usize, f32, Option<f32>),
+    ) -> Self {
+        let (cfg_scale_bits, embedded_guidance_bits) =
+            (cfg_scale.to_bits(), embedded_guidance.map(f32::to_bits));
+        Self { latent_shape, size, num_inference_steps, cfg_scale_bits, embedded_guidance_bits }
     }
 
     /// The student's guidance; 1 is off.
     pub fn cfg_scale(&self) -> f32 {
         f32::from_bits(self.cfg_scale_bits)
+    }
+
+    /// The guidance scale that the denoiser is told, where it takes one; `None` leaves it to the model.
+    pub fn embedded_guidance(&self) -> Option<f32> {
+        self.embedded_guidance_bits.map(f32::from_bits)
     }
 }
 
@@ -136,7 +152,7 @@ impl<'a> Survey<'a> {
     /// # Errors
     /// If a picture or stored file is missing, damaged in its header, or of another shape.
     pub(crate) fn of(rows: &[SourceRow], with: Preparation<'a>) -> Result<Self, TrainError> {
-        let (pictures, prompts) = (PictureTable::new(with), PromptTable::new(with.model.text_width()));
+        let (pictures, prompts) = (PictureTable::new(with), PromptTable::new(TextWidths::of(with.model)));
         let mut survey = Self { with, samples: Vec::with_capacity(rows.len()), pictures, prompts };
         survey.prompts.add("", None)?;
         for row in rows {
@@ -169,7 +185,9 @@ impl<'a> Survey<'a> {
         let Some(latents) = self.pictures.encode()? else { return Ok(None) };
         let texts = if self.with.keep_text { self.prompts.encode(self.with)? } else { Some(Vec::new()) };
         let Some(texts) = texts else { return Ok(None) };
-        let tables = Tables { latents, prompts: self.prompts.texts, texts };
+        let pooled = texts.iter().filter_map(|places| places.pooled.clone()).collect();
+        let texts = texts.into_iter().map(|places| places.states).collect();
+        let tables = Tables { latents, prompts: self.prompts.texts, texts, pooled };
         Ok(Some(Dataset { samples: self.samples, tables, device: self.with.device.clone() }))
     }
 }
@@ -181,8 +199,9 @@ impl Dataset {
     /// As [`processed::read`], or if the latents are not of the model's sizes.
     pub(crate) fn read(recipe: &Recipe, model: &Model, device: &Device) -> Result<Self, TrainError> {
         let (samples, tables) = processed::read(recipe)?;
-        let text = tables.texts.iter().map(Place::shape).collect::<Result<Vec<_>, _>>()?;
-        check_shapes(recipe, model, &samples, text.iter())?;
+        let shapes = |places: &[Place]| places.iter().map(Place::shape).collect::<Result<Vec<_>, _>>();
+        let (text, pooled) = (shapes(&tables.texts)?, shapes(&tables.pooled)?);
+        check_shapes(recipe, model, &samples, [&text, &pooled])?;
         Ok(Self { samples, tables, device: device.clone() })
     }
 
@@ -216,13 +235,14 @@ impl Dataset {
     }
 
     /// Reads what a batch of positions needs: the latents of each, then the text states of each and of the empty prompt,
-    /// as far as there are any.
+    /// then their pooled states, as far as there are any.
     pub(crate) fn reading(&self, positions: &[usize]) -> Reading {
         let samples = || positions.iter().map(|position| self.sample_at(*position));
         let latents = samples().filter_map(|sample| Some(&self.tables.latents[sample.picture?]));
-        let prompts = samples().map(|sample| sample.prompt).chain([EMPTY_PROMPT]);
-        let texts = prompts.filter_map(|prompt| self.tables.texts.get(prompt));
-        let places: Vec<Place> = latents.chain(texts).cloned().collect();
+        let prompts = || samples().map(|sample| sample.prompt).chain([EMPTY_PROMPT]);
+        let texts = prompts().filter_map(|prompt| self.tables.texts.get(prompt));
+        let pooled = prompts().filter_map(|prompt| self.tables.pooled.get(prompt));
+        let places: Vec<Place> = latents.chain(texts).chain(pooled).cloned().collect();
         Box::new(move || Ok(places.iter().map(Place::read).collect::<Result<_, _>>()?))
     }
 
@@ -259,30 +279,32 @@ impl Dataset {
     }
 }
 
-/// Checks that processed data is of a model's sizes.
+/// Checks that processed data is of a model's sizes; of text states and pooled ones, the shapes are given.
 ///
 /// # Errors
-/// If latents or text states are not.
-pub(crate) fn check_shapes<'a>(
+/// If latents or states are not.
+pub(crate) fn check_shapes(
     recipe: &Recipe,
     model: &Model,
     samples: &[Sample],
-    mut text: impl Iterator<Item = &'a Vec<usize>>,
+    [text, pooled]: [&[Vec<usize>]; 2],
 ) -> Result<(), TrainError> {
-    let wrong = |what, found: Vec<usize>, expected: Vec<usize>| {
-        Err(TrainError::Shape { path: recipe.dataset_base_path.clone(), what, found, expected })
+    let check = |what, found: &[usize], expected: Vec<usize>| match found == expected {
+        true => Ok(()),
+        false => {
+            let (path, found) = (recipe.dataset_base_path.clone(), found.to_vec());
+            Err(TrainError::Shape { path, what, found, expected })
+        }
     };
     for group in samples.iter().map(|sample| sample.group) {
         let expected = model.latent_shape(group.size.height, group.size.width)?;
-        if group.latent_shape != expected {
-            return wrong("latents", group.latent_shape.to_vec(), expected.to_vec());
-        }
+        check("latents", &group.latent_shape, expected.to_vec())?;
     }
-    let width = model.text_width();
-    match text.find(|states| states.len() != 2 || states[1] != width) {
-        Some(states) => {
-            wrong("text states", states.clone(), vec![states.first().copied().unwrap_or(0), width])
-        }
-        None => Ok(()),
+    let widths = TextWidths::of(model);
+    for states in text {
+        check("text states", states, vec![states.first().copied().unwrap_or(0), widths.states])?;
     }
+    let expected = widths.pooled.map_or(0, |_| text.len());
+    check("pooled states", &[pooled.len()], vec![expected])?;
+    pooled.iter().try_for_each(|found| check("pooled states", found, widths.pooled.into_iter().collect()))
 }

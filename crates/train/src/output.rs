@@ -77,6 +77,10 @@ impl Origin<'_> {
             Ok(TrainedGrid {
                 num_inference_steps: steps,
                 cfg_scale: self.recipe.student_guidance.scale(group.cfg_scale()),
+                embedded_guidance: model
+                    .defaults()
+                    .embedded_guidance
+                    .map(|usual| group.embedded_guidance().unwrap_or(usual)),
                 height: size.height,
                 width: size.width,
                 sigmas: self.recipe.training_grid.sigmas(model, steps, size)?,

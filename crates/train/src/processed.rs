@@ -1,8 +1,8 @@
 //! The first half of a split task: a data set as text states and latents on disk, so that the second half needs no text
 //! encoder and no autoencoder.
 //!
-//! A folder holds `latents.safetensors` and `text.safetensors`, whose keys are numbers, and `processed.json` with the rows
-//! that refer to them. It is written last: a folder without it is no data set. Tensors go from where they are to the file
+//! A folder holds `latents.safetensors` and `text.safetensors`, where the model has pooled states `pooled.safetensors`
+//! too, whose keys are numbers, and `processed.json` with the rows that refer to them. It is written last: a folder without it is no data set. Tensors go from where they are to the file
 //! one by one, and from the file to the batches that need them: they are never in memory together.
 
 use std::fs;
@@ -24,6 +24,7 @@ use crate::recipe::{Objective, Recipe};
 pub(crate) const ROWS: &str = "processed.json";
 const LATENTS: &str = "latents.safetensors";
 const TEXT: &str = "text.safetensors";
+const POOLED: &str = "pooled.safetensors";
 
 /// The rows, and what they were made with and for.
 #[derive(Serialize, Deserialize)]
@@ -55,6 +56,9 @@ struct ProcessedRow {
     rand_device: RandDevice,
     num_inference_steps: usize,
     cfg_scale: f32,
+    /// Absent in files older than the choice.
+    #[serde(default)]
+    embedded_guidance: Option<f32>,
 }
 
 /// Writes a prepared data set into the recipe's output folder; returns the folder.
@@ -71,6 +75,9 @@ pub(crate) fn write(
     let tables = &data.tables;
     save(&folder.join(LATENTS), &tables.latents)?;
     save(&folder.join(TEXT), &tables.texts)?;
+    if !tables.pooled.is_empty() {
+        save(&folder.join(POOLED), &tables.pooled)?;
+    }
     let processed = Processed {
         version: version.to_owned(),
         task: objective_name(recipe).to_owned(),
@@ -94,6 +101,8 @@ pub(crate) fn read(recipe: &Recipe) -> Result<(Vec<Sample>, Tables), TrainError>
     let folder = &recipe.dataset_base_path;
     let found = Processed::read(recipe)?;
     let (latents, texts) = (open(&folder.join(LATENTS))?, open(&folder.join(TEXT))?);
+    let pooled = folder.join(POOLED);
+    let pooled = if pooled.is_file() { open(&pooled)? } else { Vec::new() };
     found.check_rows(recipe, latents.len(), texts.len())?;
     let mut samples = Vec::with_capacity(found.rows.len());
     for row in &found.rows {
@@ -103,7 +112,7 @@ pub(crate) fn read(recipe: &Recipe) -> Result<(Vec<Sample>, Tables), TrainError>
         })?;
         samples.push(sample(row, latent_shape));
     }
-    Ok((samples, Tables { latents, prompts: found.prompts, texts }))
+    Ok((samples, Tables { latents, prompts: found.prompts, texts, pooled }))
 }
 
 /// The rows, and the shapes of latents and text states, from the files' headers alone.
@@ -113,7 +122,12 @@ pub(crate) fn read(recipe: &Recipe) -> Result<(Vec<Sample>, Tables), TrainError>
 pub(crate) fn outline(recipe: &Recipe) -> Result<Outline, TrainError> {
     let (samples, tables) = read(recipe)?;
     let shapes = |places: &[Place]| places.iter().map(Place::shape).collect::<Result<Vec<_>, _>>();
-    Ok(Outline { samples, latents: shapes(&tables.latents)?, text: shapes(&tables.texts)? })
+    Ok(Outline {
+        samples,
+        latents: shapes(&tables.latents)?,
+        text: shapes(&tables.texts)?,
+        pooled: shapes(&tables.pooled)?,
+    })
 }
 
 /// Processed data without its numbers.
@@ -123,6 +137,8 @@ pub(crate) struct Outline {
     pub(crate) latents: Vec<Vec<usize>>,
     /// Shapes of the text states.
     pub(crate) text: Vec<Vec<usize>>,
+    /// Shapes of the pooled states.
+    pub(crate) pooled: Vec<Vec<usize>>,
 }
 
 impl Processed {
@@ -174,6 +190,7 @@ fn row(sample: &Sample) -> ProcessedRow {
         rand_device: sample.rand_device,
         num_inference_steps: sample.group.num_inference_steps,
         cfg_scale: sample.group.cfg_scale(),
+        embedded_guidance: sample.group.embedded_guidance(),
     }
 }
 
@@ -184,7 +201,7 @@ fn sample(row: &ProcessedRow, latent_shape: [usize; 3]) -> Sample {
         prompt: row.prompt,
         noise_seed: row.seed,
         rand_device: row.rand_device,
-        group: Group::of(latent_shape, size, (row.num_inference_steps, row.cfg_scale)),
+        group: Group::of(latent_shape, size, (row.num_inference_steps, row.cfg_scale, row.embedded_guidance)),
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use fewstep_data::image::{Picture, Size};
 use fewstep_data::provenance::Provenance;
-use fewstep_models::{Model, Pipeline, Request};
+use fewstep_models::{Defaults, Model, Pipeline, Request};
 use fewstep_report::grid::contact_sheet;
 use fewstep_report::run::{SAMPLES_FOLDER, Sample, SampleSet, TEACHER, step_folder, step_folders};
 
@@ -30,10 +30,6 @@ pub(crate) struct Samples {
 pub(crate) const BATCH: usize = 8;
 /// Pixels between the pictures of a sheet.
 const GAP_PX: usize = 2;
-/// Sampling steps of a model that is no student.
-const DEFAULT_STEPS: usize = 25;
-/// Guidance of a model that is no student.
-const DEFAULT_CFG_SCALE: f32 = 4.0;
 
 impl Samples {
     /// The sample settings of a recipe; `None` where it asks for none. `group` is the first kind of batch, whose picture
@@ -41,17 +37,18 @@ impl Samples {
     ///
     /// # Errors
     /// If the file of prompts or the data set's provenance cannot be read.
-    pub(crate) fn new(recipe: &Recipe, group: Group) -> Result<Option<Self>, TrainError> {
+    pub(crate) fn new(recipe: &Recipe, group: Group, usual: Defaults) -> Result<Option<Self>, TrainError> {
         let prompts = recipe.sample_prompts()?;
         if recipe.sample_steps == 0 || prompts.is_empty() {
             return Ok(None);
         }
         let distils = recipe.task.objective() == Objective::Distillation;
-        let (num_inference_steps, cfg_scale) = settings(recipe, group);
+        let (num_inference_steps, cfg_scale) = settings(recipe, group, usual);
         let request = |prompt: &String| Request {
             seed: recipe.seed,
             num_inference_steps,
             cfg_scale,
+            embedded_guidance: group.embedded_guidance().filter(|_| distils),
             ..Request::new(prompt, group.size.height, group.size.width)
         };
         let student: Vec<Request> = prompts.iter().map(request).collect();
@@ -59,7 +56,7 @@ impl Samples {
             folder: recipe.output_path.join(SAMPLES_FOLDER),
             every: recipe.sample_steps,
             grid: if distils { recipe.training_grid } else { TrainingGrid::Inference },
-            teacher: distils.then(|| teacher(recipe, &student)).transpose()?,
+            teacher: distils.then(|| teacher(recipe, &student, usual)).transpose()?,
             student,
         }))
     }
@@ -142,10 +139,11 @@ impl Samples {
 }
 
 /// Steps and guidance of the sample pictures: the recipe's, or those that a student is trained for.
-pub(crate) fn settings(recipe: &Recipe, group: Group) -> (usize, f32) {
+pub(crate) fn settings(recipe: &Recipe, group: Group, usual: Defaults) -> (usize, f32) {
     let (steps, cfg_scale) = match recipe.task.objective() {
         Objective::Distillation => student(recipe, group),
-        Objective::FlowMatching => (DEFAULT_STEPS, DEFAULT_CFG_SCALE),
+        // Half of the steps show as much on the way.
+        Objective::FlowMatching => (usual.num_inference_steps.div_ceil(2), usual.cfg_scale),
     };
     let cfg_scale = recipe.sample_cfg_scale.map_or(cfg_scale, |scale| scale as f32);
     (recipe.sample_num_inference_steps.unwrap_or(steps), cfg_scale)
@@ -161,7 +159,7 @@ fn student(recipe: &Recipe, group: Group) -> (usize, f32) {
 }
 
 /// The student's requests with the settings that the teacher's pictures of the data set were drawn with.
-fn teacher(recipe: &Recipe, student: &[Request]) -> Result<Vec<Request>, TrainError> {
+fn teacher(recipe: &Recipe, student: &[Request], usual: Defaults) -> Result<Vec<Request>, TrainError> {
     let drawn = match recipe.online_teacher {
         true => None,
         false => Provenance::read(&recipe.dataset_base_path)?,
@@ -170,15 +168,15 @@ fn teacher(recipe: &Recipe, student: &[Request]) -> Result<Vec<Request>, TrainEr
         Some(drawn) => Request {
             num_inference_steps: drawn.num_inference_steps,
             cfg_scale: drawn.cfg_scale,
+            embedded_guidance: drawn.embedded_guidance,
             negative_prompt: drawn.negative_prompt.clone(),
             exponential_shift_mu: drawn.exponential_shift_mu,
             ..request.clone()
         },
-        None => Request {
-            num_inference_steps: recipe.teacher_num_inference_steps,
-            cfg_scale: recipe.teacher_cfg_scale as f32,
-            ..request.clone()
-        },
+        None => {
+            let (num_inference_steps, cfg_scale) = recipe.teacher(usual);
+            Request { num_inference_steps, cfg_scale, embedded_guidance: None, ..request.clone() }
+        }
     };
     Ok(student.iter().map(settings).collect())
 }

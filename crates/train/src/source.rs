@@ -27,6 +27,8 @@ pub(crate) struct SourceRow {
     pub(crate) num_inference_steps: usize,
     /// The student's guidance; 1 is off.
     pub(crate) cfg_scale: f32,
+    /// The guidance scale that the denoiser is told, where it takes one; `None` leaves it to the model.
+    pub(crate) embedded_guidance: Option<f32>,
     /// Picture size of rows without a picture.
     pub(crate) size: Option<Size>,
 }
@@ -102,13 +104,13 @@ pub(crate) fn checked_rows(
 fn read_row(row: &Row, recipe: &Recipe, resize: Resize) -> Result<SourceRow, TrainError> {
     let base = &recipe.dataset_base_path;
     match recipe.task.objective() {
-        Objective::FlowMatching => picture_row(row, base),
+        Objective::FlowMatching => picture_row(row, recipe),
         Objective::Distillation if recipe.online_teacher => prompt_row(row, recipe),
         Objective::Distillation => {
             if recipe.resized_targets == ResizedTargets::Refuse {
                 refuse_resize(row, base, resize)?;
             }
-            distill_row(row, base)
+            distill_row(row, recipe)
         }
     }
 }
@@ -122,9 +124,21 @@ pub(crate) fn metadata_path(recipe: &Recipe) -> Option<PathBuf> {
     recipe.dataset_metadata_path.clone().or_else(custom)
 }
 
-fn picture_row(row: &Row, base: &Path) -> Result<SourceRow, TrainError> {
-    let picture = PictureSource::File(row.image_file("image", base)?);
-    Ok(with_picture(picture, row.text("prompt")?))
+/// What a denoiser that follows a scale is told in supervised training, as in the peers: pictures were not drawn with
+/// guidance.
+const UNGUIDED: f32 = 1.0;
+
+fn picture_row(row: &Row, recipe: &Recipe) -> Result<SourceRow, TrainError> {
+    let picture = PictureSource::File(row.image_file("image", &recipe.dataset_base_path)?);
+    let plain = with_picture(picture, row.text("prompt")?);
+    Ok(SourceRow { embedded_guidance: told(row, recipe)?.or(Some(UNGUIDED)), ..plain })
+}
+
+/// The scale that the denoiser is told: the row's own, otherwise the recipe's.
+fn told(row: &Row, recipe: &Recipe) -> Result<Option<f32>, TrainError> {
+    const COLUMN: &str = "embedded_guidance";
+    let own = row.optional_number(COLUMN)?;
+    Ok(own.or(recipe.embedded_guidance.map(|scale| scale as f32)))
 }
 
 fn with_picture(picture: PictureSource, prompt: &str) -> SourceRow {
@@ -136,12 +150,14 @@ fn with_picture(picture: PictureSource, prompt: &str) -> SourceRow {
         rand_device: RandDevice::Cpu,
         num_inference_steps: 0,
         cfg_scale: 1.0,
+        embedded_guidance: Some(UNGUIDED),
         size: None,
     }
 }
 
-fn distill_row(row: &Row, base: &Path) -> Result<SourceRow, TrainError> {
-    let picture = row.image_file("image", base)?;
+fn distill_row(row: &Row, recipe: &Recipe) -> Result<SourceRow, TrainError> {
+    let picture = row.image_file("image", &recipe.dataset_base_path)?;
+    let embedded_guidance = told(row, recipe)?;
     let row = row.distill()?;
     Ok(SourceRow {
         picture: Some(PictureSource::File(picture)),
@@ -150,6 +166,7 @@ fn distill_row(row: &Row, base: &Path) -> Result<SourceRow, TrainError> {
         rand_device: row.rand_device,
         num_inference_steps: row.num_inference_steps,
         cfg_scale: row.cfg_scale,
+        embedded_guidance,
         size: None,
     })
 }
@@ -175,6 +192,7 @@ fn online_row(prompt: String, seed: Option<u64>, recipe: &Recipe) -> Result<Sour
         rand_device: RandDevice::Cpu,
         num_inference_steps: recipe.num_inference_steps,
         cfg_scale: recipe.cfg_scale as f32,
+        embedded_guidance: recipe.embedded_guidance.map(|scale| scale as f32),
         size: Some(Size { height, width }),
     })
 }

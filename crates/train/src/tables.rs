@@ -1,7 +1,8 @@
 //! Distinct pictures and prompts of a data set on their way to latents and text states.
 //!
 //! Both stay where the data set folder holds them (`latents/<picture's stem>.safetensors` with `latents` `[C, H, W]` and
-//! `text` `[S, J]`, as `generate` writes them); otherwise they are encoded here, once.
+//! `text` `[S, J]`, and where the model has pooled states `pooled` `[P]`, as `generate` writes them); otherwise they are
+//! encoded here, once.
 
 use std::collections::HashMap;
 use std::fs;
@@ -52,12 +53,27 @@ impl Stored {
         Ok(self.place("latents"))
     }
 
-    /// The text states of that width, where the file has any; there is at least one.
-    fn text(&self, width: usize) -> Result<Option<Place>, TrainError> {
+    /// Text states, and pooled ones where the model has any, if the file holds all of them.
+    fn text(&self, widths: TextWidths) -> Result<Option<TextPlaces>, TrainError> {
+        if self.text_tokens(widths)?.is_none() {
+            return Ok(None);
+        }
+        let pooled = widths.pooled.map(|_| self.place("pooled"));
+        Ok(Some(TextPlaces { states: self.place("text"), pooled }))
+    }
+
+    /// How many text states the file holds, at least one; `None` where it does not hold all that a model reads.
+    ///
+    /// # Errors
+    /// If they have other widths, or the header is damaged.
+    pub(crate) fn text_tokens(&self, widths: TextWidths) -> Result<Option<usize>, TrainError> {
         let Some(shape) = self.shape("text")? else { return Ok(None) };
         let tokens = shape.first().copied().unwrap_or(0).max(1);
-        self.check("text", shape, &[tokens, width])?;
-        Ok(Some(self.place("text")))
+        self.check("text", shape, &[tokens, widths.states])?;
+        let Some(width) = widths.pooled else { return Ok(Some(tokens)) };
+        let Some(shape) = self.shape("pooled")? else { return Ok(None) };
+        self.check("pooled", shape, &[width])?;
+        Ok(Some(tokens))
     }
 
     fn place(&self, key: &'static str) -> Place {
@@ -204,20 +220,55 @@ impl Entry {
     }
 }
 
+/// Widths of what a model reads of a prompt.
+#[derive(Clone, Copy)]
+pub(crate) struct TextWidths {
+    /// J, of each text state.
+    pub(crate) states: usize,
+    /// P, of the pooled state, where there is one.
+    pub(crate) pooled: Option<usize>,
+}
+
+impl TextWidths {
+    /// Those of a model.
+    pub(crate) fn of(model: &Model) -> Self {
+        Self { states: model.text_width(), pooled: model.pooled_width() }
+    }
+
+    /// Numbers of a prompt with so many text states.
+    pub(crate) fn numbers(self, tokens: usize) -> usize {
+        tokens * self.states + self.pooled.unwrap_or(0)
+    }
+}
+
+/// Where what a model reads of a prompt is.
+#[derive(Clone)]
+pub(crate) struct TextPlaces {
+    /// `[S, J]`
+    pub(crate) states: Place,
+    /// `[P]`, where the model has pooled states.
+    pub(crate) pooled: Option<Place>,
+}
+
+/// What a model reads of one prompt.
+struct Encoded {
+    states: HostTensor,
+    pooled: Option<HostTensor>,
+}
+
 /// Distinct prompts and, where stored, their text states.
 pub(crate) struct PromptTable {
-    /// J, the width of text states.
-    width: usize,
+    widths: TextWidths,
     /// The prompts.
     pub(crate) texts: Vec<String>,
     index: HashMap<String, usize>,
-    stored: Vec<Option<Place>>,
+    stored: Vec<Option<TextPlaces>>,
 }
 
 impl PromptTable {
-    /// An empty table of text states of this width.
-    pub(crate) fn new(width: usize) -> Self {
-        Self { width, texts: Vec::new(), index: HashMap::new(), stored: Vec::new() }
+    /// An empty table of text states of these widths.
+    pub(crate) fn new(widths: TextWidths) -> Self {
+        Self { widths, texts: Vec::new(), index: HashMap::new(), stored: Vec::new() }
     }
 
     /// Index of a prompt.
@@ -225,30 +276,31 @@ impl PromptTable {
         if let Some(index) = self.index.get(text) {
             return Ok(*index);
         }
-        self.stored.push(stored.map(|stored| stored.text(self.width)).transpose()?.flatten());
+        self.stored.push(stored.map(|stored| stored.text(self.widths)).transpose()?.flatten());
         self.index.insert(text.to_owned(), self.texts.len());
         self.texts.push(text.to_owned());
         Ok(self.texts.len() - 1)
     }
 
     /// Text states of every prompt, one unpadded sample each. `None` when asked to stop.
-    pub(crate) fn encode(&self, with: Preparation<'_>) -> Result<Option<Vec<Place>>, TrainError> {
+    pub(crate) fn encode(&self, with: Preparation<'_>) -> Result<Option<Vec<TextPlaces>>, TrainError> {
         let mut places = self.stored.clone();
         let missing: Vec<usize> = (0..places.len()).filter(|at| places[*at].is_none()).collect();
-        let mut shelf = Shelf::in_memory();
+        let mut shelf = TextShelf::in_memory();
         for (number, batch) in missing.chunks(PROMPTS_PER_BATCH).enumerate() {
             if with.is_stopped() {
                 return Ok(None);
             }
-            let found: Option<Vec<Place>> = batch.iter().map(|at| shelf.find(*at)).collect();
+            let find = |at: &usize| shelf.find(*at, self.widths);
+            let found: Option<Vec<TextPlaces>> = batch.iter().map(find).collect();
             let found = match found {
                 Some(found) => found,
                 None => {
-                    let states = self.states(batch, with.model)?;
+                    let encoded = self.encoded(batch, with.model)?;
                     if number == 0 {
-                        shelf = self.shelf(with, &missing, &states)?;
+                        shelf = self.shelf(with, &missing, &encoded)?;
                     }
-                    let put = batch.iter().zip(states).map(|(at, states)| shelf.put(*at, states));
+                    let put = batch.iter().zip(encoded).map(|(at, encoded)| shelf.put(*at, encoded));
                     put.collect::<Result<_, _>>()?
                 }
             };
@@ -257,10 +309,10 @@ impl PromptTable {
         Ok(places.into_iter().collect())
     }
 
-    fn states(&self, batch: &[usize], model: &Model) -> Result<Vec<HostTensor>, TrainError> {
+    fn encoded(&self, batch: &[usize], model: &Model) -> Result<Vec<Encoded>, TrainError> {
         let texts: Vec<String> = batch.iter().map(|at| self.texts[*at].clone()).collect();
         let condition = model.encode_prompts(&texts)?;
-        Ok((0..batch.len()).map(|row| host_text(&condition.row(row))).collect())
+        Ok((0..batch.len()).map(|row| Encoded::of(condition.row(row))).collect())
     }
 
     /// Where the text states go, if all are about as long as the first.
@@ -268,19 +320,58 @@ impl PromptTable {
         &self,
         with: Preparation<'_>,
         missing: &[usize],
-        first: &[HostTensor],
-    ) -> Result<Shelf, TrainError> {
-        let values: usize = first.iter().map(|states| states.values.len()).sum();
-        shelf(with, "text", values / first.len() * missing.len(), &mut |key| {
-            missing.iter().for_each(|at| key.add(&self.texts[*at]));
-        })
+        first: &[Encoded],
+    ) -> Result<TextShelf, TrainError> {
+        let values: usize = first.iter().map(Encoded::numbers).sum();
+        let place = |name| {
+            shelf(with, name, values / first.len() * missing.len(), &mut |key| {
+                missing.iter().for_each(|at| key.add(&self.texts[*at]));
+            })
+        };
+        Ok(TextShelf { states: place("text")?, pooled: place("pooled")? })
     }
 }
 
-/// The text states of one sample.
-fn host_text(condition: &Condition) -> HostTensor {
-    let text = condition.text.clone().squeeze_dim::<2>(0);
-    HostTensor { shape: text.dims().to_vec(), values: to_vec(text) }
+impl Encoded {
+    /// What is read of a single prompt.
+    fn of(condition: Condition) -> Self {
+        let text = condition.text.squeeze_dim::<2>(0);
+        let states = HostTensor { shape: text.dims().to_vec(), values: to_vec(text) };
+        let pooled = condition.pooled.map(|pooled| {
+            let [_, width] = pooled.dims();
+            HostTensor { shape: vec![width], values: to_vec(pooled) }
+        });
+        Self { states, pooled }
+    }
+
+    fn numbers(&self) -> usize {
+        self.states.values.len() + self.pooled.as_ref().map_or(0, |pooled| pooled.values.len())
+    }
+}
+
+/// Shelves of one key for both kinds of states.
+struct TextShelf {
+    states: Shelf,
+    pooled: Shelf,
+}
+
+impl TextShelf {
+    fn in_memory() -> Self {
+        Self { states: Shelf::in_memory(), pooled: Shelf::in_memory() }
+    }
+
+    fn find(&self, number: usize, widths: TextWidths) -> Option<TextPlaces> {
+        let pooled = match widths.pooled {
+            Some(_) => Some(self.pooled.find(number)?),
+            None => None,
+        };
+        Some(TextPlaces { states: self.states.find(number)?, pooled })
+    }
+
+    fn put(&self, number: usize, encoded: Encoded) -> Result<TextPlaces, TrainError> {
+        let pooled = encoded.pooled.map(|pooled| self.pooled.put(number, pooled)).transpose()?;
+        Ok(TextPlaces { states: self.states.put(number, encoded.states)?, pooled })
+    }
 }
 
 /// The shelf for so many encoded numbers; `describe` adds to its key what they are of.

@@ -36,7 +36,7 @@ impl Trainable {
         }
         let names = model.component_names().iter().map(|name| (*name).to_owned());
         let possible: Vec<String> = names.filter(|name| learns(name, recipe.task, model)).collect();
-        let asked = recipe.trainable_models.iter().map(|name| component(name.trim(), model).to_owned());
+        let asked = recipe.trainable_models.iter().map(|name| component(name, model).to_owned());
         let asked: Vec<String> = asked.collect();
         for name in &asked {
             check("trainable_models", name, &possible)?;
@@ -102,9 +102,13 @@ fn learns(component: &str, task: Task, model: &Model) -> bool {
     component == model.denoiser_name() || task == Task::Sft && model.text_encoder_names().contains(&component)
 }
 
-/// A component's name here; the peer calls every denoiser `dit`.
-fn component<'a>(name: &'a str, model: &Model) -> &'a str {
-    if name == "dit" { model.denoiser_name() } else { name }
+/// What denoisers are called: by one peer, and in the official layouts.
+const DENOISERS: [&str; 3] = ["dit", "transformer", "unet"];
+
+/// A component's name here; any name of a denoiser is that of the model's own.
+pub(crate) fn component<'a>(name: &'a str, model: &Model) -> &'a str {
+    let name = name.trim();
+    if DENOISERS.contains(&name) { model.denoiser_name() } else { name }
 }
 
 /// The model with a LoRA file's update added to its weights, where the recipe names one.

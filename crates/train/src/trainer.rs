@@ -213,7 +213,7 @@ impl<'a> Run<'a> {
         let checkpoints = Checkpoints::new(recipe);
         let state = State::prepare(recipe, model, &checkpoints, observer)?;
         observer.open(&recipe.output_path, state.progress.step)?;
-        let samples = Samples::new(recipe, data.groups()[0])?;
+        let samples = Samples::new(recipe, data.groups()[0], start.defaults())?;
         if let Some(samples) = &samples {
             samples.continue_after(state.progress.step)?;
             if samples.lacks_teacher() {

@@ -147,6 +147,17 @@ impl Row {
         number.ok_or_else(|| self.wrong(column, text, NUMBER))
     }
 
+    /// The same of a column that may be missing or empty.
+    ///
+    /// # Errors
+    /// When it holds something else.
+    pub fn optional_number(&self, column: &str) -> Result<Option<f32>, DataError> {
+        match self.get(column) {
+            None | Some("") => Ok(None),
+            Some(_) => self.number(column).map(Some),
+        }
+    }
+
     /// The row's picture and prompt.
     ///
     /// # Errors

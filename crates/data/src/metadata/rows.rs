@@ -33,7 +33,12 @@ pub struct DistillRow {
     pub num_inference_steps: usize,
     /// The student's guidance; 1 is off.
     pub cfg_scale: f32,
+    /// The guidance scale that the student's denoiser is told, where it takes one; the column may be left out.
+    pub embedded_guidance: Option<f32>,
 }
+
+/// A column that only some models have a use for.
+const TOLD: &str = "embedded_guidance";
 
 impl ImageRow {
     pub(super) fn from_row(row: &Row) -> Result<Self, DataError> {
@@ -50,6 +55,7 @@ impl DistillRow {
             rand_device: rand_device(row, "rand_device")?,
             num_inference_steps: steps(row, "num_inference_steps")?,
             cfg_scale: row.number("cfg_scale")?,
+            embedded_guidance: row.optional_number(TOLD)?,
         })
     }
 }
@@ -67,12 +73,21 @@ fn steps(row: &Row, column: &str) -> Result<usize, DataError> {
         .ok_or_else(|| row.wrong(column, &found.to_string(), STEPS))
 }
 
-/// Writes teacher data as csv, atomically, with [`DistillRow`]'s fields as columns in their order.
+/// Writes teacher data as csv, atomically, with [`DistillRow`]'s fields as columns in their order; the last one where a
+/// row has a value for it.
 ///
 /// # Errors
 /// When the file cannot be written.
 pub fn write_distill_csv(path: &Path, rows: &[DistillRow]) -> Result<(), DataError> {
-    write_csv(path, &["image", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale"], rows)
+    let header = ["image", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale", TOLD];
+    if rows.iter().any(|row| row.embedded_guidance.is_some()) {
+        return write_csv(path, &header, rows);
+    }
+    let others = |row: &DistillRow| {
+        let (image, prompt) = (row.image.clone(), row.prompt.clone());
+        (image, prompt, row.seed, row.rand_device, row.num_inference_steps, row.cfg_scale)
+    };
+    write_csv(path, &header[..6], &rows.iter().map(others).collect::<Vec<_>>())
 }
 
 /// Writes captioned pictures as csv, atomically, with [`ImageRow`]'s fields as columns in their order.

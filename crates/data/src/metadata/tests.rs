@@ -75,6 +75,7 @@ fn distill_rows_are_written_and_read_back_unchanged() {
         rand_device,
         num_inference_steps: 4,
         cfg_scale,
+        embedded_guidance: None,
     };
     let rows =
         [row("a \"cat\",\nsitting", u64::MAX, RandDevice::Cpu, 1.0), row("", 0, RandDevice::Cuda, 4.1)];
@@ -83,6 +84,9 @@ fn distill_rows_are_written_and_read_back_unchanged() {
     let text = fs::read_to_string(&path).unwrap();
     assert!(text.starts_with(DISTILL_HEADER), "{text}");
     assert!(text.contains("18446744073709551615,cpu,4,1.0\n"), "{text}");
+    let told = [DistillRow { embedded_guidance: Some(3.5), ..rows[0].clone() }, rows[1].clone()];
+    write_distill_csv(&path, &told).unwrap();
+    assert_eq!(Metadata::read(&path).unwrap().distill_rows().unwrap(), told);
 }
 
 #[test]

@@ -1,19 +1,22 @@
 //! Sigma schedules: how the levels of a run are spaced, shifted and stretched.
 //!
 //! One formula serves every flow-matching model; a [`Schedule`] holds its constants. They come from a model's
-//! `scheduler_config.json` ([`SchedulerConfig`]) or from the table of the families ([`Schedule::QWEN_IMAGE`] and
+//! `scheduler_config.json` ([`FlowMatchConfig`]) or from the table of the families ([`Schedule::QWEN_IMAGE`] and
 //! its neighbours). It is evaluated in f32 in the order of either peer ([`SigmaRounding`]): the grids of both come out
 //! bit for bit.
 //!
-//! Schedules of models that were trained to predict noise (DDIM, k-diffusion's Euler) are left out.
+//! Schedules of models that were trained to predict noise are in [`crate::diffusion`]; a [`SchedulerConfig`] is of either
+//! kind.
 
 mod config;
 mod request;
+mod scheduler;
 mod templates;
 mod training;
 
-pub use config::SchedulerConfig;
+pub use config::FlowMatchConfig;
 pub use request::{GridRequest, ShiftOverride, SigmaRounding, StrengthRule};
+pub use scheduler::SchedulerConfig;
 pub use training::TrainingLevels;
 
 use crate::{FlowError, SigmaGrid};
@@ -166,7 +169,7 @@ fn numpy_linspace(first: f64, last: f64, count: usize) -> Vec<f32> {
 }
 
 /// `torch.linspace` on the CPU: from the nearer end, with one rounding.
-fn linspace(first: f32, last: f32, count: usize) -> impl Iterator<Item = f32> {
+pub(crate) fn linspace(first: f32, last: f32, count: usize) -> impl Iterator<Item = f32> {
     let step = (last - first) / (count.max(2) - 1) as f32;
     (0..count).map(move |k| {
         if k < count / 2 || count == 1 {

@@ -76,6 +76,10 @@ impl GridRequest {
 
     pub(super) fn check(&self) -> Result<(), FlowError> {
         check_steps(self.num_inference_steps)?;
+        self.check_strength()
+    }
+
+    pub(crate) fn check_strength(&self) -> Result<(), FlowError> {
         if self.denoising_strength > 0.0 && self.denoising_strength <= 1.0 {
             return Ok(());
         }
@@ -94,7 +98,7 @@ impl GridRequest {
         }
     }
 
-    pub(super) fn skipped_steps(&self) -> usize {
+    pub(crate) fn skipped_steps(&self) -> usize {
         let steps = self.num_inference_steps as f64;
         match self.strength_rule {
             StrengthRule::LowerStart => 0,

@@ -19,10 +19,10 @@ fn goldens() -> Golden {
     Golden::open(golden("schedulers/schedulers.safetensors"))
 }
 
-fn config(name: &str) -> SchedulerConfig {
+fn config(name: &str) -> FlowMatchConfig {
     let text = std::fs::read_to_string(golden("schedulers/schedulers.json")).unwrap();
     let all: Value = serde_json::from_str(&text).unwrap();
-    SchedulerConfig::from_json(&all["configs"][name].to_string()).unwrap()
+    FlowMatchConfig::from_value(all["configs"][name].clone()).unwrap()
 }
 
 /// Compares with the peer's sigmas and timesteps to the bit, or with 1 → 0 where the peer divides 0 by 0.

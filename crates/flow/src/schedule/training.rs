@@ -28,6 +28,11 @@ impl TrainingLevels {
         Self { sigmas, weights }
     }
 
+    /// Levels that weigh alike, falling.
+    pub(crate) fn alike(sigmas: Vec<f32>) -> Self {
+        Self { weights: vec![1.0; sigmas.len()], sigmas }
+    }
+
     /// Noise levels in [0, 1], falling.
     pub fn sigmas(&self) -> &[f32] {
         &self.sigmas

@@ -10,8 +10,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_data::atomic::NewFolder;
 
 use super::{BASE_HASH, LoraWeights, check_base};
-use crate::model::check_family;
-use crate::qwen_image::DENOISER;
+use crate::model::kind_of;
 use crate::weights::{
     Shards, TensorEntry, WeightFiles, component_files, copy_tree, file_hash, is_weights, read_info, values,
     weights_hash, write_shards,
@@ -54,22 +53,22 @@ const FUSED: &str = "fewstep.fused";
 /// If an adapter does not fit the base or was trained on another one, the output holds something else, or a file
 /// cannot be read or written. Nothing is left at the output then.
 pub fn fuse(fusion: &Fusion) -> Result<(), ModelError> {
-    check_family(&fusion.base())?;
-    let source = Source::open(fusion)?;
+    let denoiser = kind_of(&fusion.base())?.denoiser();
+    let source = Source::open(fusion, denoiser)?;
     let record = source.record(fusion)?;
     if taken(&fusion.output) {
-        return match found_record(&fusion.output) {
+        return match found_record(&fusion.output.join(denoiser)) {
             Some(found) if found == record => Ok(()),
             _ => Err(ModelError::Taken { path: fusion.output.clone() }),
         };
     }
     let folder = NewFolder::begin(&fusion.output).map_err(ModelError::io(&fusion.output))?;
-    let replaced = fusion.model.join(DENOISER);
+    let replaced = fusion.model.join(denoiser);
     let keep = |path: &Path| path.parent() != Some(&replaced) || !is_weights(path);
     copy_tree(&fusion.model, folder.part(), &keep)?;
     let info = source.info(record);
     let shards = Shards {
-        folder: &folder.part().join(DENOISER),
+        folder: &folder.part().join(denoiser),
         name: "diffusion_pytorch_model",
         max_bytes: fusion.max_shard_bytes,
         info: &info,
@@ -89,8 +88,8 @@ struct Source {
 
 impl Source {
     /// Opens all files and checks that they fit each other.
-    fn open(fusion: &Fusion) -> Result<Self, ModelError> {
-        let base = WeightFiles::open(&fusion.model.join(DENOISER))?;
+    fn open(fusion: &Fusion, denoiser: &str) -> Result<Self, ModelError> {
+        let base = WeightFiles::open(&fusion.model.join(denoiser))?;
         let shapes: BTreeMap<String, [usize; 2]> = base.entries().iter().filter_map(layer_shape).collect();
         let available: Vec<String> = shapes.keys().cloned().collect();
         let mut loras = Vec::new();
@@ -183,7 +182,7 @@ fn taken(output: &Path) -> bool {
 }
 
 /// The record of an earlier fusion.
-fn found_record(output: &Path) -> Option<String> {
-    let files = component_files(&output.join(DENOISER)).ok()?;
+fn found_record(denoiser: &Path) -> Option<String> {
+    let files = component_files(denoiser).ok()?;
     read_info(files.first()?).ok()?.remove(FUSED)
 }

@@ -41,7 +41,7 @@ impl LoraFormat {
         };
         match self {
             Self::Diffsynth => format!("{layer}.lora_{letter}.default.weight"),
-            Self::Diffusers => format!("transformer.{layer}.lora_{letter}.weight"),
+            Self::Diffusers => format!("{}.{layer}.lora_{letter}.weight", component(layer)),
         }
     }
 }
@@ -66,7 +66,16 @@ pub(super) enum Part {
 
 /// What stands before the layer: PEFT's wrapper, DiffSynth-Studio's pipeline (without `--remove_prefix_in_ckpt`),
 /// ComfyUI's model, diffusers' pipeline.
-const PREFIXES: [&str; 4] = ["base_model.model.", "pipe.dit.", "diffusion_model.", "transformer."];
+const PREFIXES: [&str; 6] =
+    ["base_model.model.", "pipe.dit.", "pipe.unet.", "diffusion_model.", "transformer.", "unet."];
+
+/// Where the layers of a UNet begin; no transformer has any of them.
+const OF_UNETS: [&str; 3] = ["down_blocks.", "mid_block.", "up_blocks."];
+
+/// The component of a diffusers pipeline that a layer is of.
+fn component(layer: &str) -> &'static str {
+    if OF_UNETS.iter().any(|start| layer.starts_with(start)) { "unet" } else { "transformer" }
+}
 
 /// kohya's prefix; after it the layer's dots are underscores too.
 const FLAT_PREFIX: &str = "lora_unet_";
@@ -201,5 +210,13 @@ mod tests {
                 assert_eq!(found, Some(("transformer_blocks.0.attn.to_q".to_owned(), Part::Half(half))));
             }
         }
+    }
+
+    #[test]
+    fn diffusers_finds_layers_of_a_unet_under_its_name() {
+        let layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q";
+        let key = LoraFormat::Diffusers.key(layer, Half::Down);
+        assert_eq!(key, format!("unet.{layer}.lora_A.weight"));
+        assert_eq!(split(&key), Some((layer.to_owned(), Part::Half(Half::Down))));
     }
 }

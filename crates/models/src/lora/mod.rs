@@ -238,7 +238,8 @@ fn layer_key(key: String) -> String {
     key.strip_suffix(".weight").map_or(key.clone(), str::to_owned)
 }
 
-fn matches(layer: &str, target: &str) -> bool {
+/// Whether a layer is the one that a target names, or ends with it.
+pub(crate) fn matches(layer: &str, target: &str) -> bool {
     layer.strip_suffix(target).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 

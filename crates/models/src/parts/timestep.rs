@@ -1,6 +1,34 @@
 //! Sinusoidal features of the time, as the transformers' time embedders take them.
 
+use burn::module::Module;
+use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::parts::linear::Linear;
+
+/// Width of the sinusoidal time features.
+pub(crate) const TIME_FEATURES: usize = 256;
+
+/// Linear, SiLU, linear.
+#[derive(Module, Debug)]
+pub(crate) struct TwoLayers {
+    pub(crate) linear_1: Linear,
+    pub(crate) linear_2: Linear,
+}
+
+impl TwoLayers {
+    pub(crate) fn unfilled(input: usize, width: usize, device: &Device) -> Self {
+        Self {
+            linear_1: Linear::unfilled(input, width, true, device),
+            linear_2: Linear::unfilled(width, width, true, device),
+        }
+    }
+
+    /// `[B, input]` to `[B, D]`.
+    pub(crate) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        self.linear_2.forward(silu(self.linear_1.forward(x)))
+    }
+}
 
 /// Sinusoids of `scale · value`, cosines first, frequencies `max_period^(−i/half)`.
 ///

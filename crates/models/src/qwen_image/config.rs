@@ -1,15 +1,14 @@
 //! The config files of a Qwen-Image folder.
 
-use std::path::PathBuf;
-
-use fewstep_data::bounded;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use super::published;
 use super::vae::VaeConfig;
-use super::{published, ranges};
-use crate::{ModelError, ModelSource};
+use crate::config_file::ConfigFile;
+use crate::parts::double_stream::Heads;
+use crate::parts::patches::PATCH;
+use crate::{ModelError, ModelSource, ranges};
 
 /// The configs of the components that learn, checked against each other and against the autoencoder's.
 pub(super) struct Configs {
@@ -20,7 +19,7 @@ pub(super) struct Configs {
 impl Configs {
     pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
         let (text_encoder, vae) = (TextEncoderConfig::read(source)?, VaeConfig::read(source)?);
-        let file = ConfigFile::of_component(source, "transformer")?;
+        let file = component_file(source, "transformer")?;
         let transformer = TransformerConfig::of(&file)?;
         let pairs = [
             (
@@ -162,7 +161,7 @@ impl Default for PromptTemplate {
 
 impl TransformerConfig {
     pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
-        Self::of(&ConfigFile::of_component(source, "transformer")?)
+        Self::of(&component_file(source, "transformer")?)
     }
 
     fn of(file: &ConfigFile) -> Result<Self, ModelError> {
@@ -170,6 +169,11 @@ impl TransformerConfig {
         let config: Self = file.parse_over(published::transformer_defaults())?;
         config.check().map_err(|reason| file.error(reason))?;
         Ok(config)
+    }
+
+    /// K and E.
+    pub(super) fn heads(&self) -> Heads {
+        Heads { count: self.num_attention_heads, dim: self.attention_head_dim }
     }
 
     fn check(&self) -> Result<(), String> {
@@ -202,7 +206,7 @@ impl TransformerConfig {
             ));
         }
         let (patch, token) = (self.patch_size * self.patch_size, self.in_channels);
-        if self.patch_size != super::latents::PATCH || token != patch * self.out_channels {
+        if self.patch_size != PATCH || token != patch * self.out_channels {
             return Err(format!(
                 "patch_size {} and in_channels {token}, expected 2 and 4 × out_channels {}",
                 self.patch_size, self.out_channels
@@ -214,7 +218,7 @@ impl TransformerConfig {
 
 impl TextEncoderConfig {
     pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
-        let mut file = ConfigFile::of_component(source, "text_encoder")?;
+        let mut file = component_file(source, "text_encoder")?;
         let architecture = file.json["architectures"][0].as_str().or(file.json["model_type"].as_str());
         let expected = ["Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text"];
         file.check_class("text_encoder", architecture, &expected)?;
@@ -335,77 +339,16 @@ impl PromptTemplate {
     }
 }
 
-/// One JSON file of a model folder.
-pub(super) struct ConfigFile {
-    path: PathBuf,
-    json: Value,
-}
-
-impl ConfigFile {
-    /// A component's `config.json`; the published one where weights of its size came without.
-    pub(super) fn of_component(source: &ModelSource, component: &'static str) -> Result<Self, ModelError> {
-        let path = match source.config(component) {
-            Ok(path) => path,
-            Err(error) => {
-                let config = published::config_of(source, component, error)?;
-                return Ok(Self { path: format!("{component}/config.json").into(), json: config });
-            }
-        };
-        let text = bounded::read_text(&path).map_err(ModelError::io(&path))?;
-        Self::parsed(path, &text)
-    }
-
-    /// A small file that every model of the family shares; see [`ModelSource::text_or`].
-    pub(super) fn shared(source: &ModelSource, relative: &str, published: &str) -> Result<Self, ModelError> {
-        let (path, text) = source.text_or(relative, published)?;
-        Self::parsed(path, &text)
-    }
-
-    fn parsed(path: PathBuf, text: &str) -> Result<Self, ModelError> {
-        let json = serde_json::from_str(text)
-            .map_err(|error| ModelError::Config { path: path.clone(), reason: error.to_string() })?;
-        Ok(Self { path, json })
-    }
-
-    /// The class that diffusers writes into its configs.
-    pub(super) fn class_name(&self) -> Option<&str> {
-        self.json["_class_name"].as_str()
-    }
-
-    /// Refuses configs of classes there is no code for.
-    pub(super) fn check_class(
-        &self,
-        role: &'static str,
-        found: Option<&str>,
-        expected: &[&'static str],
-    ) -> Result<(), ModelError> {
-        let found = found.unwrap_or("(none)");
-        if expected.contains(&found) {
-            return Ok(());
+/// A component's `config.json`; the published one where weights of its size came without.
+pub(super) fn component_file(
+    source: &ModelSource,
+    component: &'static str,
+) -> Result<ConfigFile, ModelError> {
+    match source.config(component) {
+        Ok(path) => ConfigFile::read(path),
+        Err(error) => {
+            let config = published::config_of(source, component, error)?;
+            Ok(ConfigFile::published(component, config))
         }
-        let (path, found, expected) = (self.path.clone(), found.to_owned(), expected.to_vec());
-        Err(ModelError::UnknownClass { path, role, found, expected })
-    }
-
-    /// The file as one line.
-    pub(super) fn text(&self) -> String {
-        self.json.to_string()
-    }
-
-    pub(super) fn parse<T: DeserializeOwned>(&self) -> Result<T, ModelError> {
-        T::deserialize(&self.json).map_err(|error| self.error(error.to_string()))
-    }
-
-    /// The same, keys that the file leaves out having the values they have in `defaults`.
-    pub(super) fn parse_over<T: DeserializeOwned>(&self, mut defaults: Value) -> Result<T, ModelError> {
-        if let (Some(all), Some(given)) = (defaults.as_object_mut(), self.json.as_object()) {
-            all.extend(given.clone());
-        }
-        T::deserialize(&defaults).map_err(|error| self.error(error.to_string()))
-    }
-
-    /// Says what is wrong in the file, found against expected.
-    pub(super) fn error(&self, reason: String) -> ModelError {
-        ModelError::Config { path: self.path.clone(), reason }
     }
 }

@@ -7,17 +7,12 @@
 
 mod config;
 mod footprint;
-mod latents;
 mod published;
-mod ranges;
 mod rotary;
 mod text_encoder;
 mod tokenizer;
 mod transformer;
 mod vae;
-
-use std::collections::BTreeMap;
-use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
@@ -26,35 +21,33 @@ use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path::velocity_of_clean;
 use fewstep_flow::schedule::SchedulerConfig;
 use fewstep_kernels::HalfType;
+use serde_json::Value;
 
 pub use config::{PredictionType, PromptTemplate, Rope, TextEncoderConfig, TransformerConfig};
-pub(crate) use footprint::{counted, encoding, footprint, held};
-pub(crate) use published::{component_of, write_configs};
 pub use text_encoder::TextEncoder;
-pub use tokenizer::{PromptLength, PromptTokenizer};
+pub use tokenizer::{PromptTokenizer, PromptTokens};
 pub use transformer::Transformer;
 pub use vae::{Autoencoder, AutoencoderConfig, PixelUnshuffle, PixelUnshuffleConfig, Vae, VaeConfig};
 
-use self::config::{ConfigFile, Configs};
+use self::config::Configs;
+use crate::config_file::ConfigFile;
+use crate::family::{self, AUTOENCODER, Defaults, Family, Settings};
+use crate::footprint::{Evaluation, Workload};
 use crate::load_options::{rounded, store_weights};
-use crate::weights::{KeyMap, TensorShapes, WeightType, carry_ignored, collect, expected, initialize, write};
-use crate::{Components, Condition, Conventions, GuidanceRule, Linear, LoadOptions, ModelError, ModelSource};
+use crate::model_folder::SCHEDULER_FILE;
+use crate::parts::patches;
+use crate::weights::{KeyMap, TensorShapes, WeightFiles, WeightType, expected, initialize};
+use crate::{
+    Components, Condition, Conventions, Encoding, GuidanceRule, Linear, LoadOptions, Model, ModelError,
+    ModelSource, Peer, PromptLength,
+};
 
-/// The class `model_index.json` names.
-pub(crate) const PIPELINE_CLASS: &str = "QwenImagePipeline";
-
-/// Components with weights, in the order of the folders.
-pub(crate) const COMPONENTS: &[&str] = &["text_encoder", "transformer", "vae"];
-
-/// Components no method trains: a saved model has the files it was loaded from.
-pub(crate) const UNCHANGED: &[&str] = &["vae"];
-
-/// Components that turn prompts into text states.
-pub(crate) const TEXT_ENCODERS: &[&str] = &["text_encoder"];
+const TEXT_ENCODER: &str = "text_encoder";
+const DENOISER: &str = "transformer";
 
 /// Layers that the peers' recipes give adapters: the attention's projections, the modulations, and the second
 /// projection of each MLP.
-pub(crate) const LORA_TARGETS: &[&str] = &[
+const LORA_TARGETS: &[&str] = &[
     "to_q",
     "to_k",
     "to_v",
@@ -69,13 +62,7 @@ pub(crate) const LORA_TARGETS: &[&str] = &[
     "txt_mod.1",
 ];
 
-/// Parameters whose rows are looked up.
-pub(crate) const TABLES: &[&str] = &["text_encoder.embed_tokens.weight"];
-
-/// The component that denoises.
-pub(crate) const DENOISER: &str = "transformer";
-
-const ENCODER_NOT_LOADED: ModelError = ModelError::NotLoaded { component: "text_encoder" };
+const ENCODER_NOT_LOADED: ModelError = ModelError::NotLoaded { component: TEXT_ENCODER };
 
 /// The components of one Qwen-Image model.
 #[derive(Module, Debug)]
@@ -90,11 +77,7 @@ pub struct QwenImage {
     #[module(skip)]
     tokenizer: Option<PromptTokenizer>,
     #[module(skip)]
-    scheduler: SchedulerConfig,
-    #[module(skip)]
-    conventions: Conventions,
-    #[module(skip)]
-    dtype: WeightType,
+    settings: Settings,
 }
 
 /// The components with weights.
@@ -109,7 +92,7 @@ impl QwenImage {
     ///
     /// # Errors
     /// If a file is missing or damaged, or weights and configs do not fit.
-    pub(crate) fn from_pretrained(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
+    fn from_pretrained(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
         if options.components == Components::All {
             Configs::read(source)?; // checked against each other before anything large is read
         }
@@ -134,7 +117,7 @@ impl QwenImage {
     }
 
     /// The components that the options name, with sizes and names but without weights.
-    pub(crate) fn outline(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
+    fn outline(source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
         if options.components == Components::All {
             Configs::read(source)?;
         }
@@ -160,7 +143,7 @@ impl QwenImage {
     ///
     /// # Errors
     /// If a config, the tokenizer or the VAE is missing or damaged.
-    pub(crate) fn random(source: &ModelSource, seed: u64, device: &Device) -> Result<Self, ModelError> {
+    fn random(source: &ModelSource, seed: u64, device: &Device) -> Result<Self, ModelError> {
         let mut generator = TorchGenerator::new(seed);
         let configs = Configs::read(source)?;
         let text_encoder = TextEncoder::unfilled(&configs.text_encoder, device);
@@ -174,10 +157,11 @@ impl QwenImage {
     }
 
     fn with_parts(source: &ModelSource, parts: Parts, options: &LoadOptions) -> Result<Self, ModelError> {
-        let conventions = options.conventions;
-        let scheduler = ConfigFile::shared(source, published::SCHEDULER_FILE, published::SCHEDULER)?;
+        let conventions = resolved(options.conventions);
+        let scheduler = ConfigFile::shared(source, SCHEDULER_FILE, published::SCHEDULER)?;
+        let limit = conventions.max_prompt_tokens.expect("resolved above");
         let read = |encoder: &TextEncoder| -> Result<PromptTokenizer, ModelError> {
-            let tokenizer = PromptTokenizer::read(source, conventions.max_prompt_tokens)?;
+            let tokenizer = PromptTokenizer::read(source, limit)?;
             tokenizer.check_ids(encoder.vocabulary())?;
             Ok(tokenizer)
         };
@@ -187,94 +171,75 @@ impl QwenImage {
             transformer: parts.transformer.map(|transformer| transformer.with_gelu(conventions.gelu)),
             vae: parts.vae,
             tokenizer,
-            scheduler: SchedulerConfig::from_json(&scheduler.text())?,
-            conventions,
-            dtype: options.dtype,
+            settings: Settings {
+                scheduler: SchedulerConfig::from_json(&scheduler.text())?,
+                conventions,
+                dtype: options.dtype,
+                components: options.components,
+            },
         })
-    }
-
-    /// Writes the weights of the components that can learn. What the text encoder's files in `source` hold
-    /// beside the language model is written along, so that the peers can load the folder.
-    pub(crate) fn save_weights(
-        &self,
-        source: &ModelSource,
-        folder: &Path,
-        dtype: WeightType,
-        info: &BTreeMap<String, String>,
-    ) -> Result<(), ModelError> {
-        let save = |file: &str, tensors| write(&folder.join(file), &tensors, info);
-        if let Some(encoder) = &self.text_encoder {
-            let mut text_encoder = collect(encoder, &text_encoder::KEYS, dtype);
-            match source.weights("text_encoder") {
-                Ok(files) => carry_ignored(&mut text_encoder, &files, &text_encoder::KEYS, dtype)?,
-                // A model that began with fresh weights.
-                Err(ModelError::NoModelFolder { .. } | ModelError::MissingComponent { .. }) => {}
-                Err(error) => return Err(error),
-            }
-            save("text_encoder/model.safetensors", text_encoder)?;
-        }
-        match &self.transformer {
-            Some(transformer) => save(
-                "transformer/diffusion_pytorch_model.safetensors",
-                collect(transformer, &transformer::KEYS, dtype),
-            ),
-            None => Ok(()),
-        }
-    }
-
-    /// Text states of prompts, differentiable in the text encoder.
-    ///
-    /// # Errors
-    /// If a prompt cannot be tokenised.
-    pub(crate) fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {
-        let tokens = self.tokenizer()?.encode(prompts)?;
-        let encoder = self.text_encoder.as_ref().ok_or(ENCODER_NOT_LOADED)?;
-        let Condition { text, lengths } = encoder.forward(&tokens);
-        Ok(Condition { text: rounded(text, self.dtype), lengths })
-    }
-
-    /// The tokens of a prompt and how many of them are read.
-    pub(crate) fn prompt_tokens(&self, prompt: &str) -> Result<PromptLength, ModelError> {
-        self.tokenizer()?.length(prompt)
     }
 
     fn tokenizer(&self) -> Result<&PromptTokenizer, ModelError> {
         self.tokenizer.as_ref().ok_or(ENCODER_NOT_LOADED)
     }
 
-    /// The denoiser's projections by name.
-    pub(crate) fn linears(&mut self) -> Vec<(String, &mut Linear)> {
-        self.transformer.as_mut().map(Transformer::linears).unwrap_or_default()
-    }
-
-    /// See [`crate::Model::rounding`].
-    pub(crate) fn round_to(&mut self, component: &str, half: Option<HalfType>) {
-        match component {
-            DENOISER => self.linears().into_iter().for_each(|(_, linear)| linear.rounded_to = half),
-            _ => {
-                let encoder = self.text_encoder.as_mut().filter(|_| component == "text_encoder");
-                encoder.into_iter().for_each(|encoder| encoder.round_to(half));
-            }
-        }
-    }
-
-    /// See [`crate::Model::recomputing_blocks`].
-    pub(crate) fn recomputing_blocks(self, recomputes_blocks: bool) -> Self {
-        let transformer =
-            self.transformer.map(|transformer| transformer.recomputing_blocks(recomputes_blocks));
-        Self { transformer, ..self }
-    }
-
     /// The transformer.
     ///
     /// # Panics
     /// If it was not loaded.
-    pub(crate) fn denoiser(&self) -> &Transformer {
+    fn denoiser(&self) -> &Transformer {
         self.transformer.as_ref().expect("the denoiser was loaded")
     }
 
-    /// J, the width of the text states.
-    pub(crate) fn text_width(&self) -> usize {
+    /// What the transformer is told of a sigma: the peers round the timestep, 1000·sigma, and then its thousandth
+    /// (in bf16 777.6 becomes 776), while the solver's sigmas stay f32.
+    fn time(&self, sigma: Tensor<1>) -> Tensor<1> {
+        match self.settings.dtype {
+            WeightType::F32 => sigma,
+            dtype => rounded(rounded(sigma * 1000.0, dtype) / 1000.0, dtype),
+        }
+    }
+}
+
+/// Conventions with the limit of a prompt, as each peer has it.
+fn resolved(conventions: Conventions) -> Conventions {
+    conventions.or_max_prompt_tokens(match conventions.peer {
+        None => 1024,
+        Some(Peer::Diffsynth) => 4096,
+        Some(Peer::Diffusers) => 512,
+    })
+}
+
+impl Family for QwenImage {
+    fn kind(&self) -> &'static dyn family::Kind {
+        &Kind
+    }
+
+    fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn settings_mut(&mut self) -> &mut Settings {
+        &mut self.settings
+    }
+
+    fn defaults(&self) -> Defaults {
+        Defaults { num_inference_steps: 50, cfg_scale: 4.0, embedded_guidance: None }
+    }
+
+    fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {
+        let tokens = self.tokenizer()?.encode(prompts)?;
+        let encoder = self.text_encoder.as_ref().ok_or(ENCODER_NOT_LOADED)?;
+        let condition = encoder.forward(&tokens);
+        Ok(Condition { text: rounded(condition.text, self.settings.dtype), ..condition })
+    }
+
+    fn prompt_tokens(&self, prompt: &str) -> Result<PromptLength, ModelError> {
+        self.tokenizer()?.length(prompt)
+    }
+
+    fn text_width(&self) -> usize {
         match (&self.transformer, &self.text_encoder) {
             (Some(transformer), _) => transformer.text_width(),
             (None, Some(encoder)) => encoder.width(),
@@ -282,127 +247,172 @@ impl QwenImage {
         }
     }
 
-    /// The velocity of [`crate::Denoiser`].
-    pub(crate) fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {
+    fn encode_images(&self, pixels: Tensor<4>) -> Tensor<4> {
+        self.vae.encode(pixels)
+    }
+
+    fn decode_latents(&self, latents: Tensor<4>) -> Tensor<4> {
+        self.vae.decode(latents)
+    }
+
+    fn latent_channels(&self) -> usize {
+        self.vae.channels()
+    }
+
+    fn latent_factor(&self) -> usize {
+        self.vae.factor()
+    }
+
+    fn division_factor(&self) -> usize {
+        self.vae.factor() * patches::PATCH
+    }
+
+    fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {
         let [_, channels, height, width] = noisy.dims();
-        let packed = latents::pack(noisy.clone());
+        let packed = patches::pack(noisy.clone());
         let time = self.time(sigma.clone());
         let output = self.denoiser().forward(packed, time, condition, [height / 2, width / 2]);
-        let output = latents::unpack(output, [channels, height, width]);
+        let output = patches::unpack(output, [channels, height, width]);
         let velocity = match self.denoiser().prediction_type() {
             PredictionType::Velocity => output,
             PredictionType::Clean => velocity_of_clean(noisy, output, sigma),
         };
-        rounded(velocity, self.dtype)
+        rounded(velocity, self.settings.dtype)
     }
 
-    /// What the transformer is told of a sigma: the peers round the timestep, 1000·sigma, and then its thousandth
-    /// (in bf16 777.6 becomes 776), while the solver's sigmas stay f32.
-    fn time(&self, sigma: Tensor<1>) -> Tensor<1> {
-        match self.dtype {
-            WeightType::F32 => sigma,
-            dtype => rounded(rounded(sigma * 1000.0, dtype) / 1000.0, dtype),
-        }
-    }
-
-    /// The guided velocity of [`crate::Denoiser`]; norms are taken over a token, as diffusers takes them.
-    pub(crate) fn guide(
-        &self,
-        conditional: Tensor<4>,
-        unconditional: Tensor<4>,
-        cfg_scale: f32,
-    ) -> Tensor<4> {
+    /// Norms are taken over a token, as diffusers takes them.
+    fn guide(&self, conditional: Tensor<4>, unconditional: Tensor<4>, cfg_scale: f32) -> Tensor<4> {
         let combined = guided(conditional.clone(), unconditional, cfg_scale);
-        if self.conventions.guidance == GuidanceRule::Plain {
-            return rounded(combined, self.dtype);
+        if self.settings.conventions.guidance == GuidanceRule::Plain {
+            return rounded(combined, self.settings.dtype);
         }
         let [_, channels, height, width] = conditional.dims();
-        let rescaled = rescaled(latents::pack(combined), latents::pack(conditional));
-        rounded(latents::unpack(rescaled, [channels, height, width]), self.dtype)
+        let rescaled = rescaled(patches::pack(combined), patches::pack(conditional));
+        rounded(patches::unpack(rescaled, [channels, height, width]), self.settings.dtype)
     }
 
-    /// With another number type for what its parts hand on.
-    pub(crate) fn with_dtype(self, dtype: WeightType) -> Self {
-        Self { dtype, ..self }
-    }
-
-    /// What the model was loaded with.
-    pub(crate) fn conventions(&self) -> &Conventions {
-        &self.conventions
-    }
-
-    /// The number type the model was loaded with.
-    pub(crate) fn dtype(&self) -> WeightType {
-        self.dtype
-    }
-
-    /// Components whose files a saved model has from where it was loaded.
-    pub(crate) fn unchanged(&self) -> Vec<&'static str> {
-        let encoder = self.text_encoder.is_none().then_some("text_encoder");
-        let denoiser = self.transformer.is_none().then_some(DENOISER);
-        UNCHANGED.iter().copied().chain(encoder).chain(denoiser).collect()
-    }
-
-    /// Pixels per transformer token along one side.
-    pub(crate) fn division_factor(&self) -> usize {
-        self.vae.factor() * latents::PATCH
-    }
-
-    /// Transformer tokens of a picture size.
-    pub(crate) fn image_tokens(&self, height: usize, width: usize) -> usize {
-        (height / self.division_factor()).saturating_mul(width / self.division_factor())
-    }
-
-    /// The schedule's config.
-    pub(crate) fn scheduler(&self) -> &SchedulerConfig {
-        &self.scheduler
-    }
-}
-
-/// The tensors of the components' weight files, from the configs alone.
-pub(crate) fn expected_tensors(
-    source: &ModelSource,
-) -> Result<BTreeMap<&'static str, TensorShapes>, ModelError> {
-    Configs::read(source)?; // checked against each other
-    COMPONENTS.iter().map(|name| Ok((*name, component_tensors(source, name)?))).collect()
-}
-
-/// The tensors of one component's weight files, from its config alone; none where it has no weights.
-pub(crate) fn component_tensors(source: &ModelSource, component: &str) -> Result<TensorShapes, ModelError> {
-    // Nothing is allocated there.
-    let device = Device::flex();
-    Ok(match component {
-        "text_encoder" => {
-            expected(&TextEncoder::unfilled(&TextEncoderConfig::read(source)?, &device), &text_encoder::KEYS)
+    fn round_to(&mut self, component: &str, half: Option<HalfType>) {
+        match (component, &mut self.text_encoder) {
+            (DENOISER, _) => {
+                self.denoiser_linears().into_iter().for_each(|(_, linear)| linear.rounded_to = half);
+            }
+            (TEXT_ENCODER, Some(encoder)) => encoder.round_to(half),
+            _ => {}
         }
-        "transformer" => {
-            expected(&Transformer::unfilled(&TransformerConfig::read(source)?, &device), &transformer::KEYS)
+    }
+
+    fn recomputes_blocks_mut(&mut self) -> Option<&mut bool> {
+        self.transformer.as_mut().map(Transformer::recomputes_blocks_mut)
+    }
+
+    fn denoiser_linears(&mut self) -> Vec<(String, &mut Linear)> {
+        self.transformer.as_mut().map(Transformer::linears).unwrap_or_default()
+    }
+}
+
+/// The family.
+#[derive(Debug)]
+pub(crate) struct Kind;
+
+impl family::Kind for Kind {
+    fn pipeline_class(&self) -> &'static str {
+        "QwenImagePipeline"
+    }
+
+    fn components(&self) -> &'static [&'static str] {
+        &[TEXT_ENCODER, DENOISER, AUTOENCODER]
+    }
+
+    fn lora_targets(&self) -> &'static [&'static str] {
+        LORA_TARGETS
+    }
+
+    fn tables(&self) -> &'static [&'static str] {
+        &["text_encoder.embed_tokens.weight"]
+    }
+
+    fn keys(&self, component: &str) -> Option<&'static KeyMap> {
+        match component {
+            DENOISER => Some(&transformer::KEYS),
+            TEXT_ENCODER => Some(&text_encoder::KEYS),
+            AUTOENCODER => Some(&vae::KEYS),
+            _ => None,
         }
-        "vae" => Vae::expected(&VaeConfig::read(source)?, &device),
-        _ => TensorShapes::new(),
-    })
-}
+    }
 
-/// The components that are loaded for some of the work.
-pub(crate) fn loaded(components: Components) -> &'static [&'static str] {
-    match components {
-        Components::All => COMPONENTS,
-        Components::Denoiser => &[DENOISER],
-        Components::Encoders => &["text_encoder", "vae"],
+    fn component_of(&self, files: &WeightFiles) -> Option<&'static str> {
+        published::component_of(files)
+    }
+
+    fn published_files(&self) -> &'static [(&'static str, &'static str)] {
+        &[("model_index.json", published::MODEL_INDEX), (SCHEDULER_FILE, published::SCHEDULER)]
+    }
+
+    fn published_config(
+        &self,
+        source: &ModelSource,
+        component: &'static str,
+        without: ModelError,
+    ) -> Result<Value, ModelError> {
+        published::config_of(source, component, without)
+    }
+
+    fn check_configs(&self, source: &ModelSource) -> Result<(), ModelError> {
+        Configs::read(source).map(|_| ())
+    }
+
+    fn component_tensors(&self, source: &ModelSource, component: &str) -> Result<TensorShapes, ModelError> {
+        // Nothing is allocated there.
+        let device = Device::flex();
+        Ok(match component {
+            TEXT_ENCODER => expected(
+                &TextEncoder::unfilled(&TextEncoderConfig::read(source)?, &device),
+                &text_encoder::KEYS,
+            ),
+            DENOISER => expected(
+                &Transformer::unfilled(&TransformerConfig::read(source)?, &device),
+                &transformer::KEYS,
+            ),
+            AUTOENCODER => Vae::expected(&VaeConfig::read(source)?, &device),
+            _ => TensorShapes::new(),
+        })
+    }
+
+    fn held(&self, key: &str, shape: &[usize]) -> u64 {
+        footprint::held(key, shape)
+    }
+
+    fn evaluation(&self, source: &ModelSource, workload: &Workload) -> Result<Evaluation, ModelError> {
+        footprint::evaluation(source, workload)
+    }
+
+    fn encoding(&self, source: &ModelSource) -> Result<Encoding, ModelError> {
+        footprint::encoding(source)
+    }
+
+    fn load(&self, source: &ModelSource, options: &LoadOptions) -> Result<Model, ModelError> {
+        QwenImage::from_pretrained(source, options).map(Model::QwenImage)
+    }
+
+    fn outline(&self, source: &ModelSource, options: &LoadOptions) -> Result<Model, ModelError> {
+        QwenImage::outline(source, options).map(Model::QwenImage)
+    }
+
+    fn random(&self, source: &ModelSource, seed: u64, device: &Device) -> Result<Model, ModelError> {
+        QwenImage::random(source, seed, device).map(Model::QwenImage)
     }
 }
 
-/// How weight files call the parameters of a component.
-pub(crate) fn keys(component: &str) -> Option<&'static KeyMap> {
-    match component {
-        "transformer" => Some(&transformer::KEYS),
-        "text_encoder" => Some(&text_encoder::KEYS),
-        "vae" => Some(&vae::KEYS),
-        _ => None,
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Key names of this family's transformer in LoRA files.
-pub(crate) fn transformer_keys() -> &'static KeyMap {
-    &transformer::KEYS
+    #[test]
+    fn each_peer_cuts_prompts_elsewhere_and_a_given_limit_wins() {
+        let limit = |peer| resolved(Conventions::of(peer)).max_prompt_tokens;
+        let limits = [None, Some(Peer::Diffsynth), Some(Peer::Diffusers)].map(limit);
+        assert_eq!(limits, [Some(1024), Some(4096), Some(512)]);
+        let given = Conventions { max_prompt_tokens: Some(7), ..Conventions::default() };
+        assert_eq!(resolved(given).max_prompt_tokens, Some(7));
+    }
 }

@@ -1,14 +1,9 @@
 //! What the published model's folder says, for weights that come without one, and how its weights are recognised.
 
-use std::path::Path;
-
 use serde_json::{Value, json};
 
-use crate::weights::{WeightFiles, copy_tree};
+use crate::weights::WeightFiles;
 use crate::{ModelError, ModelSource};
-
-/// Place of the scheduler's config in a model folder.
-pub(super) const SCHEDULER_FILE: &str = "scheduler/scheduler_config.json";
 
 /// The published scheduler: μ from 0.5 at 256 to 0.9 at 8192 image tokens, the last sigma stretched to 0.02.
 pub(super) const SCHEDULER: &str = r#"{
@@ -94,7 +89,7 @@ pub(super) fn vae_defaults() -> Value {
 /// The component that weight files hold, by the keys only it has; `None` for other weights.
 ///
 /// DiffSynth-Studio compares a hash of all keys and shapes instead, which knows published sizes alone.
-pub(crate) fn component_of(files: &WeightFiles) -> Option<&'static str> {
+pub(super) fn component_of(files: &WeightFiles) -> Option<&'static str> {
     let any = |end: &str| files.keys().any(|key| key.ends_with(end));
     let all = |keys: &[&str]| keys.iter().all(|key| files.contains(key));
     if all(&["img_in.weight", "txt_norm.weight", "transformer_blocks.0.attn.add_q_proj.weight"]) {
@@ -167,53 +162,11 @@ fn has_published_size(source: &ModelSource, component: &'static str) -> bool {
     !marks.is_empty() && marks.iter().all(there)
 }
 
-/// Writes a model folder but for the weights that learn, for a model that was loaded from given files: configs,
-/// tokenizer, and the weight files of the `unchanged` components. What was not given is left out.
-///
-/// # Errors
-/// If a config or the tokenizer of a given component is missing or a file cannot be written.
-pub(crate) fn write_configs(
-    source: &ModelSource,
-    folder: &Path,
-    unchanged: &[&str],
-) -> Result<(), ModelError> {
-    for component in super::COMPONENTS {
-        let target = folder.join(component);
-        let files = source.component_files(component);
-        match source.config(component) {
-            Ok(config) => copy(&config, &target.join("config.json"))?,
-            Err(ModelError::NotBeside { .. }) if files.is_empty() => continue,
-            Err(error) => {
-                write(&target.join("config.json"), &config_of(source, component, error)?.to_string())?;
-            }
-        }
-        let kept = if unchanged.contains(component) { files } else { &[] };
-        for path in kept {
-            copy(path, &target.join(path.file_name().unwrap_or_default()))?;
-        }
-    }
-    for (relative, published) in [("model_index.json", MODEL_INDEX), (SCHEDULER_FILE, SCHEDULER)] {
-        write(&folder.join(relative), &source.text_or(relative, published)?.1)?;
-    }
-    match source.tokenizer() {
-        Ok(tokenizer) => copy_tree(&tokenizer, &folder.join("tokenizer"), &|_| true),
-        // A denoiser alone needs none.
-        Err(ModelError::NotBeside { .. }) => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-fn copy(source: &Path, target: &Path) -> Result<(), ModelError> {
-    fewstep_data::atomic::copy(source, target).map_err(ModelError::io(source))
-}
-
-fn write(path: &Path, text: &str) -> Result<(), ModelError> {
-    fewstep_data::atomic::write(path, text.as_bytes()).map_err(ModelError::io(path))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::family::Kind as _;
+    use crate::model_folder::SCHEDULER_FILE;
     use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
     use fewstep_testkit::golden;
 
@@ -228,7 +181,7 @@ mod tests {
     #[test]
     fn the_list_of_components_is_of_this_family() {
         let index: serde_json::Value = serde_json::from_str(MODEL_INDEX).unwrap();
-        assert_eq!(index["_class_name"], super::super::PIPELINE_CLASS);
-        assert!(super::super::COMPONENTS.iter().all(|name| index[*name].is_array()));
+        assert_eq!(index["_class_name"], super::super::Kind.pipeline_class());
+        assert!(super::super::Kind.components().iter().all(|name| index[*name].is_array()));
     }
 }

@@ -6,13 +6,12 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
-use burn::tensor::module::embedding;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_kernels::{AttentionOptions, HalfType, attention, rms_norm};
 
 use super::config::TextEncoderConfig;
 use super::tokenizer::PromptTokens;
-use crate::load_options::widened;
+use crate::parts::embedding::{Embedding, padded_ids};
 use crate::parts::linear::Linear;
 use crate::parts::rotary::frequencies;
 use crate::weights::{KeyMap, load, unfilled};
@@ -35,15 +34,6 @@ pub struct TextEncoder {
     norm: RmsNorm,
     #[module(skip)]
     config: TextEncoderConfig,
-}
-
-#[derive(Module, Debug)]
-struct Embedding {
-    /// `[vocabulary, J]`
-    weight: Param<Tensor<2>>,
-    /// Gives the nearest numbers of this type; gradients pass.
-    #[module(skip)]
-    rounded_to: Option<HalfType>,
 }
 
 #[derive(Module, Debug)]
@@ -103,10 +93,7 @@ impl TextEncoder {
     pub(super) fn unfilled(config: &TextEncoderConfig, device: &Device) -> Self {
         let norm = || RmsNorm { weight: unfilled([config.hidden_size], device) };
         Self {
-            embed_tokens: Embedding {
-                weight: unfilled([config.vocab_size, config.hidden_size], device),
-                rounded_to: None,
-            },
+            embed_tokens: Embedding::unfilled(config.vocab_size, config.hidden_size, device),
             layers: (0..config.num_hidden_layers)
                 .map(|_| Layer {
                     input_layernorm: norm(),
@@ -146,7 +133,7 @@ impl TextEncoder {
         let [batch, longest, width] = hidden.dims();
         let text = hidden.slice([0..batch, tokens.drop_tokens..longest, 0..width]);
         let lengths = tokens.ids.iter().map(|ids| ids.len() - tokens.drop_tokens).collect();
-        zero_padding(Condition { text, lengths })
+        zero_padding(Condition::new(text, lengths))
     }
 
     /// The states of all tokens, `[B, T, J]` each: the embeddings, then after every layer, the last of them after
@@ -161,7 +148,7 @@ impl TextEncoder {
 
     /// The states after the final norm, `[B, T, J]`; `observe` sees those before it.
     fn run(&self, tokens: &PromptTokens, observe: &mut dyn FnMut(&Tensor<3>)) -> Tensor<3> {
-        let device = self.embed_tokens.weight.val().device();
+        let device = self.embed_tokens.device();
         let longest = tokens.ids.iter().map(Vec::len).max().unwrap_or(0);
         let mut hidden = self.embed_tokens.forward(padded_ids(&tokens.ids, longest, &device));
         observe(&hidden);
@@ -184,16 +171,6 @@ impl TextEncoder {
     }
 }
 
-fn padded_ids(ids: &[Vec<u32>], longest: usize, device: &Device) -> Tensor<2, Int> {
-    let pad = |list: &Vec<u32>| {
-        let mut row: Vec<i32> = list.iter().map(|id| *id as i32).collect();
-        row.resize(longest, 0);
-        row
-    };
-    let values: Vec<i32> = ids.iter().flat_map(pad).collect();
-    Tensor::from_data(TensorData::new(values, [ids.len(), longest]), device)
-}
-
 /// Sets the states past each prompt's length to zero.
 fn zero_padding(condition: Condition) -> Condition {
     let [batch, tokens, _] = condition.text.dims();
@@ -204,18 +181,7 @@ fn zero_padding(condition: Condition) -> Condition {
         |length: &usize| (0..tokens).map(|token| f32::from(u8::from(token < *length))).collect::<Vec<_>>();
     let mask: Vec<f32> = condition.lengths.iter().flat_map(row).collect();
     let mask = Tensor::from_data(TensorData::new(mask, [batch, tokens, 1]), &condition.text.device());
-    Condition { text: condition.text * mask, lengths: condition.lengths }
-}
-
-impl Embedding {
-    /// `[B, T]` to `[B, T, J]`.
-    fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
-        let rows = widened(embedding(self.weight.val(), ids));
-        match self.rounded_to {
-            Some(half) => half.nearest(rows),
-            None => rows,
-        }
-    }
+    Condition { text: condition.text.clone() * mask, ..condition }
 }
 
 impl RmsNorm {

@@ -16,7 +16,8 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::config::PromptTemplate;
-use crate::{ModelError, ModelSource};
+use crate::config_file::read_json;
+use crate::{ModelError, ModelSource, PromptLength};
 
 /// The pre-tokenisation of Qwen2 (digits one by one), from transformers' `Qwen2Tokenizer`.
 const PRETOKENIZE: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -40,24 +41,6 @@ pub struct PromptTokenizer {
     folder: Arc<Path>,
 }
 
-/// How long a prompt is, in tokens without the template's dropped ones.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PromptLength {
-    /// The prompt's tokens and those of the template's end.
-    pub found: usize,
-    /// How many are read; the rest is cut, the template's end with it.
-    pub limit: usize,
-    /// Tokens of the template's beginning, which are encoded and then dropped.
-    pub dropped: usize,
-}
-
-impl PromptLength {
-    /// Whether the end of the prompt is not read.
-    pub fn is_cut(self) -> bool {
-        self.found > self.limit
-    }
-}
-
 /// Token ids of a batch of prompts, unpadded.
 #[derive(Clone, Debug)]
 pub struct PromptTokens {
@@ -75,7 +58,7 @@ impl PromptTokenizer {
     /// If the files are missing, damaged, or do not define the template's special tokens.
     pub fn read(source: &ModelSource, max_tokens: usize) -> Result<Self, ModelError> {
         let template = PromptTemplate::read(source)?;
-        let folder: Arc<Path> = source.tokenizer()?.into();
+        let folder: Arc<Path> = source.tokenizer("tokenizer")?.into();
         let whole = !folder.join("vocab.json").is_file() && folder.join(WHOLE).is_file();
         let tokenizer = if whole {
             let tokenizer = read_whole(&folder)?;
@@ -131,7 +114,8 @@ impl PromptTokenizer {
     pub fn length(&self, prompt: &str) -> Result<PromptLength, ModelError> {
         let dropped = self.template.drop_tokens;
         let found = self.all_tokens(prompt)?.len().saturating_sub(dropped);
-        Ok(PromptLength { found, limit: self.max_tokens, dropped })
+        let limit = self.max_tokens;
+        Ok(PromptLength { found, limit, dropped, states: found.min(limit) })
     }
 
     /// The tokens of the template with the prompt in it.
@@ -255,10 +239,4 @@ fn added_tokens(folder: &Path) -> Result<Vec<(u32, AddedToken)>, ModelError> {
     }
     added.sort_by_key(|(id, _)| *id);
     Ok(added.into_iter().map(|(id, token)| (id, token.normalized(false))).collect())
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
-    let text = bounded::read_text(path).map_err(ModelError::io(path))?;
-    serde_json::from_str(&text)
-        .map_err(|error| ModelError::Config { path: path.to_owned(), reason: error.to_string() })
 }

@@ -19,7 +19,7 @@ pub use hash::weights_hash;
 pub use numbers::{Numbers, read_numbers, save_numbers};
 pub use shapes::TensorShapes;
 pub(crate) use shapes::{compare, expected};
-pub(crate) use write::{RawTensor, carry_ignored, collect, values, write};
+pub(crate) use write::{RawTensor, carry_ignored, collect_component, values, write};
 pub use write::{WeightType, save_streamed, save_tensors};
 
 /// How a module's parameter names and the keys of its weight files correspond.

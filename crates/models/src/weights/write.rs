@@ -6,14 +6,14 @@ use std::collections::BTreeMap;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use burn::module::{Module, Param};
+use burn::module::Param;
 use burn::tensor::{DType, Tensor};
 use fewstep_kernels::HalfType;
 use half::{bf16, f16};
 use serde_json::json;
 
 use super::{KeyMap, TensorEntry, WeightFiles};
-use crate::{ModelError, NamedVisitor, visit_named};
+use crate::{Model, ModelError, NamedVisitor, visit_named};
 
 /// Number type of written weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,26 +206,32 @@ fn header(tensors: &[TensorEntry], info: &BTreeMap<String, String>) -> String {
 }
 
 /// Gathers a component's parameters under their file keys; LoRA parameters are left out.
-pub(crate) fn collect(module: &impl Module, keys: &KeyMap, dtype: WeightType) -> BTreeMap<String, RawTensor> {
-    let mut collector = Collector { keys, dtype, tensors: BTreeMap::new() };
-    visit_named(module, &mut collector);
+pub(crate) fn collect_component(
+    model: &Model,
+    component: &str,
+    dtype: WeightType,
+) -> BTreeMap<String, RawTensor> {
+    let mut collector = Collector { model, component, dtype, tensors: BTreeMap::new() };
+    visit_named(model, &mut collector);
     collector.tensors
 }
 
 struct Collector<'a> {
-    keys: &'a KeyMap,
+    model: &'a Model,
+    component: &'a str,
     dtype: WeightType,
     tensors: BTreeMap<String, RawTensor>,
 }
 
 impl NamedVisitor for Collector<'_> {
     fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
-        if name.contains(".lora.") {
+        let (component, key) = self.model.weight_key(name);
+        if component != self.component || name.contains(".lora.") {
             return;
         }
         let tensor = parameter.val();
         let shape = tensor.dims().to_vec();
-        self.tensors.insert(self.keys.key(name), RawTensor::new(shape, &values(tensor), self.dtype));
+        self.tensors.insert(key, RawTensor::new(shape, &values(tensor), self.dtype));
     }
 }
 

@@ -66,7 +66,7 @@ impl Input {
             transformer: Transformer::from_pretrained(&source(), &device).expect("the golden model loads"),
             packed: pack(golden.tensor(&format!("{name}.latents"), &device)),
             sigma: golden.tensor::<1>(&format!("{name}.timestep"), &device) / 1000.0,
-            condition: Condition { text, lengths },
+            condition: Condition::new(text, lengths),
             tokens: [latents[2] / 2, latents[3] / 2],
         }
     }

@@ -37,10 +37,10 @@ pub(super) fn of(facts: &Facts<'_>) -> Result<Vec<Alternative>, ModelError> {
     }
     let mut all = Recipe { batch_size: 1, ..recipe.clone() };
     if recipe.lora_base_model.is_none() {
-        all = Recipe { lora_base_model: Some("transformer".into()), lora_rank: RANK, ..all };
+        let base = facts.model.denoiser_name();
+        all = Recipe { lora_base_model: Some(base.into()), lora_rank: RANK, ..all };
         let changed = Recipe { batch_size: recipe.batch_size, ..all.clone() };
-        let change =
-            format!("adapters instead of all weights: --lora-base-model transformer --lora-rank {RANK}");
+        let change = format!("adapters instead of all weights: --lora-base-model {base} --lora-rank {RANK}");
         found.push(alternative(facts, change, &changed, facts.data)?);
     }
     if let Some((first, second)) = halves(recipe) {
@@ -72,7 +72,7 @@ fn alternative(
         Some(bucket) if lora => footprint(recipe, facts.source, data, (bucket, 1))?.trained,
         _ => facts.trained,
     };
-    let changed = Facts { recipe, data, trained, source: facts.source };
+    let changed = Facts { recipe, data, trained, ..*facts };
     Ok(Alternative { change, needed_bytes: estimate(&changed)?.peak().bytes() })
 }
 

@@ -11,7 +11,7 @@ use crate::batch::Plan;
 use crate::dataset::{Group, check_shapes};
 use crate::recipe::{Recipe, Stage};
 use crate::source::SourceRow;
-use crate::tables::Stored;
+use crate::tables::{Stored, TextWidths};
 use crate::{TrainError, processed, source, trainer};
 
 /// The data of a run, counted.
@@ -97,8 +97,8 @@ pub(super) fn check(recipe: &Recipe, model: Option<&Model>, problems: &mut Vec<T
 
 /// What the first half of a split task wrote.
 fn processed_rows(recipe: &Recipe, model: &Model) -> Result<DataOutline, TrainError> {
-    let processed::Outline { samples, latents, text } = processed::outline(recipe)?;
-    check_shapes(recipe, model, &samples, text.iter())?;
+    let processed::Outline { samples, latents, text, pooled } = processed::outline(recipe)?;
+    check_shapes(recipe, model, &samples, [&text, &pooled])?;
     Ok(DataOutline {
         rows: samples.len(),
         pictures: latents.len(),
@@ -106,10 +106,14 @@ fn processed_rows(recipe: &Recipe, model: &Model) -> Result<DataOutline, TrainEr
         prompts: text.len(),
         longest_prompt_tokens: text.iter().map(|shape| shape[0]).max().unwrap_or(0),
         groups: samples.iter().map(|sample| sample.group).collect(),
-        latents: latents.iter().map(|shape| shape.iter().product::<usize>() as u64).sum(),
-        text_states: text.iter().map(|shape| shape.iter().product::<usize>() as u64).sum(),
+        latents: numbers(&latents),
+        text_states: numbers(&text) + numbers(&pooled),
         ..DataOutline::default()
     })
+}
+
+fn numbers(shapes: &[Vec<usize>]) -> u64 {
+    shapes.iter().map(|shape| shape.iter().product::<usize>() as u64).sum()
 }
 
 fn rows(
@@ -180,24 +184,19 @@ impl Counted<'_> {
         }
         self.outline.prompts += 1;
         let Some(model) = self.model else { return Ok(()) };
-        let shape = stored.map(|stored| stored.shape("text")).transpose()?.flatten();
-        let tokens = match (stored, shape) {
-            (Some(stored), Some(shape)) => {
-                let tokens = shape.first().copied().unwrap_or(0);
-                stored.check("text", shape, &[tokens, model.text_width()])?;
-                tokens
-            }
-            _ => {
+        let widths = TextWidths::of(model);
+        let tokens = match stored.map(|stored| stored.text_tokens(widths)).transpose()?.flatten() {
+            Some(tokens) => tokens,
+            None => {
                 let length = model.prompt_tokens(text)?;
                 self.outline.encoded_prompts += 1;
                 self.outline.dropped_tokens = length.dropped;
-                let tokens = length.found.min(length.limit);
-                self.outline.encoded_text_states += (tokens * model.text_width()) as u64;
-                self.outline.encoded_tokens += (tokens + length.dropped) as u64;
-                tokens
+                self.outline.encoded_text_states += widths.numbers(length.states) as u64;
+                self.outline.encoded_tokens += (length.states + length.dropped) as u64;
+                length.states
             }
         };
-        self.outline.text_states += (tokens * model.text_width()) as u64;
+        self.outline.text_states += widths.numbers(tokens) as u64;
         self.outline.longest_prompt_tokens = self.outline.longest_prompt_tokens.max(tokens);
         Ok(())
     }

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use fewstep_models::{Encoding, Footprint, ModelError, ModelSource, WeightType, Workload};
+use fewstep_models::{Encoding, Footprint, Model, ModelError, ModelSource, WeightType, Workload};
 use serde::Serialize;
 
 use super::data::{Bucket, DataOutline};
 use crate::recipe::{Objective, OptimizerName, Recipe, Stage, StudentGuidance};
-use crate::{samples, tables, trainer};
+use crate::{samples, tables, trainable, trainer};
 
 /// Bytes of an f32, in which everything is computed.
 const F32: u64 = 4;
@@ -68,6 +68,8 @@ impl Memory {
 pub(super) struct Facts<'a> {
     pub(super) recipe: &'a Recipe,
     pub(super) source: &'a ModelSource,
+    /// Without weights.
+    pub(super) model: &'a Model,
     pub(super) data: &'a DataOutline,
     /// Parameters that learn.
     pub(super) trained: u64,
@@ -112,7 +114,14 @@ impl Facts<'_> {
     }
 
     fn trains_text_encoder(&self) -> bool {
-        !self.is_lora() && self.recipe.trainable_models.iter().any(|name| name.trim() == "text_encoder")
+        self.model.text_encoder_names().iter().any(|encoder| self.learns(encoder))
+    }
+
+    /// Whether all of a component learns.
+    fn learns(&self, component: &str) -> bool {
+        let mut named =
+            self.recipe.trainable_models.iter().map(|name| trainable::component(name, self.model));
+        !self.is_lora() && named.any(|name| name == component)
     }
 
     /// What training adds to the model and keeps from step to step.
@@ -150,9 +159,7 @@ impl Facts<'_> {
     }
 
     fn bytes_per_weight(&self, component: &str) -> u64 {
-        let learns =
-            !self.is_lora() && self.recipe.trainable_models.iter().any(|name| name.trim() == component);
-        Footprint::bytes_per_weight(component, self.recipe.dtype.into(), learns)
+        Footprint::bytes_per_weight(component, self.recipe.dtype.into(), self.learns(component))
     }
 
     /// Numbers of the largest evaluation with its graph.

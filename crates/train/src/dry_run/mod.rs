@@ -12,8 +12,8 @@ use burn::module::Param;
 use burn::tensor::{Device, Tensor};
 use fewstep_models::lora;
 use fewstep_models::{
-    Footprint, LoadOptions, Model, ModelError, ModelSource, NamedVisitor, check_weights, loaded_components,
-    visit_named,
+    AUTOENCODER, Defaults, Footprint, LoadOptions, Model, ModelError, ModelSource, NamedVisitor,
+    check_weights, loaded_components, visit_named,
 };
 use serde::Serialize;
 
@@ -137,9 +137,9 @@ impl Check<'_> {
     /// Configs, tokenizer, and the headers of weight files against them.
     fn model(&mut self, source: &ModelSource, device: &Device) -> Option<Model> {
         let components = trainer::components(self.recipe);
-        for component in loaded_components(components) {
+        for component in self.keep(loaded_components(source, components)).unwrap_or_default() {
             // Of a model with fresh weights only the autoencoder is read.
-            if self.recipe.initial_weights == InitialWeights::Pretrained || *component == "vae" {
+            if self.recipe.initial_weights == InitialWeights::Pretrained || component == AUTOENCODER {
                 self.keep(check_weights(source, component));
             }
         }
@@ -192,8 +192,8 @@ impl Check<'_> {
     fn outlook(&mut self, found: &mut DryRun, subject: &Subject<'_>) {
         let recipe = self.recipe;
         let steps = data::steps(recipe, &found.data).unwrap_or((0, 0));
-        let facts =
-            memory::Facts { recipe, source: subject.source, data: &found.data, trained: subject.trained };
+        let Subject { source, model, trained } = *subject;
+        let facts = memory::Facts { recipe, source, model, data: &found.data, trained };
         found.memory = self.keep(memory::estimate(&facts));
         found.alternatives = self.keep(alternatives::of(&facts)).unwrap_or_default();
         let files = files::Facts {
@@ -209,7 +209,8 @@ impl Check<'_> {
             found.course = self.keep(course(recipe, steps));
         }
         let done = found.course.as_ref().map_or(0, |course| course.first_step);
-        found.work = self.keep(work(recipe, subject.source, &found.data, (done, steps)));
+        found.work =
+            self.keep(work(recipe, (subject.source, subject.model.defaults()), &found.data, (done, steps)));
     }
 }
 
@@ -263,7 +264,7 @@ fn course(recipe: &Recipe, (steps_per_epoch, total_steps): (u64, u64)) -> Result
 
 fn work(
     recipe: &Recipe,
-    source: &ModelSource,
+    (source, usual): (&ModelSource, Defaults),
     data: &DataOutline,
     (done, (steps_per_epoch, total_steps)): (u64, (u64, u64)),
 ) -> Result<Work, ModelError> {
@@ -276,12 +277,12 @@ fn work(
         return Ok(work);
     }
     for bucket in &data.batches {
-        work.step += epoch_flops(recipe, source, data, bucket)? / steps_per_epoch as f64;
+        work.step += epoch_flops(recipe, (source, usual), data, bucket)? / steps_per_epoch as f64;
     }
     if let (Some(bucket), true) = (data.batches.first(), recipe.sample_steps > 0) {
         let prompts = recipe.sample_prompts().map_or(0, |prompts| prompts.len());
         let footprint = memory::footprint(recipe, source, data, (bucket, prompts))?;
-        let (steps, cfg_scale) = samples::settings(recipe, data.groups[0]);
+        let (steps, cfg_scale) = samples::settings(recipe, data.groups[0], usual);
         let evaluations = steps as f64 * evaluations(cfg_scale.into());
         work.samples = evaluations * footprint.flops.forward as f64;
         work.sheets = total_steps / recipe.sample_steps - done / recipe.sample_steps;
@@ -292,7 +293,7 @@ fn work(
 /// Operations of all batches of one kind in an epoch.
 fn epoch_flops(
     recipe: &Recipe,
-    source: &ModelSource,
+    (source, usual): (&ModelSource, Defaults),
     data: &DataOutline,
     bucket: &Bucket,
 ) -> Result<f64, ModelError> {
@@ -308,7 +309,10 @@ fn epoch_flops(
         }
     };
     let teacher = match recipe.online_teacher {
-        true => recipe.teacher_num_inference_steps as f64 * evaluations(recipe.teacher_cfg_scale) * forward,
+        true => {
+            let (steps, cfg_scale) = recipe.teacher(usual);
+            steps as f64 * evaluations(cfg_scale.into()) * forward
+        }
         false => 0.0,
     };
     Ok(bucket.rows as f64 * (sample + teacher))

@@ -4,14 +4,16 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use fewstep_flow::{SigmaGrid, Solver, adjoint};
-use fewstep_models::sampling::{Guidance, guided_velocity, sample_latents, sample_trajectory};
-use fewstep_models::{Condition, Model};
+use fewstep_flow::{SigmaGrid, Solver, adjoint, path};
+#[cfg(test)]
+use fewstep_models::sampling::sample_latents;
+use fewstep_models::sampling::{Guidance, guided_velocity, latents_from_noise, sample_trajectory};
+use fewstep_models::{Condition, Denoiser, Model};
 
 use super::{GradientSum, scalar};
 use crate::TrainError;
 use crate::batch::Batch;
-use crate::recipe::{Distance, Recipe, StudentGuidance, TrainingGrid};
+use crate::recipe::{Distance, Recipe, StudentGuidance, StudentStart, TrainingGrid};
 
 /// Direct distillation and its settings.
 pub struct Direct {
@@ -19,6 +21,7 @@ pub struct Direct {
     huber_c: f64,
     training_grid: TrainingGrid,
     student_guidance: StudentGuidance,
+    student_start: StudentStart,
     /// Boxed: a model is hundreds of times larger than the rest.
     teacher: Option<Box<OnlineTeacher>>,
 }
@@ -36,16 +39,16 @@ pub struct OnlineTeacher {
 impl Direct {
     /// The settings of a recipe; `start` is the model before training, which an online teacher keeps.
     pub fn new(recipe: &Recipe, start: &Model) -> Self {
-        let teacher = || OnlineTeacher {
-            model: start.clone(),
-            num_inference_steps: recipe.teacher_num_inference_steps,
-            cfg_scale: recipe.teacher_cfg_scale as f32,
+        let teacher = || {
+            let (num_inference_steps, cfg_scale) = recipe.teacher(start.defaults());
+            OnlineTeacher { model: start.clone(), num_inference_steps, cfg_scale }
         };
         Self {
             distance: recipe.loss,
             huber_c: recipe.huber_c,
             training_grid: recipe.training_grid,
             student_guidance: recipe.student_guidance,
+            student_start: recipe.student_start,
             teacher: recipe.online_teacher.then(|| Box::new(teacher())),
         }
     }
@@ -62,10 +65,11 @@ impl Direct {
         let states = {
             // Dropped before the optimiser runs, which updates weights in place only if it holds the one handle.
             let frozen = model.valid();
-            sample_trajectory(&frozen, Solver::Euler, &problem.grid, problem.noise, &problem.guidance)
+            sample_trajectory(&frozen, Solver::Euler, &problem.grid, problem.start, &problem.guidance)
         };
         let drawn = states.last().expect("a rollout has a last state").clone();
-        let (loss, cotangent) = self.loss_gradient(drawn, problem.target, share);
+        let loss = |state| self.loss(model.finish(state, &problem.grid), problem.target);
+        let (loss, cotangent) = loss_gradient(drawn, share, loss);
         let guidance = autodiff(problem.guidance);
         adjoint::backward(&problem.grid, &states, cotangent, |_, state, sigma, cotangent| {
             let velocity = |state| guided_velocity(model, state, sigma, &guidance);
@@ -87,8 +91,8 @@ impl Direct {
     ) -> Result<f64, TrainError> {
         let problem = self.problem(model, batch)?;
         let guidance = autodiff(problem.guidance);
-        let drawn = sample_latents(model, Solver::Euler, &problem.grid, problem.noise.autodiff(), &guidance);
-        let loss = self.loss(drawn, problem.target.autodiff());
+        let drawn = sample_latents(model, Solver::Euler, &problem.grid, problem.start.autodiff(), &guidance);
+        let loss = self.loss(model.finish(drawn, &problem.grid), problem.target);
         sum.add(model, loss.clone().mul_scalar(share).backward());
         Ok(scalar(loss))
     }
@@ -101,25 +105,26 @@ impl Direct {
             Some(teacher) => teacher.latents(noise.clone(), batch)?,
             None => batch.latents(),
         };
-        Ok(Problem {
-            grid: self.training_grid.sigmas(model, group.num_inference_steps, group.size)?,
-            guidance,
-            noise,
-            target,
-        })
+        let grid = self.training_grid.sigmas(model, group.num_inference_steps, group.size)?;
+        let start = self.start(model, noise, &target, &grid);
+        Ok(Problem { guidance, start: model.kept(start), grid, target })
     }
 
-    /// The loss, and the gradient of `share` times it, at the drawn latents.
-    fn loss_gradient(&self, drawn: Tensor<4>, target: Tensor<4>, share: f32) -> (f64, Tensor<4>) {
-        let drawn = drawn.autodiff().require_grad();
-        let loss = self.loss(drawn.clone(), target.autodiff());
-        let mut gradients = loss.clone().mul_scalar(share).backward();
-        let gradient = drawn.grad_remove(&mut gradients).expect("the loss depends on the drawn latents");
-        (scalar(loss), gradient)
+    /// The state at the first sigma of the grid.
+    fn start(&self, model: &Model, noise: Tensor<4>, target: &Tensor<4>, grid: &SigmaGrid) -> Tensor<4> {
+        let knows_pure_noise = model.highest_sigma() == 1.0;
+        match self.student_start {
+            StudentStart::NoisedTarget if !knows_pure_noise => {
+                let sigma = Tensor::full([noise.dims()[0]], grid.as_slice()[0], &noise.device());
+                path::noisy(target.clone(), noise, sigma)
+            }
+            _ => model.start(noise, grid),
+        }
     }
 
+    /// The loss of drawn latents; those have a graph.
     fn loss(&self, drawn: Tensor<4>, target: Tensor<4>) -> Tensor<1> {
-        let squared = (drawn - target).square();
+        let squared = (drawn - target.autodiff()).square();
         match self.distance {
             Distance::Mse => squared.mean(),
             Distance::PseudoHuber => (squared + self.huber_c * self.huber_c).sqrt().mean() - self.huber_c,
@@ -127,12 +132,25 @@ impl Direct {
     }
 }
 
-/// What a batch asks of the student: from this noise, on this grid, to that target.
+/// What a batch asks of the student: from this state, on this grid, to that target.
 struct Problem {
     grid: SigmaGrid,
     guidance: Guidance,
-    noise: Tensor<4>,
+    start: Tensor<4>,
     target: Tensor<4>,
+}
+
+/// The loss, and the gradient of `share` times it, at the last state.
+fn loss_gradient(
+    state: Tensor<4>,
+    share: f32,
+    loss: impl FnOnce(Tensor<4>) -> Tensor<1>,
+) -> (f64, Tensor<4>) {
+    let state = state.autodiff().require_grad();
+    let loss = loss(state.clone());
+    let mut gradients = loss.clone().mul_scalar(share).backward();
+    let gradient = state.grad_remove(&mut gradients).expect("the loss depends on the last state");
+    (scalar(loss), gradient)
 }
 
 impl OnlineTeacher {
@@ -140,8 +158,9 @@ impl OnlineTeacher {
     fn latents(&self, noise: Tensor<4>, batch: &Batch<'_>) -> Result<Tensor<4>, TrainError> {
         let size = batch.group().size;
         let grid = self.model.sigma_grid(self.num_inference_steps, size.height, size.width)?;
-        let guidance = batch.guidance(&self.model, self.cfg_scale)?;
-        Ok(sample_latents(&self.model, Solver::Euler, &grid, noise, &guidance))
+        // The teacher is told what it usually is, whatever its student is told.
+        let guidance = batch.guidance(&self.model, self.cfg_scale)?.told(None);
+        Ok(latents_from_noise(&self.model, &grid, noise, &guidance))
     }
 }
 

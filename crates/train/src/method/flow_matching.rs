@@ -4,6 +4,7 @@ use burn::tensor::{Tensor, TensorData};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path;
 use fewstep_flow::schedule::TrainingLevels;
+
 use fewstep_models::{Denoiser, Model, WeightType};
 use rayon::prelude::*;
 
@@ -43,12 +44,12 @@ impl FlowMatching {
         sum: &mut GradientSum,
     ) -> Result<f64, TrainError> {
         let clean = batch.latents(); // [B, C, H, W]
-        let levels = self.levels(model, batch)?;
-        let drawn = self.draw(batch, model.dtype(), &levels);
+        let levels = self.training_grid.levels(model, batch.group().size)?;
+        let drawn = self.draw(batch, model, &levels);
         let device = clean.device();
         let per_sample =
             |values: Vec<f32>| Tensor::<1>::from_data(TensorData::new(values, [batch.len()]), &device);
-        let weight = self.weight(&levels, &drawn.sigmas).map(per_sample);
+        let weight = self.weight(model, &levels, &drawn.sigmas).map(per_sample);
         let sigma = per_sample(drawn.sigmas);
         let noise = Tensor::from_data(TensorData::new(drawn.noise, clean.dims()), &device);
         let noisy = path::noisy(clean.clone(), noise.clone(), sigma.clone());
@@ -65,25 +66,24 @@ impl FlowMatching {
         Ok(scalar(loss))
     }
 
-    fn levels(&self, model: &Model, batch: &Batch<'_>) -> Result<TrainingLevels, TrainError> {
-        Ok(TrainingLevels::of(&self.training_grid.sigmas(model, TRAINING_LEVELS, batch.group().size)?))
-    }
-
-    /// One weight per sample: that of the level nearest to its sigma.
-    fn weight(&self, levels: &TrainingLevels, sigmas: &[f32]) -> Option<Vec<f32>> {
-        match self.loss_weighting {
-            LossWeighting::Uniform => None,
-            LossWeighting::Bell => {
-                Some(sigmas.iter().map(|sigma| levels.weights()[levels.nearest(*sigma)]).collect())
-            }
-        }
+    /// One weight per sample: what makes levels count alike in what the model predicts, times that of the level nearest
+    /// to its sigma. `None` where all are 1.
+    fn weight(&self, model: &Model, levels: &TrainingLevels, sigmas: &[f32]) -> Option<Vec<f32>> {
+        let of_level = |sigma: f32| match self.loss_weighting {
+            LossWeighting::Uniform => 1.0,
+            LossWeighting::Bell => levels.weights()[levels.nearest(sigma)],
+        };
+        let weights: Vec<f32> =
+            sigmas.iter().map(|sigma| model.loss_weight(*sigma) * of_level(*sigma)).collect();
+        weights.iter().any(|weight| *weight != 1.0).then_some(weights)
     }
 
     /// Everything random of a batch; a sample's numbers do not depend on the batch it is in.
-    fn draw(&self, batch: &Batch<'_>, dtype: WeightType, levels: &TrainingLevels) -> Drawn {
+    fn draw(&self, batch: &Batch<'_>, model: &Model, levels: &TrainingLevels) -> Drawn {
+        let (dtype, highest) = (model.dtype(), model.highest_sigma());
         let elements = batch.group().latent_shape.iter().product();
         let draw = |mut generator: TorchGenerator| {
-            let (dropped, sigma) = self.draw_level(&mut generator, levels);
+            let (dropped, sigma) = self.draw_level(&mut generator, levels, highest);
             // The peer looks for the level of the timestep after rounding it.
             let rounds = dtype == WeightType::BF16 && self.timestep_sampling == TimestepSampling::Schedule;
             let nearest = || levels.sigmas()[levels.after_bf16(levels.nearest(sigma))];
@@ -98,13 +98,18 @@ impl FlowMatching {
         }
     }
 
-    /// Dropped or not, and sigma.
-    pub(crate) fn draw_level(&self, generator: &mut TorchGenerator, levels: &TrainingLevels) -> (bool, f32) {
+    /// Dropped or not, and sigma, at most the highest that the model knows.
+    pub(crate) fn draw_level(
+        &self,
+        generator: &mut TorchGenerator,
+        levels: &TrainingLevels,
+        highest: f32,
+    ) -> (bool, f32) {
         let levels = levels.sigmas();
         let dropped = self.guidance_dropout > 0.0 && generator.rand(1)[0] < self.guidance_dropout;
         let sigma = match self.timestep_sampling {
-            TimestepSampling::Uniform => generator.rand(1)[0],
-            TimestepSampling::LogitNormal => 1.0 / (1.0 + (-generator.randn(1)[0]).exp()),
+            TimestepSampling::Uniform => highest * generator.rand(1)[0],
+            TimestepSampling::LogitNormal => highest / (1.0 + (-generator.randn(1)[0]).exp()),
             TimestepSampling::Schedule => levels[generator.randint(0, levels.len() as i64, 1)[0] as usize],
         };
         (dropped, sigma)

@@ -14,8 +14,8 @@ mod reference;
 
 use burn::tensor::Tensor;
 use fewstep_data::image::Picture;
-use fewstep_flow::{Solver, path};
-use fewstep_models::sampling::sample_latents;
+use fewstep_flow::path;
+use fewstep_models::sampling::latents_from_noise;
 use fewstep_models::{Denoiser, Model};
 use fewstep_report::{Appearance, diversity, latent_mse};
 
@@ -135,13 +135,13 @@ impl<'a> Monitor<'a> {
                 recipe.student_guidance.scale(group.cfg_scale()),
             ),
             Objective::FlowMatching => {
-                let (steps, cfg_scale) = samples::settings(recipe, group);
+                let (steps, cfg_scale) = samples::settings(recipe, group, model.defaults());
                 (model.sigma_grid(steps, group.size.height, group.size.width)?, cfg_scale)
             }
         };
         let guidance = batch.guidance(model, cfg_scale)?;
         let noise = batch.initial_noise(model.dtype().into());
-        let latents = sample_latents(model, Solver::Euler, &grid, noise, &guidance);
+        let latents = latents_from_noise(model, &grid, noise, &guidance);
         let pictures = pictures(model, latents.clone());
         Ok(HostTensor::rows(latents).into_iter().zip(pictures).collect())
     }

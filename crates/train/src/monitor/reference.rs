@@ -5,7 +5,7 @@ use std::path::Path;
 
 use fewstep_data::buckets;
 use fewstep_data::provenance::{FILE_NAME, Provenance};
-use fewstep_flow::Solver;
+use fewstep_models::conventions::SOLVERS;
 use fewstep_models::{Model, Pipeline, Request, WeightFiles, WeightType, save_tensors};
 use fewstep_report::{Appearance, diversity};
 
@@ -98,7 +98,7 @@ fn draw(
     missing: &[usize],
     teacher: &Model,
 ) -> Result<BTreeMap<String, HostTensor>, TrainError> {
-    let settings = teacher_settings(recipe)?;
+    let settings = teacher_settings(recipe, teacher)?;
     let pipeline = Pipeline::new(teacher.clone(), rows.data.device().clone());
     let mut drawn = BTreeMap::new();
     for batch in buckets::batches(&rows.groups(), missing, PICTURES_PER_BATCH) {
@@ -111,14 +111,11 @@ fn draw(
 }
 
 /// How the teacher of a recipe's data draws: as it did, or, for a data set without provenance, as an online teacher.
-fn teacher_settings(recipe: &Recipe) -> Result<Request, TrainError> {
+fn teacher_settings(recipe: &Recipe, teacher: &Model) -> Result<Request, TrainError> {
     let its_own = of_its_own(recipe);
     let base = &its_own.dataset_base_path;
-    let online = Request {
-        num_inference_steps: recipe.teacher_num_inference_steps,
-        cfg_scale: recipe.teacher_cfg_scale as f32,
-        ..Request::new("", 0, 0)
-    };
+    let (num_inference_steps, cfg_scale) = recipe.teacher(teacher.defaults());
+    let online = Request { num_inference_steps, cfg_scale, ..Request::new("", 0, 0) };
     let found = if its_own.online_teacher { None } else { Provenance::read(base)? };
     let Some(found) = found else { return Ok(online) };
     if let Some(adapter) = found.lora {
@@ -133,8 +130,9 @@ fn teacher_settings(recipe: &Recipe) -> Result<Request, TrainError> {
     Ok(Request {
         num_inference_steps: found.num_inference_steps,
         cfg_scale: found.cfg_scale,
+        embedded_guidance: found.embedded_guidance,
         negative_prompt: found.negative_prompt,
-        solver: if found.solver == "heun" { Solver::Heun } else { Solver::Euler },
+        solver: SOLVERS.iter().find(|(name, _)| *name == found.solver).map(|(_, solver)| *solver),
         exponential_shift_mu: found.exponential_shift_mu,
         ..online
     })

@@ -36,8 +36,9 @@ impl Recipe {
         }
         let guidance = [
             ("cfg_scale", self.cfg_scale),
-            ("teacher_cfg_scale", self.teacher_cfg_scale),
+            ("teacher_cfg_scale", self.teacher_cfg_scale.unwrap_or(1.0)),
             ("sample_cfg_scale", self.sample_cfg_scale.unwrap_or(1.0)),
+            ("embedded_guidance", self.embedded_guidance.unwrap_or(1.0)),
         ];
         match guidance.into_iter().find(|(_, found)| *found > MAX_CFG_SCALE as f64) {
             Some((key, found)) => Err(too_much(key, found, MAX_CFG_SCALE)),
@@ -46,8 +47,9 @@ impl Recipe {
     }
 
     /// Keys with their values and the largest that makes sense.
-    fn bounds(&self) -> [(&'static str, usize, usize); 11] {
+    fn bounds(&self) -> [(&'static str, usize, usize); 12] {
         [
+            ("max_prompt_tokens", self.max_prompt_tokens.unwrap_or(1), 1 << 20),
             ("batch_size", self.batch_size, 1 << 16),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps, 1 << 20),
             ("dataset_repeat", self.dataset_repeat, 10_000),
@@ -57,7 +59,7 @@ impl Recipe {
             ("height", self.height.unwrap_or(0), MAX_SIDE_PX),
             ("width", self.width.unwrap_or(0), MAX_SIDE_PX),
             ("num_inference_steps", self.num_inference_steps, MAX_STEPS),
-            ("teacher_num_inference_steps", self.teacher_num_inference_steps, MAX_STEPS),
+            ("teacher_num_inference_steps", self.teacher_num_inference_steps.unwrap_or(1), MAX_STEPS),
             ("sample_num_inference_steps", self.sample_num_inference_steps.unwrap_or(1), MAX_STEPS),
         ]
     }

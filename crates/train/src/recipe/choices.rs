@@ -233,6 +233,18 @@ impl StudentGuidance {
     }
 }
 
+/// What the student of a model that knows no pure noise starts from, such as Stable Diffusion; others start from noise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum StudentStart {
+    /// The noise alone, as pictures are drawn.
+    Noise,
+    /// The teacher's picture, noised to the first sigma of the grid, as in the peer: what is left of it is a help that
+    /// the student will not have.
+    NoisedTarget,
+}
+
 /// Which files a run leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use choices::{
     Activation, Compat, Compute, DecayOn, Distance, Dtype, InitialWeights, LoraFormat, LossWeighting,
     Objective, OutputLayout, RandomNumbers, ResizedTargets, ResultWeights, Schedule, Stage, StateNumbers,
-    StudentGuidance, Task, TimestepSampling, TrainingGrid,
+    StudentGuidance, StudentStart, Task, TimestepSampling, TrainingGrid,
 };
 pub use optimizer::OptimizerName;
 pub use peers::PeerFlags;
@@ -55,6 +55,9 @@ pub struct Recipe {
     /// Activation of the denoiser's MLPs, where not the model's own or that of compat
     #[arg(long, value_enum, help_heading = "Run")]
     pub activation: Option<Activation>,
+    /// Tokens of a prompt that are read, where not the model's own number or that of compat
+    #[arg(long, value_name = "TOKENS", alias = "max-sequence-length", help_heading = "Run")]
+    pub max_prompt_tokens: Option<usize>,
     /// Start from the folder's weights or from random ones
     #[arg(long, value_enum, default_value = "pretrained", help_heading = "Run")]
     pub initial_weights: InitialWeights,
@@ -87,7 +90,8 @@ pub struct Recipe {
     #[arg(long, value_delimiter = ',', default_value = "image,video", help_heading = "Data")]
     #[serde(deserialize_with = "comma_list")]
     pub data_file_keys: Vec<String>,
-    /// Columns passed on to the method, separated by commas: seed, rand_device, num_inference_steps, cfg_scale
+    /// Columns passed on to the method, separated by commas: seed, rand_device, num_inference_steps, cfg_scale,
+    /// embedded_guidance
     #[arg(long, value_delimiter = ',', help_heading = "Data")]
     #[serde(deserialize_with = "comma_list")]
     pub extra_inputs: Vec<String>,
@@ -221,6 +225,10 @@ pub struct Recipe {
     /// direct_distill: whether the student follows its cfg_scale
     #[arg(long, value_enum, default_value = "apply", help_heading = "Method")]
     pub student_guidance: StudentGuidance,
+    /// direct_distill, models that know no pure noise: whether the student starts from noise, as pictures are drawn, or
+    /// from the teacher's picture noised to its first sigma
+    #[arg(long, value_enum, default_value = "noise", help_heading = "Method")]
+    pub student_start: StudentStart,
     /// Keep what goes into each block of the denoiser and compute its inside again in the backward pass: less memory,
     /// more time
     #[arg(long, help_heading = "Method")]
@@ -237,18 +245,22 @@ pub struct Recipe {
     /// direct_distill: make the teacher's pictures during training; the metadata then needs prompts only
     #[arg(long, help_heading = "Method")]
     pub online_teacher: bool,
-    /// online teacher: its sampling steps
-    #[arg(long, default_value_t = 50, help_heading = "Method")]
-    pub teacher_num_inference_steps: usize,
-    /// online teacher: its guidance; 1 is off
-    #[arg(long, default_value_t = 4.0, help_heading = "Method")]
-    pub teacher_cfg_scale: f64,
+    /// online teacher: its sampling steps [default: the model's usual ones]
+    #[arg(long, help_heading = "Method")]
+    pub teacher_num_inference_steps: Option<usize>,
+    /// online teacher: its guidance; 1 is off [default: the model's usual one]
+    #[arg(long, help_heading = "Method")]
+    pub teacher_cfg_scale: Option<f64>,
     /// online teacher: the student's sampling steps (otherwise a column of the metadata)
     #[arg(long, default_value_t = 4, help_heading = "Method")]
     pub num_inference_steps: usize,
     /// online teacher: the student's guidance (otherwise a column of the metadata); 1 is off
     #[arg(long, default_value_t = 1.0, help_heading = "Method")]
     pub cfg_scale: f64,
+    /// The guidance scale that the denoiser is told, where it takes one and the metadata has no column of that name
+    /// [default: sft 1, direct_distill the model's usual one]
+    #[arg(long, help_heading = "Method")]
+    pub embedded_guidance: Option<f64>,
 
     /// Files of the result: fewstep's, or epoch-0.safetensors and so on with only what was trained, as the peer's
     #[arg(long, value_enum, default_value = "fewstep", help_heading = "Output")]
@@ -282,10 +294,10 @@ pub struct Recipe {
     /// Prompts of the sample pictures: repeat the flag, or give one .txt file with a prompt per line
     #[arg(long, help_heading = "Output")]
     pub sample_prompts: Vec<String>,
-    /// Sampling steps of the sample pictures [default: 25, or what a student is trained for]
+    /// Sampling steps of the sample pictures [default: half of the model's usual ones, or what a student is trained for]
     #[arg(long, help_heading = "Output")]
     pub sample_num_inference_steps: Option<usize>,
-    /// Guidance of the sample pictures; 1 is off [default: 4, or what a student is trained with]
+    /// Guidance of the sample pictures; 1 is off [default: the model's usual one, or what a student is trained with]
     #[arg(long, help_heading = "Output")]
     pub sample_cfg_scale: Option<f64>,
     /// Spelling of the keys in LoRA files: DiffSynth-Studio's, which diffusers reads too, or that of diffusers and PEFT

@@ -1,7 +1,7 @@
 //! The peers' choices as keys of a recipe, and their flags that are none.
 
 use clap::Args;
-use fewstep_models::{Conventions, Peer};
+use fewstep_models::{Conventions, Defaults, Peer};
 use toml::{Table, toml};
 
 use super::{Activation, Compat, Dtype, OptimizerName, Recipe, StateNumbers};
@@ -26,6 +26,8 @@ impl Compat {
                 loss_weighting = "bell"
                 training_grid = "diffsynth"
                 student_guidance = "ignore"
+                embedded_guidance = 1.0
+                student_start = "noised_target"
                 output_layout = "diffsynth"
                 log_steps = 1
             },
@@ -45,10 +47,14 @@ impl From<Compat> for Peer {
 }
 
 impl Recipe {
-    /// How the model computes: as the peer where one is named, with the recipe's own activation where it has one.
+    /// How the model computes: as the peer where one is named, with the recipe's own choices where it has any.
     pub fn conventions(&self) -> Conventions {
         let conventions = Conventions::of(self.compat.map(Peer::from));
-        Conventions { gelu: self.activation.map_or(conventions.gelu, Activation::into), ..conventions }
+        Conventions {
+            gelu: self.activation.map_or(conventions.gelu, Activation::into),
+            max_prompt_tokens: self.max_prompt_tokens,
+            ..conventions
+        }
     }
 
     /// The type of trained parameters and of the optimiser's moments.
@@ -62,6 +68,12 @@ impl Recipe {
     /// Whether the denoiser's blocks are recomputed in backward passes.
     pub fn checkpoints_gradients(&self) -> bool {
         self.use_gradient_checkpointing || self.use_gradient_checkpointing_offload
+    }
+
+    /// Steps and guidance of an online teacher of a model that is usually run so.
+    pub(crate) fn teacher(&self, usual: Defaults) -> (usize, f32) {
+        let cfg_scale = self.teacher_cfg_scale.map_or(usual.cfg_scale, |scale| scale as f32);
+        (self.teacher_num_inference_steps.unwrap_or(usual.num_inference_steps), cfg_scale)
     }
 
     /// Whether the layers for adapters are left to be found.

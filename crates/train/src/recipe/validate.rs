@@ -9,7 +9,8 @@ use super::{Dtype, OptimizerName, Recipe, Stage};
 use crate::TrainError;
 
 /// Columns that reach a method; all others of a row are read where they are needed or not at all.
-const EXTRA_INPUTS: [&str; 4] = ["seed", "rand_device", "num_inference_steps", "cfg_scale"];
+const EXTRA_INPUTS: [&str; 5] =
+    ["seed", "rand_device", "num_inference_steps", "cfg_scale", "embedded_guidance"];
 
 /// A range, how a person reads it, and the keys it holds for with their values.
 type NumberRange = (RangeInclusive<f64>, &'static str, Vec<(&'static str, f64)>);
@@ -38,8 +39,9 @@ impl Recipe {
     }
 
     /// Keys that count something there must be one of.
-    fn counts(&self) -> [(&'static str, usize); 13] {
+    fn counts(&self) -> [(&'static str, usize); 14] {
         [
+            ("max_prompt_tokens", self.max_prompt_tokens.unwrap_or(1)),
             ("batch_size", self.batch_size),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps),
             ("dataset_repeat", self.dataset_repeat),
@@ -48,7 +50,7 @@ impl Recipe {
             ("keep", self.keep),
             ("log_steps", self.log_steps as usize),
             ("num_inference_steps", self.num_inference_steps),
-            ("teacher_num_inference_steps", self.teacher_num_inference_steps),
+            ("teacher_num_inference_steps", self.teacher_num_inference_steps.unwrap_or(1)),
             ("sample_num_inference_steps", self.sample_num_inference_steps.unwrap_or(1)),
             ("max_skipped_steps", self.max_skipped_steps as usize),
             ("monitor_rows", self.monitor_rows),
@@ -76,8 +78,9 @@ impl Recipe {
             ("adam_epsilon", self.adam_epsilon),
             ("lr_end", self.lr_end),
             ("cfg_scale", self.cfg_scale),
-            ("teacher_cfg_scale", self.teacher_cfg_scale),
+            ("teacher_cfg_scale", self.teacher_cfg_scale.unwrap_or(1.0)),
             ("sample_cfg_scale", self.sample_cfg_scale.unwrap_or(1.0)),
+            ("embedded_guidance", self.embedded_guidance.unwrap_or(1.0)),
         ];
         let shares = [
             ("guidance_dropout", self.guidance_dropout),
@@ -142,9 +145,11 @@ impl Recipe {
             return wrong("data_file_keys", self.data_file_keys.join(","), "a list with image in it");
         }
         match self.extra_inputs().find(|name| !EXTRA_INPUTS.contains(name)) {
-            Some(found) => {
-                wrong("extra_inputs", found, "seed, rand_device, num_inference_steps or cfg_scale")
-            }
+            Some(found) => wrong(
+                "extra_inputs",
+                found,
+                "seed, rand_device, num_inference_steps, cfg_scale or embedded_guidance",
+            ),
             None => Ok(()),
         }
     }

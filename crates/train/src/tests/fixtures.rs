@@ -129,6 +129,7 @@ fn distill_row((at, request): (usize, &Request)) -> DistillRow {
         rand_device: RandDevice::Cpu,
         num_inference_steps: STUDENT_STEPS,
         cfg_scale: 1.0,
+        embedded_guidance: None,
     }
 }
 
@@ -137,10 +138,13 @@ fn save_latents(base: &Path, image: &str, generated: &Generated) {
     let stem = Path::new(image).file_stem().unwrap().to_string_lossy().into_owned();
     let latents = generated.latents.clone().squeeze_dim::<3>(0);
     let text = generated.condition.text.clone().squeeze_dim::<2>(0);
-    let tensors = [
+    let mut tensors = vec![
         ("latents".to_owned(), latents.dims().to_vec(), to_vec(latents)),
         ("text".to_owned(), text.dims().to_vec(), to_vec(text)),
     ];
+    if let Some(pooled) = generated.condition.pooled.clone() {
+        tensors.push(("pooled".to_owned(), vec![pooled.dims()[1]], to_vec(pooled)));
+    }
     let path = base.join(format!("latents/{stem}.safetensors"));
     save_tensors(&path, tensors, WeightType::F32, &Default::default()).unwrap();
 }

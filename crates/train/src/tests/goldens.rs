@@ -25,8 +25,8 @@ use crate::recipe::{Activation, Compat, Dtype, Recipe, Schedule, Task};
 use crate::trainable::Trainable;
 
 /// f32 against f64 was measured at 2e-7 to 8e-7 on gradients; the two activations differ by 2.6e-5 in the loss.
-const LOSS_TOLERANCE: f64 = 2e-6;
-const GRADIENT_TOLERANCE: f64 = 1e-5;
+pub(super) const LOSS_TOLERANCE: f64 = 2e-6;
+pub(super) const GRADIENT_TOLERANCE: f64 = 1e-5;
 const SIDE_PX: usize = 64;
 const LATENTS: [usize; 4] = [1, 16, 8, 8];
 
@@ -107,14 +107,14 @@ fn metadata_csv(samples: &Value) -> String {
 }
 
 /// A run's parts, without its loop.
-struct Bench {
+pub(super) struct Bench {
     data: Dataset,
     method: Method,
-    model: Model,
+    pub(super) model: Model,
 }
 
 impl Bench {
-    fn new(recipe: &Recipe) -> Self {
+    pub(super) fn new(recipe: &Recipe) -> Self {
         let options = LoadOptions {
             conventions: recipe.conventions(),
             dtype: recipe.dtype.into(),
@@ -127,25 +127,25 @@ impl Bench {
         Self { data, method, model }
     }
 
-    fn batch(&self, row: usize, generators: Option<Vec<TorchGenerator>>) -> Batch<'_> {
+    pub(super) fn batch(&self, row: usize, generators: Option<Vec<TorchGenerator>>) -> Batch<'_> {
         read(&self.data, Planned { step: 0, epoch: 0, positions: vec![row], generators }, 0)
     }
 
-    fn step(&self, row: usize, generators: Option<Vec<TorchGenerator>>) -> (f64, GradientSum) {
+    pub(super) fn step(&self, row: usize, generators: Option<Vec<TorchGenerator>>) -> (f64, GradientSum) {
         let batch = self.batch(row, generators);
         let mut sum = GradientSum::default();
         (self.method.step(&self.model, &batch, 1.0, &mut sum).unwrap(), sum)
     }
 
     /// Loss and gradients by the peer's names.
-    fn gradients(&self, row: usize, generators: Option<Vec<TorchGenerator>>) -> (f64, ByName) {
+    pub(super) fn gradients(&self, row: usize, generators: Option<Vec<TorchGenerator>>) -> (f64, ByName) {
         let (loss, sum) = self.step(row, generators);
         let named = by_name(&self.model, sum).into_iter();
         (loss, named.map(|(name, values)| (self.model.weight_key(&name).1, values)).collect())
     }
 
     /// One optimiser step on one row; returns the loss before it.
-    fn update(&mut self, optimizer: &mut Optimizer, row: usize, learning_rate: f64) -> f64 {
+    pub(super) fn update(&mut self, optimizer: &mut Optimizer, row: usize, learning_rate: f64) -> f64 {
         let (loss, sum) = self.step(row, None);
         let gradients: GradientsParams = sum.finish();
         let norm = gradient_norm(&self.model, &gradients);
@@ -161,18 +161,18 @@ impl Bench {
 }
 
 #[track_caller]
-fn assert_relative(found: f64, expected: f64, tolerance: f64, what: &str) {
+pub(super) fn assert_relative(found: f64, expected: f64, tolerance: f64, what: &str) {
     let error = (found - expected).abs() / expected.abs();
     assert!(error <= tolerance, "{what}: found {found}, expected {expected}, off by {error:e}");
 }
 
-fn norm(values: impl IntoIterator<Item = f32>) -> f64 {
+pub(super) fn norm(values: impl IntoIterator<Item = f32>) -> f64 {
     values.into_iter().map(|value| f64::from(value).powi(2)).sum::<f64>().sqrt()
 }
 
 /// Every norm of the peer, and its absent gradients absent here.
 #[track_caller]
-fn assert_norms(found: &ByName, expected: &Value, tolerance: f64) {
+pub(super) fn assert_norms(found: &ByName, expected: &Value, tolerance: f64) {
     let expected = expected.as_object().unwrap();
     for (name, expected) in expected {
         match (found.get(name), expected.as_f64()) {
@@ -191,7 +191,7 @@ fn assert_norms(found: &ByName, expected: &Value, tolerance: f64) {
 }
 
 #[track_caller]
-fn assert_tensors(found: &ByName, expected: &ByName) {
+pub(super) fn assert_tensors(found: &ByName, expected: &ByName) {
     assert!(!expected.is_empty());
     for (name, expected) in expected {
         let difference = norm(found[name].iter().zip(expected).map(|(found, expected)| found - expected));
@@ -201,7 +201,7 @@ fn assert_tensors(found: &ByName, expected: &ByName) {
 }
 
 #[track_caller]
-fn assert_losses(found: &[f64], expected: &[f64], tolerance: f64) {
+pub(super) fn assert_losses(found: &[f64], expected: &[f64], tolerance: f64) {
     assert_eq!(found.len(), expected.len());
     for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
         assert_relative(*found, *expected, tolerance, &format!("loss {at}"));

@@ -166,8 +166,7 @@ fn batches_accumulate_to_the_large_batch() {
 #[test]
 fn the_flow_matching_gradient_of_recomputed_blocks_is_that_of_kept_ones() {
     let bench = Bench::new().with_pictures();
-    let recipe =
-        Recipe { task: Task::Sft, lora_base_model: Some("transformer".into()), ..bench.recipe() };
+    let recipe = Recipe { task: Task::Sft, lora_base_model: Some("transformer".into()), ..bench.recipe() };
     let start = bench.model();
     let data = dataset(&recipe, &start);
     let method = FlowMatching::new(&recipe);
@@ -228,7 +227,7 @@ fn sigma_and_dropped_captions_have_the_asked_for_shares() {
         let method = FlowMatching::new(&Recipe { timestep_sampling, ..base.clone() });
         let drawn: Vec<_> = (0..4000)
             .map(|row| Draw { seed: 1, epoch: 0, row }.generator(Purpose::Sample))
-            .map(|mut generator| method.draw_level(&mut generator, &levels))
+            .map(|mut generator| method.draw_level(&mut generator, &levels, 1.0))
             .collect();
         let share = |count: usize| count as f64 / drawn.len() as f64;
         // Four standard errors of a share near a quarter.

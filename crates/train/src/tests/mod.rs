@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod batches;
+mod families;
 mod fixtures;
 mod goldens;
 mod guards;

@@ -164,8 +164,8 @@ fn watched(bench: &Bench) -> Recipe {
     Recipe {
         monitor_steps: 2,
         monitor_metadata_path: Some(bench.path("held_out/metadata.csv")),
-        teacher_num_inference_steps: TEACHER_STEPS,
-        teacher_cfg_scale: TEACHER_CFG_SCALE.into(),
+        teacher_num_inference_steps: Some(TEACHER_STEPS),
+        teacher_cfg_scale: Some(TEACHER_CFG_SCALE.into()),
         keep: 1,
         ..bench.recipe()
     }
@@ -351,7 +351,7 @@ fn an_online_teachers_run_is_watched_too() {
     let bench = Bench::new().with_teacher_data();
     let recipe = Recipe {
         online_teacher: true,
-        teacher_num_inference_steps: TEACHER_STEPS,
+        teacher_num_inference_steps: Some(TEACHER_STEPS),
         num_inference_steps: STUDENT_STEPS,
         monitor_steps: 3,
         monitor_rows: 2,

@@ -72,8 +72,8 @@ fn an_online_teacher_gives_the_stored_targets() {
     let offline = lora(Recipe { batch_size: 3, max_steps: Some(4), ..bench.recipe() });
     let online = Recipe {
         online_teacher: true,
-        teacher_num_inference_steps: TEACHER_STEPS,
-        teacher_cfg_scale: TEACHER_CFG_SCALE.into(),
+        teacher_num_inference_steps: Some(TEACHER_STEPS),
+        teacher_cfg_scale: Some(TEACHER_CFG_SCALE.into()),
         num_inference_steps: STUDENT_STEPS,
         output_path: bench.path("online"),
         ..offline.clone()

@@ -19,8 +19,8 @@ fn recipe(bench: &Bench) -> Recipe {
     Recipe {
         sample_steps: 3,
         sample_prompts: vec!["red apple".into(), "</script><b>".into()],
-        teacher_num_inference_steps: 7,
-        teacher_cfg_scale: 2.0,
+        teacher_num_inference_steps: Some(7),
+        teacher_cfg_scale: Some(2.0),
         save_steps: Some(2),
         ..bench.recipe()
     }

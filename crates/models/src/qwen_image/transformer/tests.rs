@@ -1,11 +1,14 @@
 //! The parts inside the transformer against diffusers (goldens/qwen_image/transformer.safetensors).
 
+use burn::module::Param;
 use burn::tensor::Gradients;
 use fewstep_kernels::inject;
 use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden, random, values};
 
 use super::*;
+use crate::parts::double_stream::ATTENTION;
 use crate::{NamedVisitor, visit_named};
+use fewstep_kernels::{QkvStream, joint_qkv};
 
 /// Absolute, on states of unit scale; the f32 rounding of the peers was measured at 1.2e-6.
 const TOLERANCE: f32 = 1e-5;
@@ -30,7 +33,8 @@ impl Case {
         let transformer =
             Transformer::from_pretrained(&(&golden("qwen_image/model")).into(), &device).unwrap();
         let text: Tensor<3> = file.tensor(&format!("{name}.prompt_embeds"), &device);
-        let condition = Condition { lengths: vec![text.dims()[1]], text };
+        let lengths = vec![text.dims()[1]];
+        let condition = Condition::new(text, lengths);
         let sigma = file.tensor::<1>(&format!("{name}.timestep"), &device) / 1000.0;
         let latents = file.shape(&format!("{name}.latents"));
         let tokens = [latents[2] / 2, latents[3] / 2];
@@ -133,7 +137,10 @@ fn rotation_angles_equal_the_peers() {
 
 /// The output at a case's inputs, the gradient by the packed latents, and those by all parameters by name; `None` where a
 /// parameter has none.
-fn gradients(case: &Case, transformer: Transformer) -> (Tensor<3>, Tensor<3>, Vec<(String, Option<Vec<f32>>)>) {
+fn gradients(
+    case: &Case,
+    transformer: Transformer,
+) -> (Tensor<3>, Tensor<3>, Vec<(String, Option<Vec<f32>>)>) {
     struct Read<'a>(&'a Gradients, Vec<(String, Option<Vec<f32>>)>);
     impl NamedVisitor for Read<'_> {
         fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
@@ -157,7 +164,9 @@ fn recomputed_blocks_have_the_gradients_of_kept_ones() {
         for learns in [true, false] {
             let transformer = case.transformer.clone().set_require_grad(learns);
             let kept = gradients(&case, transformer.clone());
-            let recomputed = gradients(&case, transformer.recomputing_blocks(true));
+            let mut transformer = transformer;
+            *transformer.recomputes_blocks_mut() = true;
+            let recomputed = gradients(&case, transformer);
             assert_eq!(values(recomputed.0), values(kept.0));
             let largest = |x: &[f32]| x.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
             // The same sums in another order.

@@ -2,9 +2,9 @@
 
 use serde::Deserialize;
 
-use super::super::config::ConfigFile;
-use super::super::{published, ranges};
-use crate::{ModelError, ModelSource};
+use super::super::config::component_file;
+use super::super::published;
+use crate::{ModelError, ModelSource, ranges};
 
 /// The most stages of an autoencoder, each of which may halve the picture.
 const MAX_STAGES: usize = 8;
@@ -57,7 +57,7 @@ pub struct PixelUnshuffleConfig {
 
 impl VaeConfig {
     pub(in super::super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
-        let file = ConfigFile::of_component(source, "vae")?;
+        let file = component_file(source, "vae")?;
         file.check_class("vae", file.class_name(), &["AutoencoderKLQwenImage", "PixelUnshuffle"])?;
         let config: Self = file.parse_over(published::vae_defaults())?;
         let checked = match &config {

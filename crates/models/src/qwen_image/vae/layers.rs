@@ -7,6 +7,7 @@ use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Tensor};
 use fewstep_kernels::{AttentionOptions, attention};
 
+use crate::parts::conv::{Conv2d, Padding};
 use crate::weights::unfilled;
 
 /// Sees a state with its name.
@@ -39,7 +40,7 @@ impl CausalConv {
     pub(super) fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let weight = last_frame(self.weight.val()).squeeze_dim::<4>(2); // [out, in, k, k]
         let [_, _, kernel, _] = weight.dims();
-        convolve(x, weight, self.bias.val(), ConvOptions::new([1; 2], [kernel / 2; 2], [1; 2], 1))
+        conv2d(x, weight, Some(self.bias.val()), ConvOptions::new([1; 2], [kernel / 2; 2], [1; 2], 1))
     }
 }
 
@@ -47,33 +48,6 @@ impl CausalConv {
 pub(super) fn last_frame<const D: usize>(weight: Tensor<D>) -> Tensor<D> {
     let frames = weight.dims()[2];
     weight.slice_dim(2, frames - 1..frames)
-}
-
-/// A convolution over space.
-#[derive(Module, Debug)]
-struct Conv {
-    /// `[out, in, k, k]`
-    weight: Param<Tensor<4>>,
-    bias: Param<Tensor<1>>,
-}
-
-impl Conv {
-    fn unfilled(input: usize, output: usize, kernel: usize, device: &Device) -> Self {
-        Self { weight: unfilled([output, input, kernel, kernel], device), bias: unfilled([output], device) }
-    }
-
-    fn forward(&self, x: Tensor<4>, options: ConvOptions<2>) -> Tensor<4> {
-        convolve(x, self.weight.val(), self.bias.val(), options)
-    }
-}
-
-fn convolve(x: Tensor<4>, weight: Tensor<4>, bias: Tensor<1>, options: ConvOptions<2>) -> Tensor<4> {
-    conv2d(x, weight, Some(bias), options)
-}
-
-/// A 1×1 convolution's options.
-fn pointwise() -> ConvOptions<2> {
-    ConvOptions::new([1; 2], [0; 2], [1; 2], 1)
 }
 
 /// Scales the channels of each pixel to length √C, then each channel by `gamma`.
@@ -148,16 +122,16 @@ impl ResidualBlock {
 #[derive(Module, Debug)]
 pub(super) struct AttentionBlock {
     norm: FrameNorm,
-    to_qkv: Conv,
-    proj: Conv,
+    to_qkv: Conv2d,
+    proj: Conv2d,
 }
 
 impl AttentionBlock {
     pub(super) fn unfilled(channels: usize, device: &Device) -> Self {
         Self {
             norm: FrameNorm { gamma: unfilled([channels, 1, 1], device) },
-            to_qkv: Conv::unfilled(channels, 3 * channels, 1, device),
-            proj: Conv::unfilled(channels, channels, 1, device),
+            to_qkv: Conv2d::unfilled(channels, 3 * channels, 1, device),
+            proj: Conv2d::unfilled(channels, channels, 1, device),
         }
     }
 
@@ -166,12 +140,12 @@ impl AttentionBlock {
         let normed = normalize(x.clone(), self.norm.gamma.val());
         let qkv = self
             .to_qkv
-            .forward(normed, pointwise())
+            .forward(normed)
             .reshape([batch, 3, 1, channels, height * width])
             .permute([1, 0, 2, 4, 3]); // [3, B, 1, H · W, C]
         let attended = attention(qkv, AttentionOptions::default()); // [B, H · W, C]
         let attended = attended.swap_dims(1, 2).reshape([batch, channels, height, width]);
-        self.proj.forward(attended, pointwise()) + x
+        self.proj.forward(attended) + x
     }
 }
 
@@ -203,7 +177,7 @@ impl MidBlock {
 /// Halves or doubles the resolution.
 #[derive(Module, Debug)]
 pub(super) struct Resampler {
-    resample: Conv,
+    resample: Conv2d,
     /// Resamples time: it is in the files and never applied to a picture.
     time_conv: Option<CausalConv>,
 }
@@ -212,7 +186,7 @@ impl Resampler {
     /// For [`Resampler::halve`].
     pub(super) fn unfilled_down(channels: usize, over_time: bool, device: &Device) -> Self {
         Self {
-            resample: Conv::unfilled(channels, channels, 3, device),
+            resample: Conv2d::unfilled(channels, channels, 3, device),
             time_conv: over_time.then(|| CausalConv::unfilled_over_time(channels, channels, device)),
         }
     }
@@ -220,7 +194,7 @@ impl Resampler {
     /// For [`Resampler::double`], which halves the channels.
     pub(super) fn unfilled_up(channels: usize, over_time: bool, device: &Device) -> Self {
         Self {
-            resample: Conv::unfilled(channels, channels / 2, 3, device),
+            resample: Conv2d::unfilled(channels, channels / 2, 3, device),
             time_conv: over_time.then(|| CausalConv::unfilled_over_time(channels, 2 * channels, device)),
         }
     }
@@ -230,19 +204,13 @@ impl Resampler {
         self.time_conv = None;
     }
 
-    /// `[B, C, H, W]` to `[B, C, H/2, W/2]`; the zeros that the kernel needs are right and below.
+    /// `[B, C, H, W]` to `[B, C, H/2, W/2]`.
     pub(super) fn halve(&self, x: Tensor<4>) -> Tensor<4> {
-        let padding = [(0, 1); 2];
-        self.resample.forward(x, ConvOptions { padding, ..ConvOptions::new([2; 2], [0; 2], [1; 2], 1) })
+        self.resample.halve(x, Padding::RightAndBelow)
     }
 
-    /// `[B, C, H, W]` to `[B, C/2, 2H, 2W]`; each pixel becomes four before the convolution.
+    /// `[B, C, H, W]` to `[B, C/2, 2H, 2W]`.
     pub(super) fn double(&self, x: Tensor<4>) -> Tensor<4> {
-        let [batch, channels, height, width] = x.dims();
-        let repeated = x
-            .reshape([batch, channels, height, 1, width, 1])
-            .expand([batch, channels, height, 2, width, 2])
-            .reshape([batch, channels, 2 * height, 2 * width]);
-        self.resample.forward(repeated, ConvOptions::new([1; 2], [1; 2], [1; 2], 1))
+        self.resample.double(x)
     }
 }

@@ -4,14 +4,14 @@
 use std::ops::RangeInclusive;
 
 /// Layers, or blocks of a stage.
-pub(super) const LAYERS: RangeInclusive<usize> = 1..=1024;
+pub(crate) const LAYERS: RangeInclusive<usize> = 1..=1024;
 /// Widths, and what divides them.
-pub(super) const WIDTH: RangeInclusive<usize> = 1..=1 << 17;
+pub(crate) const WIDTH: RangeInclusive<usize> = 1..=1 << 17;
 /// Token embeddings.
-pub(super) const VOCABULARY: RangeInclusive<usize> = 1..=1 << 24;
+pub(crate) const VOCABULARY: RangeInclusive<usize> = 1..=1 << 24;
 
 /// Checks values by their names in the config.
-pub(super) fn check(values: &[(&str, usize, RangeInclusive<usize>)]) -> Result<(), String> {
+pub(crate) fn check(values: &[(&str, usize, RangeInclusive<usize>)]) -> Result<(), String> {
     match values.iter().find(|(_, found, range)| !range.contains(found)) {
         Some((name, found, range)) => {
             Err(format!("{name} is {found}, expected {} to {}", range.start(), range.end()))
@@ -21,7 +21,7 @@ pub(super) fn check(values: &[(&str, usize, RangeInclusive<usize>)]) -> Result<(
 }
 
 /// Checks numbers that are divided by or taken the logarithm of.
-pub(super) fn check_positive(values: &[(&str, f32)]) -> Result<(), String> {
+pub(crate) fn check_positive(values: &[(&str, f32)]) -> Result<(), String> {
     match values.iter().find(|(_, found)| !(*found > 0.0 && found.is_finite())) {
         Some((name, found)) => Err(format!("{name} is {found}, expected a positive number")),
         None => Ok(()),

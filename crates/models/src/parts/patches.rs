@@ -3,11 +3,11 @@
 use burn::tensor::Tensor;
 
 /// Latent pixels per token along one side.
-pub(super) const PATCH: usize = 2;
+pub(crate) const PATCH: usize = 2;
 
 /// # Shapes
 /// - `latents`: `[B, C, H, W]` with even H and W; output `[B, H/2 · W/2, 4C]`
-pub(super) fn pack(latents: Tensor<4>) -> Tensor<3> {
+pub(crate) fn pack(latents: Tensor<4>) -> Tensor<3> {
     let [batch, channels, height, width] = latents.dims();
     let (rows, columns) = (height / PATCH, width / PATCH);
     latents
@@ -17,7 +17,7 @@ pub(super) fn pack(latents: Tensor<4>) -> Tensor<3> {
 }
 
 /// Inverse of [`pack`]; `[channels, height, width]` is the shape of one sample's latents.
-pub(super) fn unpack(tokens: Tensor<3>, [channels, height, width]: [usize; 3]) -> Tensor<4> {
+pub(crate) fn unpack(tokens: Tensor<3>, [channels, height, width]: [usize; 3]) -> Tensor<4> {
     let [batch, _, _] = tokens.dims();
     tokens
         .reshape([batch, height / PATCH, width / PATCH, channels, PATCH, PATCH])

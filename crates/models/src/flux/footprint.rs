@@ -1,0 +1,85 @@
+//! What one evaluation of the transformer takes, counted off the code in [`super::transformer`].
+
+use super::config::{Configs, TransformerConfig, latent_factor};
+use crate::footprint::{Encoding, Evaluation, Workload};
+use crate::model::token_grid;
+use crate::parts::autoencoder_kl::AutoencoderKlConfig;
+use crate::parts::cost::{Batch, Held};
+use crate::parts::patches::PATCH;
+use crate::parts::t5::T5Config;
+use crate::parts::timestep::TIME_FEATURES;
+use crate::{Flops, ModelError, ModelSource};
+
+/// What one evaluation on a batch takes.
+pub(super) fn evaluation(source: &ModelSource, workload: &Workload) -> Result<Evaluation, ModelError> {
+    let transformer = TransformerConfig::read(source)?;
+    let [rows, columns] = token_grid([workload.height, workload.width], latent_factor(source)? * PATCH)?;
+    let batch = Batch::new(workload, rows * columns);
+    Ok(Evaluation {
+        image_tokens: rows * columns,
+        activations: batch.activations(&transformer.held(&batch)),
+        flops: transformer.flops(&batch),
+    })
+}
+
+impl TransformerConfig {
+    fn held(&self, batch: &Batch) -> Held {
+        let (heads, tokens) = (self.heads(), batch.tokens());
+        let width = heads.width() as u64;
+        let (blocks, singles) = (self.num_layers as u64, self.num_single_layers as u64);
+        // Of a single-stream block: the norm's input (1), the projections' (1), query, key and value before and after they
+        // are joined (3 + 3), the attention's output (1), the activation's input (4), what the last projection reads (5)
+        // and its output (1), in D numbers per token. A frozen projection keeps no input: that is the last one's.
+        let (per_token, per_rank) = match batch.rank {
+            None => (19, 0),
+            Some(rank) => (14, 3 * rank),
+        };
+        let single = tokens * (per_token * width + per_rank + heads.count as u64) + 3 * width;
+        Held {
+            kept: blocks * batch.block(heads) + singles * single,
+            largest: batch.block(heads).max(single),
+            passed: (blocks + singles) * tokens * width,
+            // Gradients of what the last projection reads, of the activation's output and input, and of the residual.
+            backward: batch.backward(heads).max(14 * tokens * width),
+            // The residual, the norm's output, the attention's, the MLP's hidden tokens before and after the activation,
+            // and what the last projection reads.
+            drawing: batch.drawing(heads).max(12 * tokens * width),
+        }
+    }
+
+    fn flops(&self, batch: &Batch) -> Flops {
+        let heads = self.heads();
+        let width = heads.width() as u64;
+        let (blocks, singles) = (self.num_layers as u64, self.num_single_layers as u64);
+        // Per token three projections, the MLP's first and the last of five times the width; per sample a modulation.
+        let single = (12 * batch.tokens() + 3) * width * width;
+        let [input, joint, pooled] =
+            [self.in_channels, self.joint_attention_dim, self.pooled_projection_dim].map(|size| size as u64);
+        let ends = 2 * batch.image * input * width + batch.text * joint * width;
+        let embedders = if self.guidance_embeds { 2 } else { 1 };
+        let time = (embedders * TIME_FEATURES as u64 + pooled + (embedders + 3) * width) * width;
+        let weights = blocks * batch.block_products(heads) + singles * single + ends + time;
+        batch.flops(weights, (blocks + singles) * batch.attention_products(heads))
+    }
+}
+
+/// What text encoders and autoencoder hold. CLIP is small beside T5.
+pub(super) fn encoding(source: &ModelSource) -> Result<Encoding, ModelError> {
+    let t5 = Configs::read(source)?.text_encoder_2;
+    let [width, inner, hidden, layers] =
+        [t5.d_model, t5.num_heads * t5.d_kv, t5.d_ff, t5.num_layers].map(|size| size as u64);
+    Ok(Encoding {
+        per_token: per_token(&t5),
+        per_token_training: layers * (4 * width + 8 * inner + 5 * hidden) + per_token(&t5),
+        per_pixel: AutoencoderKlConfig::read(source)?.numbers_per_pixel(),
+        flops_per_token: 2 * layers * (4 * width * inner + 3 * width * hidden),
+    })
+}
+
+/// The stream and its norm beside query, key and value, these by heads, and their output; or beside both branches of the
+/// MLP, the activation and the product. Scores of all heads come on top, a row of them for each token.
+fn per_token(t5: &T5Config) -> u64 {
+    let [width, inner, hidden] = [t5.d_model, t5.num_heads * t5.d_kv, t5.d_ff].map(|size| size as u64);
+    let scores = 3 * (t5.num_heads * super::TEXT_TOKENS) as u64;
+    (2 * width + 7 * inner + scores).max(2 * width + 4 * hidden)
+}

@@ -1,0 +1,31 @@
+//! Activations by the names that configs give them.
+
+use burn::tensor::Tensor;
+use burn::tensor::activation::gelu as exact_gelu;
+use fewstep_kernels::{Gelu, gelu};
+use serde::Deserialize;
+
+/// An activation of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub enum Activation {
+    /// x · Φ(x), Φ the normal distribution function.
+    #[serde(rename = "gelu")]
+    Gelu,
+    /// Its tanh approximation.
+    #[serde(rename = "gelu_new", alias = "gelu_pytorch_tanh")]
+    GeluTanh,
+    /// x · sigmoid(1.702 x).
+    #[serde(rename = "quick_gelu")]
+    QuickGelu,
+}
+
+impl Activation {
+    /// Applies it to every element.
+    pub(crate) fn forward<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
+        match self {
+            Self::Gelu => exact_gelu(x),
+            Self::GeluTanh => gelu(x, Gelu::Tanh),
+            Self::QuickGelu => gelu(x, Gelu::Sigmoid),
+        }
+    }
+}

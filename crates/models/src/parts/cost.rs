@@ -1,0 +1,105 @@
+//! What double-stream blocks and their like take, counted off [`super::double_stream`].
+//!
+//! D is the width, K the heads, N and S the image and text tokens, T = N + S, r the rank of the adapters.
+
+use super::double_stream::Heads;
+use crate::footprint::{Activations, Flops, Workload};
+
+/// Sizes of a batch.
+pub(crate) struct Batch {
+    pub(crate) samples: u64,
+    /// N.
+    pub(crate) image: u64,
+    /// S.
+    pub(crate) text: u64,
+    /// r; `None` where all weights learn.
+    pub(crate) rank: Option<u64>,
+}
+
+/// Numbers of one sample at the worst moment of an evaluation.
+pub(crate) struct Held {
+    /// Everything that all blocks keep for their backward.
+    pub(crate) kept: u64,
+    /// What the largest block keeps.
+    pub(crate) largest: u64,
+    /// What is passed from block to block, of all of them.
+    pub(crate) passed: u64,
+    /// Beside it in the backward.
+    pub(crate) backward: u64,
+    /// Without a graph.
+    pub(crate) drawing: u64,
+}
+
+impl Batch {
+    /// The batch of a workload whose pictures have so many tokens.
+    pub(crate) fn new(workload: &Workload, image_tokens: usize) -> Self {
+        Self {
+            samples: workload.batch_size as u64,
+            image: image_tokens as u64,
+            text: workload.text_tokens as u64,
+            rank: workload.lora_rank.map(|rank| rank as u64),
+        }
+    }
+
+    /// T.
+    pub(crate) fn tokens(&self) -> u64 {
+        self.image + self.text
+    }
+
+    /// What the operations of `fewstep_kernels` keep of a double-stream block for its backward.
+    pub(crate) fn block(&self, heads: Heads) -> u64 {
+        let width = heads.width() as u64;
+        // The inputs of both norms (2), of the projections to query, key and value (1), their output (3), the joined
+        // query, key and value (3), the attention's output before and after its projection (2), the inputs of the
+        // MLP's two projections (1 + 4), of its activation (4), and its output (1), in D numbers per token. A frozen
+        // projection keeps no input: of those without an adapter that is the MLP's first.
+        let (per_token, per_rank) = match self.rank {
+            None => (21, 0),
+            Some(rank) => (20, 5 * rank),
+        };
+        // Two modulation vectors of six chunks each.
+        self.tokens() * (per_token * width + per_rank + heads.count as u64) + 12 * width
+    }
+
+    /// The backward through the wider stream's activation: gradients of its output and input, and of the residual.
+    pub(crate) fn backward(&self, heads: Heads) -> u64 {
+        10 * self.image.max(self.text) * heads.width() as u64
+    }
+
+    /// Without a graph: streams and the joined query, key and value beside their projections, or the MLP's hidden tokens
+    /// before and after the activation.
+    pub(crate) fn drawing(&self, heads: Heads) -> u64 {
+        (7 * self.tokens()).max(2 * self.tokens() + 8 * self.image.max(self.text)) * heads.width() as u64
+    }
+
+    /// Products of a double-stream block's weights: per token four projections and the MLP's two of four times the width;
+    /// per sample two modulations.
+    pub(crate) fn block_products(&self, heads: Heads) -> u64 {
+        let square = (heads.width() * heads.width()) as u64;
+        (self.tokens() + 1) * 12 * square
+    }
+
+    /// Products of one attention over all tokens: scores, and their product with the values.
+    pub(crate) fn attention_products(&self, heads: Heads) -> u64 {
+        2 * self.tokens() * self.tokens() * heads.width() as u64
+    }
+
+    /// Activations of the whole batch.
+    pub(crate) fn activations(&self, held: &Held) -> Activations {
+        Activations {
+            drawing: self.samples * held.drawing,
+            training: self.samples * (held.kept + held.backward),
+            checkpointed: self.samples * (held.passed + held.largest + held.backward),
+        }
+    }
+
+    /// Operations of the whole batch, by products of weights and of attentions for one sample; everything else is small
+    /// against them.
+    pub(crate) fn flops(&self, weights: u64, attention: u64) -> Flops {
+        // Each product is undone by one for its input and, where the weight learns, one for the weight; an adapter's
+        // are small. Attention computes its scores again and has four more products.
+        let by_weights = if self.rank.is_some() { weights } else { 2 * weights };
+        let flops = |products: u64| 2 * self.samples * products;
+        Flops { forward: flops(weights + attention), backward: flops(by_weights + 5 * attention / 2) }
+    }
+}

@@ -1,0 +1,317 @@
+//! Stable Diffusion 1 and 2 (arXiv 2112.10752) and SDXL (arXiv 2307.01952): a UNet over latents, conditioned on the
+//! states of CLIP's text encoders. It was trained on variance-preserving noise, which [`fewstep_flow::diffusion`] shows
+//! as flow matching.
+//!
+//! The folder layout is the published one (`model_index.json`, `unet/`, `text_encoder/`, `tokenizer/`, `vae/`,
+//! `scheduler/`; SDXL has `text_encoder_2/` and `tokenizer_2/` too).
+
+mod config;
+mod footprint;
+mod kind;
+mod published;
+mod spatial_transformer;
+mod text;
+mod unet;
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor, TensorData};
+use fewstep_flow::diffusion::{DiffusionConfig, NoiseTable, preserving, scale};
+use fewstep_flow::noise::TorchGenerator;
+use fewstep_flow::schedule::SchedulerConfig;
+use fewstep_kernels::HalfType;
+
+pub use config::UnetConfig;
+pub(crate) use kind::{BASE, Kind, XL};
+pub use unet::{AddedCondition, Unet, UnetCondition};
+
+use self::kind::{Configs, DENOISER};
+use self::text::TextEncoders;
+use crate::config_file::ConfigFile;
+use crate::family::{self, Defaults, Family, Settings};
+use crate::load_options::{rounded, store_weights};
+use crate::model_folder::SCHEDULER_FILE;
+use crate::parts::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
+use crate::weights::initialize;
+use crate::{Components, Condition, Linear, LoadOptions, ModelError, ModelSource, PromptLength};
+
+/// Pixels per latent pixel along one side, of every published autoencoder.
+const PUBLISHED_FACTOR: usize = 8;
+
+/// The components of one model.
+#[derive(Module, Debug)]
+pub struct StableDiffusion {
+    #[module(skip)]
+    kind: &'static Kind,
+    /// Absent where the denoiser alone was loaded.
+    text_encoder: Option<crate::ClipTextEncoder>,
+    /// SDXL's second; absent as the first.
+    text_encoder_2: Option<crate::ClipTextEncoder>,
+    /// The denoiser; absent where the encoders alone were loaded.
+    unet: Option<Unet>,
+    /// Pixels to latents and back; absent where the denoiser alone was loaded.
+    vae: Option<AutoencoderKl>,
+    /// What goes with the text encoders.
+    #[module(skip)]
+    text: TextEncoders,
+    #[module(skip)]
+    sizes: Sizes,
+    /// σ of the timesteps that the UNet is told.
+    #[module(skip)]
+    table: NoiseTable,
+    #[module(skip)]
+    settings: Settings,
+}
+
+/// What is known of components that may not be loaded.
+#[derive(Clone, Copy, Debug)]
+struct Sizes {
+    /// C.
+    channels: usize,
+    /// Pixels per latent pixel along one side.
+    factor: usize,
+    /// J.
+    text_width: usize,
+}
+
+/// The components with weights.
+struct Parts {
+    text_encoders: [Option<crate::ClipTextEncoder>; 2],
+    unet: Option<Unet>,
+    vae: Option<AutoencoderKl>,
+}
+
+impl StableDiffusion {
+    /// Loads the components that the options name.
+    fn from_pretrained(
+        kind: &'static Kind,
+        source: &ModelSource,
+        options: &LoadOptions,
+    ) -> Result<Self, ModelError> {
+        if options.components == Components::All {
+            Configs::read(kind, source)?; // checked against each other before anything large is read
+        }
+        let (device, dtype) = (&options.device, options.dtype);
+        let encoder = |name| crate::ClipTextEncoder::from_pretrained(source, name, dtype, device);
+        let encodes = options.components != Components::Denoiser;
+        let parts = Parts {
+            text_encoders: kind.encoders(|name| encodes.then(|| encoder(name)).transpose())?,
+            unet: match options.components {
+                Components::Encoders => None,
+                _ => Some(Unet::from_pretrained(source, dtype, device)?),
+            },
+            vae: match options.components {
+                Components::Denoiser => None,
+                _ => Some(store_weights(AutoencoderKl::from_pretrained(source, device)?, dtype)),
+            },
+        };
+        Self::with_parts(kind, source, parts, options)
+    }
+
+    /// The same with sizes and names but without weights.
+    fn outline(kind: &'static Kind, source: &ModelSource, options: &LoadOptions) -> Result<Self, ModelError> {
+        if options.components == Components::All {
+            Configs::read(kind, source)?;
+        }
+        let device = &options.device;
+        let encodes = options.components != Components::Denoiser;
+        let parts = Parts {
+            text_encoders: kind.encoders(|name| match encodes {
+                true => kind::unfilled_encoder(source, name, device).map(Some),
+                false => Ok(None),
+            })?,
+            unet: match options.components {
+                Components::Encoders => None,
+                _ => Some(Unet::unfilled(UnetConfig::read(source)?, device)),
+            },
+            vae: None,
+        };
+        Self::with_parts(kind, source, parts, options)
+    }
+
+    /// The configs with fresh weights; the autoencoder is loaded.
+    fn random(
+        kind: &'static Kind,
+        source: &ModelSource,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
+        let mut generator = TorchGenerator::new(seed);
+        let configs = Configs::read(kind, source)?;
+        let text_encoders = kind.encoders(|name| {
+            Ok(Some(initialize(kind::unfilled_encoder(source, name, device)?, &mut generator, &[])))
+        })?;
+        let unet = Unet::unfilled(configs.unet, device);
+        let parts = Parts {
+            text_encoders,
+            unet: Some(initialize(unet, &mut generator, unet::ZERO_AT_START)),
+            vae: Some(AutoencoderKl::from_pretrained(source, device)?),
+        };
+        Self::with_parts(kind, source, parts, &LoadOptions::default())
+    }
+
+    fn with_parts(
+        kind: &'static Kind,
+        source: &ModelSource,
+        parts: Parts,
+        options: &LoadOptions,
+    ) -> Result<Self, ModelError> {
+        let scheduler = ConfigFile::shared(source, SCHEDULER_FILE, kind.scheduler)?;
+        let scheduler = SchedulerConfig::from_json(&scheduler.text())?;
+        let table = scheduler.diffusion()?.table();
+        let text = TextEncoders::read(kind, source, &parts.text_encoders, &options.conventions)?;
+        let conventions =
+            options.conventions.or_max_prompt_tokens(text.limit().unwrap_or(text::PUBLISHED_LIMIT));
+        let [text_encoder, text_encoder_2] = parts.text_encoders;
+        Ok(Self {
+            kind,
+            text_encoder,
+            text_encoder_2,
+            sizes: Sizes::read(source, parts.unet.as_ref(), kind)?,
+            unet: parts.unet,
+            vae: parts.vae,
+            text,
+            table,
+            settings: Settings {
+                scheduler,
+                conventions,
+                dtype: options.dtype,
+                components: options.components,
+            },
+        })
+    }
+
+    fn encoders(&self) -> impl Iterator<Item = &crate::ClipTextEncoder> {
+        self.text_encoder.iter().chain(&self.text_encoder_2)
+    }
+
+    fn vae(&self) -> &AutoencoderKl {
+        self.vae.as_ref().expect("the autoencoder was loaded")
+    }
+
+    fn diffusion(&self) -> &DiffusionConfig {
+        self.settings.scheduler.diffusion().expect("checked when it was loaded")
+    }
+
+    /// What SDXL is told of pictures that are drawn whole, at their size.
+    fn added(&self, latents: [usize; 4], condition: &Condition) -> Option<AddedCondition> {
+        let pooled = condition.pooled.clone()?;
+        let [batch, _, height, width] = latents;
+        let [height, width] = [height, width].map(|side| (side * self.sizes.factor) as f32);
+        let sizes = [height, width, 0.0, 0.0, height, width];
+        let sizes = TensorData::new(sizes.repeat(batch), [batch, config::SIZES]);
+        Some(AddedCondition { sizes: Tensor::from_data(sizes, &pooled.device()), pooled })
+    }
+}
+
+impl Sizes {
+    fn read(source: &ModelSource, unet: Option<&Unet>, kind: &Kind) -> Result<Self, ModelError> {
+        let text_width = match unet {
+            Some(unet) => unet.config().cross_attention_dim,
+            None => kind.text_width(source)?,
+        };
+        match (AutoencoderKlConfig::read(source), unet) {
+            (Ok(vae), _) => Ok(Self { channels: vae.latent_channels, factor: vae.factor(), text_width }),
+            // Given files of the denoiser alone.
+            (Err(ModelError::NotBeside { .. }), Some(unet)) => {
+                Ok(Self { channels: unet.config().in_channels, factor: PUBLISHED_FACTOR, text_width })
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+}
+
+impl Family for StableDiffusion {
+    fn kind(&self) -> &'static dyn family::Kind {
+        self.kind
+    }
+
+    fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn settings_mut(&mut self) -> &mut Settings {
+        &mut self.settings
+    }
+
+    fn defaults(&self) -> Defaults {
+        Defaults { num_inference_steps: 50, cfg_scale: self.kind.cfg_scale, embedded_guidance: None }
+    }
+
+    fn encode_prompts(&self, prompts: &[String]) -> Result<Condition, ModelError> {
+        self.text.encode(self.encoders(), prompts, self.settings.dtype)
+    }
+
+    fn encode_negatives(&self, prompts: &[String]) -> Result<Condition, ModelError> {
+        let encoded = self.encode_prompts(prompts)?;
+        Ok(self.text.emptied(encoded, prompts, self.settings.conventions.peer))
+    }
+
+    fn prompt_tokens(&self, prompt: &str) -> Result<PromptLength, ModelError> {
+        self.text.length(prompt)
+    }
+
+    fn text_width(&self) -> usize {
+        self.sizes.text_width
+    }
+
+    fn pooled_width(&self) -> Option<usize> {
+        match (&self.unet, &self.text_encoder_2) {
+            (Some(unet), _) => unet.config().pooled_width(),
+            (None, encoder) => encoder.as_ref().map(|encoder| encoder.config().pooled_width()),
+        }
+    }
+
+    fn encode_images(&self, pixels: Tensor<4>) -> Tensor<4> {
+        self.vae().encode(pixels)
+    }
+
+    fn decode_latents(&self, latents: Tensor<4>) -> Tensor<4> {
+        self.vae().decode(latents)
+    }
+
+    fn latent_channels(&self) -> usize {
+        self.sizes.channels
+    }
+
+    fn latent_factor(&self) -> usize {
+        self.sizes.factor
+    }
+
+    /// The UNet takes latents of any size.
+    fn division_factor(&self) -> usize {
+        self.sizes.factor
+    }
+
+    fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {
+        let unet = self.unet.as_ref().expect("the denoiser was loaded");
+        let dtype = self.settings.dtype;
+        let told = UnetCondition { text: condition.text.clone(), added: self.added(noisy.dims(), condition) };
+        let shown = rounded(preserving(noisy.clone(), sigma.clone()), dtype);
+        let timestep = rounded(self.table.timestep(sigma.clone()), dtype);
+        let predicted = rounded(unet.forward(shown, timestep, told), dtype);
+        self.diffusion().prediction_type.velocity(predicted, noisy, sigma)
+    }
+
+    fn start(&self, noise: Tensor<4>, sigma: f32) -> Tensor<4> {
+        noise * self.diffusion().start_scale(sigma)
+    }
+
+    fn finish(&self, state: Tensor<4>, sigma: f32) -> Tensor<4> {
+        state / scale(sigma)
+    }
+
+    fn round_to(&mut self, component: &str, half: Option<HalfType>) {
+        match component {
+            DENOISER => {
+                self.denoiser_linears().into_iter().for_each(|(_, linear)| linear.rounded_to = half);
+            }
+            "text_encoder" => self.text_encoder.iter_mut().for_each(|encoder| encoder.round_to(half)),
+            "text_encoder_2" => self.text_encoder_2.iter_mut().for_each(|encoder| encoder.round_to(half)),
+            _ => {}
+        }
+    }
+
+    fn denoiser_linears(&mut self) -> Vec<(String, &mut Linear)> {
+        self.unet.as_mut().map(Unet::linears).unwrap_or_default()
+    }
+}
