@@ -1,6 +1,6 @@
 //! The operations and the sizes they are compared at.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use fewstep_kernels::{
     AdamW, AdamWStep, AttentionOptions, Gelu, HalfType, KeyMask, LowRank, Modulation, Moments, Projection,
     QkvStream, RotaryTable, attention, gated_residual, gelu, joint_qkv, linear, linear_concat, norm_modulate,
