@@ -162,8 +162,8 @@ fn a_roll_out_of_a_unet_passes_the_peers_states_on_its_timesteps() {
 }
 
 #[test]
-fn a_resumed_run_of_a_unet_equals_an_uninterrupted_one_to_the_bit() {
-    for peer in Peer::both() {
+fn a_resumed_run_of_any_family_equals_an_uninterrupted_one_to_the_bit() {
+    for peer in Peer::all() {
         let [whole, parts] = ["whole", "parts"].map(|name| Recipe {
             output_path: peer.folder.path().join(name),
             max_steps: Some(3),
