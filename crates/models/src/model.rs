@@ -407,6 +407,20 @@ impl Model {
         self
     }
 
+    /// The model with gradient checkpointing in its denoiser or without: backward passes compute the inside of each block
+    /// again instead of keeping it.
+    pub fn recomputing_blocks(mut self, recomputes_blocks: bool) -> Self {
+        if let Some(switch) = self.family_mut().recomputes_blocks_mut() {
+            *switch = recomputes_blocks;
+        }
+        self
+    }
+
+    /// Whether the denoiser has gradient checkpointing.
+    pub fn can_recompute_blocks(&mut self) -> bool {
+        self.family_mut().recomputes_blocks_mut().is_some()
+    }
+
     /// The denoiser's projections with their module names, for adapters.
     pub(crate) fn denoiser_linears(&mut self) -> Vec<(String, &mut Linear)> {
         self.family_mut().denoiser_linears()

@@ -326,6 +326,10 @@ impl Family for Flux {
         }
     }
 
+    fn recomputes_blocks_mut(&mut self) -> Option<&mut bool> {
+        self.transformer.as_mut().map(Transformer::recomputes_blocks_mut)
+    }
+
     fn denoiser_linears(&mut self) -> Vec<(String, &mut Linear)> {
         self.transformer.as_mut().map(Transformer::linears).unwrap_or_default()
     }

@@ -8,7 +8,7 @@ use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_kernels::{
     AttentionOptions, Modulation, RotaryTable, attention, gated_residual, linear_concat, norm_modulate,
-    rms_norm, split_tokens,
+    recomputed, rms_norm, split_tokens,
 };
 
 use super::config::TransformerConfig;
@@ -66,6 +66,9 @@ pub struct Transformer {
     layers: Vec<Block>,
     #[module(skip)]
     config: TransformerConfig,
+    /// Backward passes compute the inside of each block again instead of keeping it.
+    #[module(skip)]
+    recomputes_blocks: bool,
 }
 
 #[derive(Module, Debug)]
@@ -155,7 +158,13 @@ impl Transformer {
             cap_pad_token: unfilled([1, width], device),
             layers: blocks(config.n_layers, true),
             config: config.clone(),
+            recomputes_blocks: false,
         }
+    }
+
+    /// The switch of gradient checkpointing.
+    pub(super) fn recomputes_blocks_mut(&mut self) -> &mut bool {
+        &mut self.recomputes_blocks
     }
 
     /// The config it was made with.
@@ -189,17 +198,37 @@ impl Transformer {
         let tables = self.tables(text_tokens, [rows, columns]);
         let mut image = self.embed_image(packed);
         for block in &self.noise_refiner {
-            image = block.forward(image, Some(&time), &tables.image, &self.config);
+            image = self.through(block, image, Some(&time), &tables.image);
         }
         let mut text = self.embed_text(condition, text_tokens);
         for block in &self.context_refiner {
-            text = block.forward(text, None, &tables.text, &self.config);
+            text = self.through(block, text, None, &tables.text);
         }
         let mut tokens = Tensor::cat(vec![image, text], 1);
         for block in &self.layers {
-            tokens = block.forward(tokens, Some(&time), &tables.joint, &self.config);
+            tokens = self.through(block, tokens, Some(&time), &tables.joint);
         }
         self.all_final_layer.forward(split_tokens(tokens, 0..image_tokens), time)
+    }
+
+    /// Runs a block, whose inside is kept or computed again.
+    fn through(
+        &self,
+        block: &Block,
+        x: Tensor<3>,
+        time: Option<&Tensor<2>>,
+        rotary: &RotaryTable,
+    ) -> Tensor<3> {
+        if !self.recomputes_blocks || !x.device().is_autodiff() {
+            return block.forward(x, time, rotary, &self.config);
+        }
+        let (rotary, config) = (rotary.clone(), self.config.clone());
+        match time {
+            Some(time) => recomputed(block, [x, time.clone().unsqueeze_dim(1)], move |block, [x, time]| {
+                block.forward(x, Some(&time.squeeze_dim(1)), &rotary, &config)
+            }),
+            None => recomputed(block, [x], move |block, [x]| block.forward(x, None, &rotary, &config)),
+        }
     }
 
     /// `[B, N, 4C]` to `[B, N', D]`, N' a multiple of [`MULTIPLE`].

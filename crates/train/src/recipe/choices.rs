@@ -138,8 +138,12 @@ pub enum Compute {
 #[value(rename_all = "snake_case")]
 pub enum Activation {
     /// The tanh form of GELU, which the published weights were trained with.
+    #[serde(alias = "gelu-tanh")]
+    #[value(alias = "gelu-tanh")]
     Tanh,
     /// x·sigmoid(1.702 x), which DiffSynth-Studio computes.
+    #[serde(alias = "gelu-sigmoid")]
+    #[value(alias = "gelu-sigmoid")]
     Sigmoid,
 }
 
