@@ -154,11 +154,7 @@ impl Stream {
 
     fn before(&self, x: Tensor<3>, modulation: Tensor<2>) -> QkvStream {
         let normed = norm_modulate(x, modulation, Modulation { shift: 0, scale: 1 }, EPSILON);
-        QkvStream {
-            qkv: self.qkv.forward(normed),
-            norm_q: self.norm_q.val(),
-            norm_k: self.norm_k.val(),
-        }
+        QkvStream { qkv: self.qkv.forward(normed), norm_q: self.norm_q.val(), norm_k: self.norm_k.val() }
     }
 
     fn after(&self, x: Tensor<3>, attended: Tensor<3>, modulation: Tensor<2>) -> Tensor<3> {
@@ -170,12 +166,19 @@ impl Stream {
 }
 
 impl Block {
-    fn forward(&self, [image, text]: [Tensor<3>; 2], time: &Tensor<2>, rotary: &RotaryTable) -> [Tensor<3>; 2] {
+    fn forward(
+        &self,
+        [image, text]: [Tensor<3>; 2],
+        time: &Tensor<2>,
+        rotary: &RotaryTable,
+    ) -> [Tensor<3>; 2] {
         let (images, texts) = (image.dims()[1], text.dims()[1]);
         let modulations = [&self.image, &self.text].map(|stream| stream.modulation.forward(time.clone()));
         let [by_image, by_text] = modulations;
-        let (image_qkv, text_qkv) =
-            (self.image.before(image.clone(), by_image.clone()), self.text.before(text.clone(), by_text.clone()));
+        let (image_qkv, text_qkv) = (
+            self.image.before(image.clone(), by_image.clone()),
+            self.text.before(text.clone(), by_text.clone()),
+        );
         let qkv = joint_qkv(text_qkv, image_qkv, HEADS, rotary, EPSILON);
         let joint = attention(qkv, AttentionOptions::default());
         let attended_text = split_tokens(joint.clone(), 0..texts);

@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use fewstep::args::{Cli, Command};
 use fewstep::progress::Terminal;
-use fewstep::{INTERRUPTED, WRONG_USAGE, demo, download, evaluate, generate, inspect, lora, selftest, train, watch};
+use fewstep::{
+    INTERRUPTED, WRONG_USAGE, demo, download, evaluate, generate, inspect, lora, selftest, train, watch,
+};
 
 fn main() -> ExitCode {
     fewstep_kernels::tune_allocator();

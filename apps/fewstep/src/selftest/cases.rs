@@ -1,6 +1,6 @@
 //! The operations and the sizes they are compared at.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use fewstep_kernels::{
     AdamW, AdamWStep, AttentionOptions, Gelu, HalfType, KeyMask, LowRank, Modulation, Moments, Projection,
     QkvStream, RotaryTable, attention, gated_residual, gelu, joint_qkv, linear, linear_concat, norm_modulate,
@@ -59,8 +59,11 @@ fn dense(inputs: &mut Inputs, input: usize, output: usize) -> Projection {
 fn adapted(inputs: &mut Inputs, input: usize, output: usize) -> Projection {
     let scale = (input as f32).sqrt().recip();
     let (weight, bias) = (inputs.frozen([output, input], scale), inputs.frozen([output], 0.1));
-    let low_rank =
-        LowRank { down: inputs.learning([RANK, input], scale), up: inputs.learning([output, RANK], 0.25), scale: 0.5 };
+    let low_rank = LowRank {
+        down: inputs.learning([RANK, input], scale),
+        up: inputs.learning([output, RANK], 0.25),
+        scale: 0.5,
+    };
     Projection { weight, rounded_to: None, bias: Some(bias), low_rank: Some(low_rank) }
 }
 
@@ -87,7 +90,7 @@ fn linear_case(
         tolerance: SUMS,
         operation: Box::new(move |which, inputs| {
             let (x, projection) = (inputs.learning([BATCH, IMAGE, input], 1.0), projection(inputs));
-            let linear = either(which, linear, plain::linear);
+            let linear = [linear::<3>, plain::linear::<3>][which as usize];
             Box::new(move || linear(x.clone(), projection.clone()).flatten(0, 2))
         }),
     }
@@ -105,7 +108,7 @@ fn modulation_case() -> Check {
         tolerance: SUMS,
         operation: Box::new(move |which, inputs| {
             let (x, projection) = (inputs.learning([BATCH, input], 1.0), dense(inputs, input, output));
-            let linear = either(which, linear::<2>, plain::linear::<2>);
+            let linear = [linear::<2>, plain::linear::<2>][which as usize];
             Box::new(move || linear(x.clone(), projection.clone()).flatten(0, 1))
         }),
     }
@@ -123,7 +126,7 @@ fn concat_case() -> Check {
         operation: Box::new(|which, inputs| {
             let x = inputs.learning([BATCH, IMAGE, WIDTH], 1.0);
             let three = [0; 3].map(|_| dense(inputs, WIDTH, WIDTH));
-            let linear_concat = either(which, linear_concat, plain::linear_concat);
+            let linear_concat = [linear_concat::<3>, plain::linear_concat::<3>][which as usize];
             Box::new(move || linear_concat(x.clone(), three.clone()).flatten(0, 2))
         }),
     }
@@ -147,7 +150,7 @@ fn attention_case(name: &'static str, options: AttentionOptions) -> Check {
         tolerance: SUMS,
         operation: Box::new(move |which, inputs| {
             let (qkv, options) = (inputs.learning([3, BATCH, HEADS, tokens, HEAD], 1.0), options.clone());
-            let attention = either(which, attention, plain::attention);
+            let attention = [attention, plain::attention][which as usize];
             Box::new(move || attention(qkv.clone(), options.clone()).flatten(0, 2))
         }),
     }
@@ -171,7 +174,7 @@ fn joint_qkv_case() -> Check {
             norm_k: inputs.learning([HEAD], 1.0),
         };
         let (text, image, rotary) = (stream(TEXT), stream(IMAGE), rotary());
-        let joint_qkv = either(which, joint_qkv, plain::joint_qkv);
+        let joint_qkv = [joint_qkv, plain::joint_qkv][which as usize];
         Box::new(move || joint_qkv(text.clone(), image.clone(), HEADS, &rotary, EPSILON).flatten(0, 4))
     })
 }
@@ -180,7 +183,7 @@ fn norm_modulate_case() -> Check {
     memory_case("norm and modulation", BATCH * IMAGE * WIDTH, 2.0, 1.5, SUMS, |which, inputs| {
         let (x, modulation) = token_inputs(inputs);
         let at = Modulation { shift: 0, scale: 1 };
-        let norm_modulate = either(which, norm_modulate, plain::norm_modulate);
+        let norm_modulate = [norm_modulate, plain::norm_modulate][which as usize];
         Box::new(move || norm_modulate(x.clone(), modulation.clone(), at, EPSILON).flatten(0, 2))
     })
 }
@@ -188,7 +191,7 @@ fn norm_modulate_case() -> Check {
 fn rms_norm_case() -> Check {
     memory_case("rms norm", BATCH * IMAGE * WIDTH, 2.0, 1.5, SUMS, |which, inputs| {
         let (x, weight) = (inputs.learning([BATCH, IMAGE, WIDTH], 1.0), inputs.learning([WIDTH], 1.0));
-        let rms_norm = either(which, rms_norm, plain::rms_norm);
+        let rms_norm = [rms_norm::<3>, plain::rms_norm::<3>][which as usize];
         Box::new(move || rms_norm(x.clone(), weight.clone(), EPSILON).flatten(0, 2))
     })
 }
@@ -197,7 +200,7 @@ fn gated_residual_case() -> Check {
     memory_case("gated residual", BATCH * IMAGE * WIDTH, 3.0, 1.0, SUMS, |which, inputs| {
         let (x, modulation) = token_inputs(inputs);
         let update = inputs.learning([BATCH, IMAGE, WIDTH], 1.0);
-        let gated_residual = either(which, gated_residual, plain::gated_residual);
+        let gated_residual = [gated_residual, plain::gated_residual][which as usize];
         Box::new(move || gated_residual(x.clone(), update.clone(), modulation.clone(), 2).flatten(0, 2))
     })
 }
@@ -209,7 +212,7 @@ fn token_inputs(inputs: &mut Inputs) -> (Tensor<3>, Tensor<2>) {
 fn gelu_case(name: &'static str, kind: Gelu) -> Check {
     memory_case(name, BATCH * IMAGE * 4 * WIDTH, 2.0, 1.5, ROUNDINGS, move |which, inputs| {
         let x = inputs.learning([BATCH, IMAGE, 4 * WIDTH], 1.0);
-        let gelu = either(which, gelu, plain::gelu);
+        let gelu = [gelu::<3>, plain::gelu::<3>][which as usize];
         Box::new(move || gelu(x.clone(), kind).flatten(0, 2))
     })
 }
@@ -217,7 +220,7 @@ fn gelu_case(name: &'static str, kind: Gelu) -> Check {
 fn split_tokens_case() -> Check {
     memory_case("taking tokens", BATCH * IMAGE * WIDTH, 2.0, 1.0, 0.0, |which, inputs| {
         let joint = inputs.learning([BATCH, TEXT + IMAGE, WIDTH], 1.0);
-        let split_tokens = either(which, split_tokens, plain::split_tokens);
+        let split_tokens = [split_tokens, plain::split_tokens][which as usize];
         Box::new(move || split_tokens(joint.clone(), TEXT..TEXT + IMAGE).flatten(0, 2))
     })
 }
@@ -235,10 +238,12 @@ fn block_case() -> Check {
         operation: Box::new(|which, inputs| {
             let (x, modulation) = token_inputs(inputs);
             let (up, down) = (dense(inputs, WIDTH, 4 * WIDTH), dense(inputs, 4 * WIDTH, WIDTH));
-            let norm = either(which, norm_modulate, plain::norm_modulate);
-            let linear = either(which, linear, plain::linear);
-            let (gelu, residual) =
-                (either(which, gelu, plain::gelu), either(which, gated_residual, plain::gated_residual));
+            let norm = [norm_modulate, plain::norm_modulate][which as usize];
+            let linear = [linear::<3>, plain::linear::<3>][which as usize];
+            let (gelu, residual) = (
+                [gelu::<3>, plain::gelu::<3>][which as usize],
+                [gated_residual, plain::gated_residual][which as usize],
+            );
             let at = Modulation { shift: 3, scale: 4 };
             Box::new(move || {
                 let normed = norm(x.clone(), modulation.clone(), at, EPSILON);
@@ -253,7 +258,7 @@ fn adamw_case() -> Check {
     let numbers = 12 * WIDTH * WIDTH;
     memory_case("AdamW", numbers, 7.0, 0.0, ROUNDINGS, move |which, inputs| {
         let (parameter, gradient) = (inputs.frozen([numbers], 1.0), inputs.frozen([numbers], 1.0));
-        let step = either(which, AdamW::step, plain::adamw_step);
+        let step = [AdamW::step::<1>, plain::adamw_step::<1>][which as usize];
         let at = AdamWStep { learning_rate: 1e-2, gradient_scale: 0.5, step: 1 };
         Box::new(move || {
             let mut moments = Moments::zeros(numbers);
@@ -276,16 +281,10 @@ fn memory_case(
     Check { name, size, flops: 0.0, bytes, backward_passes, tolerance, operation: Box::new(operation) }
 }
 
-fn either<F>(which: Which, fused: F, plain: F) -> F {
-    match which {
-        Which::Fused => fused,
-        Which::Plain => plain,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::tensor::Device;
 
     #[test]
     fn every_operation_agrees_with_its_twin_on_this_machine() {

@@ -111,7 +111,9 @@ fn line(check: &Check, found: &Found, limits: Limits) -> String {
 fn verdict(differing: &[&str], checked: usize) -> String {
     match differing {
         [] => format!("all {checked} operations agree with their twins"),
-        names => format!("{} of {checked} operations differ from their twins: {}", names.len(), names.join(", ")),
+        names => {
+            format!("{} of {checked} operations differ from their twins: {}", names.len(), names.join(", "))
+        }
     }
 }
 

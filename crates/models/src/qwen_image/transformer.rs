@@ -360,7 +360,13 @@ impl Block {
     fn forward(&self, streams: Streams, shared: &Shared) -> Streams {
         let (attended, modulations) = self.attend(&streams, shared);
         Streams {
-            image: self.after_attention(Side::Image, streams.image, attended.image, modulations.image, shared),
+            image: self.after_attention(
+                Side::Image,
+                streams.image,
+                attended.image,
+                modulations.image,
+                shared,
+            ),
             text: self.after_attention(Side::Text, streams.text, attended.text, modulations.text, shared),
         }
     }
@@ -378,10 +384,7 @@ impl Block {
             let Streams { image, text } = block.forward(streams, shared);
             Tensor::cat(vec![text, image], 1)
         }); // [B, S + N, D]
-        Streams {
-            text: split_tokens(joint.clone(), 0..text),
-            image: split_tokens(joint, text..text + image),
-        }
+        Streams { text: split_tokens(joint.clone(), 0..text), image: split_tokens(joint, text..text + image) }
     }
 
     /// [`Block::forward_image`] with gradient checkpointing.

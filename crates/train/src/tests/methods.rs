@@ -166,8 +166,7 @@ fn batches_accumulate_to_the_large_batch() {
 #[test]
 fn the_flow_matching_gradient_of_recomputed_blocks_is_that_of_kept_ones() {
     let bench = Bench::new().with_pictures();
-    let recipe =
-        Recipe { task: Task::Sft, lora_base_model: Some("transformer".into()), ..bench.recipe() };
+    let recipe = Recipe { task: Task::Sft, lora_base_model: Some("transformer".into()), ..bench.recipe() };
     let start = bench.model();
     let data = dataset(&recipe, &start);
     let method = FlowMatching::new(&recipe);

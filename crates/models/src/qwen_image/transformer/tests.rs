@@ -133,7 +133,10 @@ fn rotation_angles_equal_the_peers() {
 
 /// The output at a case's inputs, the gradient by the packed latents, and those by all parameters by name; `None` where a
 /// parameter has none.
-fn gradients(case: &Case, transformer: Transformer) -> (Tensor<3>, Tensor<3>, Vec<(String, Option<Vec<f32>>)>) {
+fn gradients(
+    case: &Case,
+    transformer: Transformer,
+) -> (Tensor<3>, Tensor<3>, Vec<(String, Option<Vec<f32>>)>) {
     struct Read<'a>(&'a Gradients, Vec<(String, Option<Vec<f32>>)>);
     impl NamedVisitor for Read<'_> {
         fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {

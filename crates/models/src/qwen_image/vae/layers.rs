@@ -1,11 +1,8 @@
 //! The layers of the autoencoder, on the one frame a picture has.
 
 use burn::module::{Module, Param};
-use burn::tensor::activation::silu;
-use burn::tensor::module::conv2d;
-use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Tensor};
-use fewstep_kernels::{AttentionOptions, attention};
+use fewstep_kernels::{After, AttentionOptions, ConvShape, attention, channel_norm, conv2d};
 
 use crate::weights::unfilled;
 
@@ -39,7 +36,7 @@ impl CausalConv {
     pub(super) fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let weight = last_frame(self.weight.val()).squeeze_dim::<4>(2); // [out, in, k, k]
         let [_, _, kernel, _] = weight.dims();
-        convolve(x, weight, self.bias.val(), ConvOptions::new([1; 2], [kernel / 2; 2], [1; 2], 1))
+        conv2d(x, weight, Some(self.bias.val()), ConvShape::same(kernel / 2))
     }
 }
 
@@ -62,33 +59,12 @@ impl Conv {
         Self { weight: unfilled([output, input, kernel, kernel], device), bias: unfilled([output], device) }
     }
 
-    fn forward(&self, x: Tensor<4>, options: ConvOptions<2>) -> Tensor<4> {
-        convolve(x, self.weight.val(), self.bias.val(), options)
+    fn forward(&self, x: Tensor<4>, shape: ConvShape) -> Tensor<4> {
+        conv2d(x, self.weight.val(), Some(self.bias.val()), shape)
     }
 }
 
-fn convolve(x: Tensor<4>, weight: Tensor<4>, bias: Tensor<1>, options: ConvOptions<2>) -> Tensor<4> {
-    conv2d(x, weight, Some(bias), options)
-}
-
-/// A 1×1 convolution's options.
-fn pointwise() -> ConvOptions<2> {
-    ConvOptions::new([1; 2], [0; 2], [1; 2], 1)
-}
-
-/// Scales the channels of each pixel to length √C, then each channel by `gamma`.
-///
-/// # Shapes
-/// - `x`: `[B, C, H, W]`; `gamma`: `[C, 1, ..]`
-fn normalize<const D: usize>(x: Tensor<4>, gamma: Tensor<D>) -> Tensor<4> {
-    // torch's `normalize` divides by max(length, 1e-12); clamped under the root, the gradient of zero is finite.
-    const SMALLEST_SQUARE: f32 = 1e-24;
-    let channels = x.dims()[1];
-    let length = x.clone().square().sum_dim(1).clamp_min(SMALLEST_SQUARE).sqrt();
-    x / length * gamma.reshape([1, channels, 1, 1]).mul_scalar((channels as f32).sqrt())
-}
-
-/// [`normalize`] over frames.
+/// [`channel_norm`] over frames.
 #[derive(Module, Debug)]
 pub(super) struct Norm {
     /// `[C, 1, 1, 1]`
@@ -100,12 +76,12 @@ impl Norm {
         Self { gamma: unfilled([channels, 1, 1, 1], device) }
     }
 
-    pub(super) fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        normalize(x, self.gamma.val())
+    pub(super) fn forward(&self, x: Tensor<4>, after: After) -> Tensor<4> {
+        channel_norm(x, self.gamma.val().flatten(0, 3), after)
     }
 }
 
-/// [`normalize`] within one frame: files give its weight another rank.
+/// [`channel_norm`] within one frame: files give its weight another rank.
 #[derive(Module, Debug)]
 struct FrameNorm {
     /// `[C, 1, 1]`
@@ -135,8 +111,8 @@ impl ResidualBlock {
     }
 
     pub(super) fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let hidden = self.conv1.forward(silu(self.norm1.forward(x.clone())));
-        let hidden = self.conv2.forward(silu(self.norm2.forward(hidden)));
+        let hidden = self.conv1.forward(self.norm1.forward(x.clone(), After::Silu));
+        let hidden = self.conv2.forward(self.norm2.forward(hidden, After::Silu));
         match &self.conv_shortcut {
             Some(shortcut) => hidden + shortcut.forward(x),
             None => hidden + x,
@@ -163,15 +139,15 @@ impl AttentionBlock {
 
     pub(super) fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let [batch, channels, height, width] = x.dims();
-        let normed = normalize(x.clone(), self.norm.gamma.val());
+        let normed = channel_norm(x.clone(), self.norm.gamma.val().flatten(0, 2), After::Nothing);
         let qkv = self
             .to_qkv
-            .forward(normed, pointwise())
+            .forward(normed, ConvShape::same(0))
             .reshape([batch, 3, 1, channels, height * width])
             .permute([1, 0, 2, 4, 3]); // [3, B, 1, H · W, C]
         let attended = attention(qkv, AttentionOptions::default()); // [B, H · W, C]
         let attended = attended.swap_dims(1, 2).reshape([batch, channels, height, width]);
-        self.proj.forward(attended, pointwise()) + x
+        self.proj.forward(attended, ConvShape::same(0)) + x
     }
 }
 
@@ -232,8 +208,7 @@ impl Resampler {
 
     /// `[B, C, H, W]` to `[B, C, H/2, W/2]`; the zeros that the kernel needs are right and below.
     pub(super) fn halve(&self, x: Tensor<4>) -> Tensor<4> {
-        let padding = [(0, 1); 2];
-        self.resample.forward(x, ConvOptions { padding, ..ConvOptions::new([2; 2], [0; 2], [1; 2], 1) })
+        self.resample.forward(x, ConvShape { stride: 2, before: 0, after: 1 })
     }
 
     /// `[B, C, H, W]` to `[B, C/2, 2H, 2W]`; each pixel becomes four before the convolution.
@@ -243,6 +218,6 @@ impl Resampler {
             .reshape([batch, channels, height, 1, width, 1])
             .expand([batch, channels, height, 2, width, 2])
             .reshape([batch, channels, 2 * height, 2 * width]);
-        self.resample.forward(repeated, ConvOptions::new([1; 2], [1; 2], [1; 2], 1))
+        self.resample.forward(repeated, ConvShape::same(1))
     }
 }
