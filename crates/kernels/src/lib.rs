@@ -32,7 +32,6 @@ mod simd;
 #[cfg(test)]
 mod testing;
 mod tokens;
-mod transpose;
 mod weight;
 
 pub use activation::{Gelu, gelu};
