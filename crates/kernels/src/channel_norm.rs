@@ -119,8 +119,8 @@ impl ChannelNorm {
     #[inline(always)]
     fn piece_forward(&self, x: &[f32], gamma: &[f32], mut piece: Piece<'_>) {
         let inverse = self.inverse_lengths(x, &piece);
-        for channel in 0..self.channels {
-            let (x, scale) = (self.line(x, &piece, channel), self.scale(gamma[channel]));
+        for (channel, gamma) in gamma.iter().enumerate() {
+            let (x, scale) = (self.line(x, &piece, channel), self.scale(*gamma));
             let elements = piece.output[channel].iter_mut().zip(x).zip(&inverse);
             match self.after {
                 After::Nothing => elements.for_each(|((y, x), inverse)| *y = x * inverse * scale),
@@ -152,10 +152,11 @@ impl ChannelNorm {
     fn piece_backward(&self, x: &[f32], gamma: &[f32], gradient: &[f32], mut piece: Piece<'_>) -> Vec<f32> {
         let inverse = self.inverse_lengths(x, &piece);
         let mut projections = vec![0.0_f32; inverse.len()];
-        let mut by_gamma = vec![0.0_f32; self.channels];
-        for channel in 0..self.channels {
+        let mut by_gamma = Vec::with_capacity(self.channels);
+        for (channel, gamma) in gamma.iter().enumerate() {
+            let mut by_scale = 0.0_f32;
             let (x, seen) = (self.line(x, &piece, channel), self.line(gradient, &piece, channel));
-            let scale = self.scale(gamma[channel]);
+            let scale = self.scale(*gamma);
             let lines = piece.output[channel].iter_mut().zip(x).zip(seen).zip(&inverse).zip(&mut projections);
             for ((((by_normal, x), seen), inverse), projection) in lines {
                 let normal = x * inverse;
@@ -163,11 +164,11 @@ impl ChannelNorm {
                     After::Nothing => *seen,
                     After::Silu => seen * silu(normal * scale).1,
                 };
-                by_gamma[channel] += by_scaled * normal;
+                by_scale += by_scaled * normal;
                 *by_normal = by_scaled * scale;
                 *projection = normal.mul_add(*by_normal, *projection);
             }
-            by_gamma[channel] = self.scale(by_gamma[channel]);
+            by_gamma.push(self.scale(by_scale));
         }
         for channel in 0..self.channels {
             let x = self.line(x, &piece, channel);

@@ -288,7 +288,7 @@ impl Convolution {
     }
 
     fn by_weight(&self, x: &[f32], gradient: &[f32]) -> Vec<f32> {
-        let (pixels, depth) = (self.target.pixels(), self.input * self.taps());
+        let depth = self.input * self.taps();
         let groups: Vec<Range<usize>> = ranges(self.input, CHANNELS).collect();
         let parts: Vec<Vec<f32>> =
             groups.par_iter().map(|channels| self.by_weight_of(x, gradient, channels.clone())).collect();
@@ -299,7 +299,6 @@ impl Convolution {
                 output[channels.start * self.taps()..][..taps].copy_from_slice(part);
             }
         }
-        debug_assert_eq!(gradient.len(), self.batch * self.output * pixels);
         output
     }
 
