@@ -154,7 +154,7 @@ def ratios(row, rounds):
 
 
 def shown(values, target):
-    text = f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+    text = f"{statistics.median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
     if target is None:
         return text, True
     met = statistics.median(values) <= target

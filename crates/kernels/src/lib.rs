@@ -8,13 +8,15 @@
 //! Everything is `f32`, save that a linear layer's weight may be stored in bf16 or f16. The same input gives the same bits on every run: work is cut into fixed pieces that do not
 //! depend on which thread runs them. `unsafe` code of the project lives here.
 //!
-//! The crate leaves out convolution, mixed precision and anything that reads or writes files.
+//! The crate leaves out mixed precision and anything that reads or writes files.
 
 mod activation;
 mod adamw;
 mod adamw8bit;
 mod allocator;
 mod attention;
+mod channel_norm;
+mod conv;
 mod extension;
 mod inject;
 mod linear;
@@ -30,7 +32,6 @@ mod simd;
 #[cfg(test)]
 mod testing;
 mod tokens;
-mod transpose;
 mod weight;
 
 pub use activation::{Gelu, gelu};
@@ -38,6 +39,8 @@ pub use adamw::{AdamW, AdamWStep, Moments, added, lerp_in_place, squared_norm};
 pub use adamw8bit::Moments8bit;
 pub use allocator::tune_allocator;
 pub use attention::{AttentionOptions, KeyMask, attention};
+pub use channel_norm::{After, channel_norm};
+pub use conv::{ConvShape, conv2d};
 pub use extension::{updated, with_values};
 pub use inject::inject;
 pub use linear::{LowRank, Projection, linear, linear_concat};

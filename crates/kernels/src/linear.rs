@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::matmul::{Cores, Matrix, MatrixMut, Output, multiply};
-use crate::weight::{HalfType, with_f32, with_transpose};
+use crate::weight::{HalfType, with_f32};
 use crate::{parallel, plain, simd};
 
 /// A low-rank branch added to a linear layer: `scale · (x downᵀ) upᵀ`.
@@ -189,13 +189,13 @@ fn add_product(
     weight: &Values,
     (target, mode): (&mut [f32], Output),
 ) {
-    if layout.rows <= FEW_ROWS {
-        return with_f32(weight, part.rounded_to, |weight| few_rows(layout, x, weight, (target, mode)));
-    }
-    let x = Matrix::new(x, layout.rows, layout.input);
-    let columns = MatrixMut::strided(target, layout.rows, part.output, layout.width);
-    with_transpose(weight, part.rounded_to, [part.output, layout.input], |weight| {
-        let weight = Matrix::new(weight, layout.input, part.output);
+    with_f32(weight, part.rounded_to, |weight| {
+        if (1..=FEW_ROWS).contains(&layout.rows) {
+            return few_rows(layout, x, weight, (target, mode));
+        }
+        let x = Matrix::new(x, layout.rows, layout.input);
+        let weight = Matrix::new(weight, part.output, layout.input).transposed();
+        let columns = MatrixMut::strided(target, layout.rows, part.output, layout.width);
         multiply((columns, mode), 1.0, x, weight, Cores::All);
     });
 }

@@ -3,14 +3,16 @@
 
 use std::ops::Range;
 
-use burn::tensor::activation::{sigmoid, softmax};
+use burn::tensor::activation::{sigmoid, silu, softmax};
+use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
 
 use crate::activation::{SIGMOID_SLOPE, TANH_CUBIC, TANH_SCALE};
 use crate::adamw::Factors;
+use crate::channel_norm::SMALLEST_LENGTH;
 use crate::{
-    AdamW, AdamWStep, AttentionOptions, Gelu, HalfType, KeyMask, LowRank, Modulation, Moments, Projection,
-    QkvStream, RotaryTable,
+    AdamW, AdamWStep, After, AttentionOptions, ConvShape, Gelu, HalfType, KeyMask, LowRank, Modulation,
+    Moments, Projection, QkvStream, RotaryTable,
 };
 
 /// See [`crate::linear`].
@@ -177,6 +179,27 @@ fn hidden_keys(
 
 fn padding(keys: &KeyMask, batch: usize, tokens: usize) -> Vec<bool> {
     (0..batch).flat_map(|sample| (0..tokens).map(move |key| keys.hidden(sample).contains(&key))).collect()
+}
+
+/// See [`crate::conv2d`].
+pub fn conv2d(x: Tensor<4>, weight: Tensor<4>, bias: Option<Tensor<1>>, shape: ConvShape) -> Tensor<4> {
+    let ConvShape { stride, before, after } = shape;
+    let options =
+        ConvOptions { padding: [(before, after); 2], ..ConvOptions::new([stride; 2], [0; 2], [1; 2], 1) };
+    burn::tensor::module::conv2d(x, weight, bias, options)
+}
+
+/// See [`crate::channel_norm`].
+pub fn channel_norm(x: Tensor<4>, gamma: Tensor<1>, after: After) -> Tensor<4> {
+    let [_, channels, _, _] = x.dims();
+    // Clamped under the root, so that the gradient of zero is finite.
+    let length = x.clone().square().sum_dim(1).clamp_min(SMALLEST_LENGTH * SMALLEST_LENGTH).sqrt();
+    let scale = gamma.reshape([1, channels, 1, 1]).mul_scalar((channels as f32).sqrt());
+    let scaled = x / length * scale;
+    match after {
+        After::Nothing => scaled,
+        After::Silu => silu(scaled),
+    }
 }
 
 /// See [`crate::split_tokens`].

@@ -284,6 +284,7 @@ fn memory_case(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::tensor::Device;
 
     #[test]
     fn every_operation_agrees_with_its_twin_on_this_machine() {

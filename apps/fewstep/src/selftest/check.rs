@@ -6,7 +6,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_kernels::inject;
 
-/// Which of two implementations.
+/// Which of two implementations, in this order where both stand in an array.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Which {
     /// The operation under test.

@@ -1,9 +1,8 @@
 //! Convolutions over pictures, and how they change the resolution.
 
 use burn::module::{Module, Param};
-use burn::tensor::module::conv2d;
-use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use fewstep_kernels::{ConvShape, conv2d};
 
 use crate::weights::unfilled;
 
@@ -23,16 +22,16 @@ impl Conv2d {
     /// `[B, in, H, W]` to `[B, out, H, W]`, with zeros around the picture.
     pub(crate) fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let [_, _, kernel, _] = self.weight.dims();
-        self.convolve(x, ConvOptions::new([1; 2], [kernel / 2; 2], [1; 2], 1))
+        self.convolve(x, ConvShape::same(kernel / 2))
     }
 
     /// `[B, in, H, W]` to `[B, out, ⌈H/2⌉, ⌈W/2⌉]`; of odd sides [`Padding::RightAndBelow`] drops the half.
     pub(crate) fn halve(&self, x: Tensor<4>, padding: Padding) -> Tensor<4> {
-        let padding = match padding {
-            Padding::Around => [(1, 1); 2],
-            Padding::RightAndBelow => [(0, 1); 2],
+        let before = match padding {
+            Padding::Around => 1,
+            Padding::RightAndBelow => 0,
         };
-        self.convolve(x, ConvOptions { padding, ..ConvOptions::new([2; 2], [0; 2], [1; 2], 1) })
+        self.convolve(x, ConvShape { stride: 2, before, after: 1 })
     }
 
     /// `[B, in, H, W]` to `[B, out, height, width]`; pixels are repeated before the convolution.
@@ -46,8 +45,8 @@ impl Conv2d {
         self.enlarge(x, [2 * height, 2 * width])
     }
 
-    fn convolve(&self, x: Tensor<4>, options: ConvOptions<2>) -> Tensor<4> {
-        conv2d(x, self.weight.val(), Some(self.bias.val()), options)
+    fn convolve(&self, x: Tensor<4>, shape: ConvShape) -> Tensor<4> {
+        conv2d(x, self.weight.val(), Some(self.bias.val()), shape)
     }
 }
 

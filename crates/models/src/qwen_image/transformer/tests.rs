@@ -135,13 +135,12 @@ fn rotation_angles_equal_the_peers() {
     }
 }
 
-/// The output at a case's inputs, the gradient by the packed latents, and those by all parameters by name; `None` where a
-/// parameter has none.
-fn gradients(
-    case: &Case,
-    transformer: Transformer,
-) -> (Tensor<3>, Tensor<3>, Vec<(String, Option<Vec<f32>>)>) {
-    struct Read<'a>(&'a Gradients, Vec<(String, Option<Vec<f32>>)>);
+/// The gradients of parameters by name; `None` where one has none.
+type ByName = Vec<(String, Option<Vec<f32>>)>;
+
+/// The output at a case's inputs, the gradient by the packed latents, and those by all parameters.
+fn gradients(case: &Case, transformer: Transformer) -> (Tensor<3>, Tensor<3>, ByName) {
+    struct Read<'a>(&'a Gradients, ByName);
     impl NamedVisitor for Read<'_> {
         fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
             self.1.push((name.to_owned(), parameter.val().grad(self.0).map(values)));

@@ -4,6 +4,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
+use fewstep_kernels::After;
 
 use super::layers::{
     AttentionBlock, CausalConv, MidBlock, Norm, Observer, Resampler, ResidualBlock, last_frame,
@@ -261,7 +262,7 @@ impl Decoder {
 
 /// What encoder and decoder end with.
 fn head(norm: &Norm, conv: &CausalConv, x: Tensor<4>, observe: &mut Observer) -> Tensor<4> {
-    let x = norm.forward(x);
+    let x = norm.forward(x, After::Nothing);
     observe("norm_out", &x);
     let x = conv.forward(silu(x));
     observe("conv_out", &x);

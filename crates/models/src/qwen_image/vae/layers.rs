@@ -1,11 +1,8 @@
 //! The layers of the autoencoder, on the one frame a picture has.
 
 use burn::module::{Module, Param};
-use burn::tensor::activation::silu;
-use burn::tensor::module::conv2d;
-use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Tensor};
-use fewstep_kernels::{AttentionOptions, attention};
+use fewstep_kernels::{After, AttentionOptions, ConvShape, attention, channel_norm, conv2d};
 
 use crate::parts::conv::{Conv2d, Padding};
 use crate::weights::unfilled;
@@ -40,7 +37,7 @@ impl CausalConv {
     pub(super) fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let weight = last_frame(self.weight.val()).squeeze_dim::<4>(2); // [out, in, k, k]
         let [_, _, kernel, _] = weight.dims();
-        conv2d(x, weight, Some(self.bias.val()), ConvOptions::new([1; 2], [kernel / 2; 2], [1; 2], 1))
+        conv2d(x, weight, Some(self.bias.val()), ConvShape::same(kernel / 2))
     }
 }
 
@@ -50,19 +47,7 @@ pub(super) fn last_frame<const D: usize>(weight: Tensor<D>) -> Tensor<D> {
     weight.slice_dim(2, frames - 1..frames)
 }
 
-/// Scales the channels of each pixel to length √C, then each channel by `gamma`.
-///
-/// # Shapes
-/// - `x`: `[B, C, H, W]`; `gamma`: `[C, 1, ..]`
-fn normalize<const D: usize>(x: Tensor<4>, gamma: Tensor<D>) -> Tensor<4> {
-    // torch's `normalize` divides by max(length, 1e-12); clamped under the root, the gradient of zero is finite.
-    const SMALLEST_SQUARE: f32 = 1e-24;
-    let channels = x.dims()[1];
-    let length = x.clone().square().sum_dim(1).clamp_min(SMALLEST_SQUARE).sqrt();
-    x / length * gamma.reshape([1, channels, 1, 1]).mul_scalar((channels as f32).sqrt())
-}
-
-/// [`normalize`] over frames.
+/// [`channel_norm`] over frames.
 #[derive(Module, Debug)]
 pub(super) struct Norm {
     /// `[C, 1, 1, 1]`
@@ -74,12 +59,12 @@ impl Norm {
         Self { gamma: unfilled([channels, 1, 1, 1], device) }
     }
 
-    pub(super) fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        normalize(x, self.gamma.val())
+    pub(super) fn forward(&self, x: Tensor<4>, after: After) -> Tensor<4> {
+        channel_norm(x, self.gamma.val().flatten(0, 3), after)
     }
 }
 
-/// [`normalize`] within one frame: files give its weight another rank.
+/// [`channel_norm`] within one frame: files give its weight another rank.
 #[derive(Module, Debug)]
 struct FrameNorm {
     /// `[C, 1, 1]`
@@ -109,8 +94,8 @@ impl ResidualBlock {
     }
 
     pub(super) fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let hidden = self.conv1.forward(silu(self.norm1.forward(x.clone())));
-        let hidden = self.conv2.forward(silu(self.norm2.forward(hidden)));
+        let hidden = self.conv1.forward(self.norm1.forward(x.clone(), After::Silu));
+        let hidden = self.conv2.forward(self.norm2.forward(hidden, After::Silu));
         match &self.conv_shortcut {
             Some(shortcut) => hidden + shortcut.forward(x),
             None => hidden + x,
@@ -137,7 +122,7 @@ impl AttentionBlock {
 
     pub(super) fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let [batch, channels, height, width] = x.dims();
-        let normed = normalize(x.clone(), self.norm.gamma.val());
+        let normed = channel_norm(x.clone(), self.norm.gamma.val().flatten(0, 2), After::Nothing);
         let qkv = self
             .to_qkv
             .forward(normed)
