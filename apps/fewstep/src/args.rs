@@ -10,6 +10,7 @@ use crate::evaluate::EvaluateArgs;
 use crate::generate::GenerateArgs;
 use crate::inspect::InspectArgs;
 use crate::lora::LoraArgs;
+use crate::selftest::SelftestArgs;
 use crate::train::TrainArgs;
 use crate::watch::WatchArgs;
 
@@ -41,6 +42,8 @@ pub enum Command {
     Watch(WatchArgs),
     /// Convert LoRA files, or fuse them into full weights
     Lora(LoraArgs),
+    /// Compare every fused operation with its plain form on this machine, and tell how fast it is
+    Selftest(SelftestArgs),
 }
 
 impl Cli {

@@ -1,7 +1,6 @@
 //! `fewstep demo`: the whole way on bundled real data, from teacher pictures to a report.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -14,10 +13,11 @@ use fewstep_train::{Context, Outcome, Recipe};
 
 use crate::evaluate::{EvaluateArgs, evaluate};
 use crate::generate::{GenerateArgs, generate};
+use crate::interrupt::Interrupts;
 use crate::parse::Student;
 use crate::progress::{Progress, TrainProgress};
 use crate::prompts::read_prompts;
-use crate::train::{stop_on_signal, version};
+use crate::train::version;
 
 /// Side of the bundled pictures in pixels.
 const SIDE_PX: usize = 64;
@@ -105,8 +105,8 @@ impl Stages<'_> {
 /// # Errors
 /// As [`demo`].
 pub fn run(args: &DemoArgs, progress: &dyn Progress) -> Result<bool> {
-    let stop = stop_on_signal()?;
-    let Some(report) = demo(args, &stop, progress)? else {
+    let interrupts = Interrupts::take()?;
+    let Some(report) = demo(args, &interrupts, progress)? else {
         progress.say("stopped; the same command continues");
         return Ok(false);
     };
@@ -119,7 +119,7 @@ pub fn run(args: &DemoArgs, progress: &dyn Progress) -> Result<bool> {
 ///
 /// # Errors
 /// As the commands it is made of.
-pub fn demo(args: &DemoArgs, stop: &AtomicBool, progress: &dyn Progress) -> Result<Option<Report>> {
+pub fn demo(args: &DemoArgs, interrupts: &Interrupts, progress: &dyn Progress) -> Result<Option<Report>> {
     let size = if args.quick { QUICK } else { WHOLE };
     let teacher = args.root.join("assets/teacher");
     ensure!(
@@ -138,7 +138,8 @@ pub fn demo(args: &DemoArgs, stop: &AtomicBool, progress: &dyn Progress) -> Resu
     stages.run("teacher pictures", &what, || draw_teacher(args, &size, &teacher, progress))?;
     for student in &STUDENTS {
         let what = format!("Distilling the {}: {}.", student.name, student.why);
-        let outcome = stages.run(student.name, &what, || distil(args, &size, &teacher, student, stop))?;
+        let outcome =
+            stages.run(student.name, &what, || distil(args, &size, &teacher, student, interrupts))?;
         if let Outcome::Stopped(_) = outcome {
             return Ok(None);
         }
@@ -183,7 +184,7 @@ fn distil(
     size: &Size,
     teacher: &Path,
     student: &StudentRun,
-    stop: &AtomicBool,
+    interrupts: &Interrupts,
 ) -> Result<Outcome> {
     let mut recipe = Recipe::read(&args.root.join(student.recipe))?;
     recipe.model = teacher.to_owned();
@@ -193,8 +194,10 @@ fn distil(
     let Some(steps) = recipe.max_steps else { bail!("{}: max_steps is missing", student.recipe) };
     recipe.max_steps = Some((steps as f64 * size.training).ceil() as u64);
     let mut progress = TrainProgress::new(false);
-    let context = Context { model: None, device: Device::flex(), stop, version: &version() };
-    let outcome = fewstep_train::run(&recipe, context, &mut progress);
+    let outcome = interrupts.during(|stop| {
+        let context = Context { model: None, device: Device::flex(), stop, version: &version() };
+        fewstep_train::run(&recipe, context, &mut progress)
+    });
     progress.finish();
     Ok(outcome?)
 }

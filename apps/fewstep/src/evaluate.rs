@@ -61,7 +61,8 @@ pub struct EvaluateArgs {
     /// Guidance scale of the teacher [default: the model's usual one]
     #[arg(long, value_parser = guidance)]
     pub teacher_cfg_scale: Option<f32>,
-    /// Sampling steps at which the undistilled model is shown [default: those of the first student, otherwise 4]
+    /// Sampling steps at which the undistilled model is shown [default: what the first student was trained for,
+    /// where its file says so, otherwise 4]
     #[arg(long)]
     pub base_num_inference_steps: Option<usize>,
     /// Sampling steps at which each student is shown, separated by commas [default: what it was trained for, where its
@@ -220,8 +221,8 @@ fn contestants(
     for student in &args.student {
         students.extend(contestants_of(args, student, (source, &teacher), progress)?);
     }
-    let trained = students.first().filter(|first| first.student.is_some());
-    let base = trained.map_or(USUAL_STEPS, |first| first.num_inference_steps);
+    let trained = students.first().and_then(|first| first.student.as_ref());
+    let base = trained.map_or(USUAL_STEPS, |of| of.setting([args.height, args.width]).num_inference_steps);
     let base = args.base_num_inference_steps.unwrap_or(base);
     let contestant = |name: &str, num_inference_steps, cfg_scale| Contestant {
         name: name.to_owned(),

@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use fewstep::args::{Cli, Command};
 use fewstep::progress::Terminal;
-use fewstep::{INTERRUPTED, WRONG_USAGE, demo, download, evaluate, generate, inspect, lora, train, watch};
+use fewstep::{
+    INTERRUPTED, WRONG_USAGE, demo, download, evaluate, generate, inspect, lora, selftest, train, watch,
+};
 
 fn main() -> ExitCode {
     fewstep_kernels::tune_allocator();
@@ -23,6 +25,7 @@ fn main() -> ExitCode {
         Command::Inspect(flags) => inspect::run(flags).map(|()| ExitCode::SUCCESS),
         Command::Watch(flags) => watch::run(flags),
         Command::Lora(flags) => lora::run(flags, &terminal).map(|()| ExitCode::SUCCESS),
+        Command::Selftest(flags) => selftest::run(flags),
     };
     outcome.unwrap_or_else(|error| fail(&error))
 }

@@ -168,10 +168,10 @@ impl TrainProgress {
 
 impl Observer for TrainProgress {
     fn on(&mut self, event: Event<'_>) {
-        match event {
-            Event::Started(started) => self.started(&started),
+        match &event {
+            Event::Started(started) => self.started(started),
             Event::Step { loss, .. } => {
-                self.loss = Some(loss);
+                self.loss = Some(*loss);
                 self.note();
                 self.terminal.advance(1);
             }
@@ -179,7 +179,9 @@ impl Observer for TrainProgress {
                 self.samples_per_sec = Some(line.samples_per_sec);
                 self.note();
             }
-            Event::Message(message) => self.say(&message),
+            Event::Message(_) | Event::Monitored { .. } => {
+                event.sentence().iter().for_each(|text| self.say(text));
+            }
             Event::Samples(path) => self.say(&format!("samples: {}", path.display())),
             Event::Checkpoint(_) | Event::Finished(_) => {}
         }

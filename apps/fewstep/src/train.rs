@@ -2,15 +2,14 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use burn::tensor::Device;
 use clap::{ArgMatches, Args};
 use fewstep_train::recipe::{Compute, PeerFlags};
 use fewstep_train::{Context, Outcome, Recipe, TrainError};
 
+use crate::interrupt::Interrupts;
 use crate::model_args::ModelArgs;
 use crate::progress::{Terminal, TrainProgress};
 use crate::{INTERRUPTED, dry_run};
@@ -44,7 +43,7 @@ pub struct TrainArgs {
 pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
     flags.unsupported.check()?;
     let recipe = flags.recipe.resolve(matches, flags.config.as_deref())?;
-    let device = device(&recipe)?;
+    let device = device(recipe.device)?;
     let mut progress = TrainProgress::new(flags.quiet);
     for note in recipe.notes() {
         progress.say(note);
@@ -53,10 +52,12 @@ pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
         let starts = dry_run::run(&recipe, &model_args(&recipe), &device, flags.json)?;
         return Ok(if starts { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
-    let stop = stop_on_signal()?;
+    let interrupts = Interrupts::take()?;
     let model = Some(model_args(&recipe).resolve(&Terminal::new(false))?);
-    let context = Context { model, device, stop: &stop, version: &version() };
-    let outcome = fewstep_train::run(&recipe, context, &mut progress);
+    let outcome = interrupts.during(|stop| {
+        let context = Context { model, device, stop, version: &version() };
+        fewstep_train::run(&recipe, context, &mut progress)
+    });
     progress.finish();
     match outcome? {
         Outcome::Finished(path) => {
@@ -81,9 +82,9 @@ fn model_args(recipe: &Recipe) -> ModelArgs {
     }
 }
 
-/// The device a recipe names.
-fn device(recipe: &Recipe) -> Result<Device, TrainError> {
-    match recipe.device {
+/// The device of a name.
+pub(crate) fn device(name: Compute) -> Result<Device, TrainError> {
+    match name {
         Compute::Cpu => Ok(Device::flex()),
         Compute::Cuda => {
             Err(TrainError::Value { key: "device", found: "cuda".into(), expected: "cpu in this build" })
@@ -95,20 +96,4 @@ fn device(recipe: &Recipe) -> Result<Device, TrainError> {
 pub fn version() -> String {
     let commit = option_env!("FEWSTEP_COMMIT").map_or(String::new(), |commit| format!(", commit {commit}"));
     format!("fewstep {}{commit}", env!("CARGO_PKG_VERSION"))
-}
-
-/// The first signal asks the run to finish its step and save; the second ends the process at once.
-///
-/// # Errors
-/// If the handler cannot be installed.
-pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let asked = stop.clone();
-    let handler = move || {
-        if asked.swap(true, Ordering::Relaxed) {
-            std::process::exit(INTERRUPTED.into());
-        }
-    };
-    ctrlc::set_handler(handler).context("cannot listen for Ctrl-C")?;
-    Ok(stop)
 }

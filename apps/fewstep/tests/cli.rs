@@ -125,37 +125,31 @@ fn pictures_become_a_student_and_a_report() {
     let lora = fixture.arg("student/lora.safetensors");
     let student = format!("student={lora}");
     let report = fixture.arg("report");
-    run(&[
-        "evaluate",
-        "--model",
-        &fixture.arg("teacher"),
-        "--student",
-        &student,
-        "--dataset-metadata-path",
-        &fixture.arg("pictures/metadata.csv"),
-        "--height",
-        "16",
-        "--width",
-        "16",
-        "--teacher-num-inference-steps",
-        "5",
-        "--judge",
-        &format!("{}/../../assets/judge/{}", env!("CARGO_MANIFEST_DIR"), fewstep_report::Judge::FILE),
-        "--output",
-        &report,
-    ]);
-    let json: serde_json::Value =
-        serde_json::from_slice(&fs::read(fixture.path("report/report.json")).unwrap()).unwrap();
-    let rows = json["rows"].as_array().unwrap();
-    let settings: Vec<(&str, u64)> = rows
-        .iter()
-        .map(|row| (row["name"].as_str().unwrap(), row["num_inference_steps"].as_u64().unwrap()))
-        .collect();
-    // The student is shown at the steps it was trained for, and the undistilled model at the same.
-    assert_eq!(settings, [("teacher", 5), ("undistilled", 4), ("undistilled", 4), ("student", 4)]);
-    for row in &rows[1..] {
-        assert!(row["latent_mse"].as_f64().is_some_and(|error| error > 0.0), "{row}");
-    }
+    let (teacher, pictures) = (fixture.arg("teacher"), fixture.arg("pictures/metadata.csv"));
+    let judge = format!("{}/../../assets/judge/{}", env!("CARGO_MANIFEST_DIR"), fewstep_report::Judge::FILE);
+    let evaluate = |flags: &[&str]| {
+        let data = ["evaluate", "--model", &teacher, "--dataset-metadata-path", &pictures, "--judge", &judge];
+        let usual = ["--height", "16", "--width", "16", "--teacher-num-inference-steps", "5"];
+        run(&[&data[..], &usual, &["--student", &student, "--output", &report], flags].concat());
+        let json = fs::read(fixture.path("report/report.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        let rows = json["rows"].as_array().unwrap().clone();
+        for row in &rows[1..] {
+            assert!(row["latent_mse"].as_f64().is_some_and(|error| error > 0.0), "{row}");
+        }
+        let setting = |row: &serde_json::Value| {
+            (row["name"].as_str().unwrap().to_owned(), row["num_inference_steps"].as_u64().unwrap())
+        };
+        rows.iter().map(setting).collect::<Vec<_>>()
+    };
+    let shown = |students: &[u64]| {
+        let fixed = [("teacher", 5), ("undistilled", 4), ("undistilled", 4)];
+        let students = students.iter().map(|steps| ("student", *steps));
+        fixed.into_iter().chain(students).map(|(name, steps)| (name.to_owned(), steps)).collect::<Vec<_>>()
+    };
+    // The student is shown at the steps it was trained for unless flags name others, and the undistilled model at the same.
+    assert_eq!(evaluate(&["--student-num-inference-steps", "1,4"]), shown(&[1, 4]));
+    assert_eq!(evaluate(&[]), shown(&[4]));
     assert!(fs::read_to_string(fixture.path("report/report.html")).unwrap().contains("a dark square"));
 
     let drawn = |lora: &str, output: &str| {
@@ -252,42 +246,4 @@ fn every_recipe_is_read_and_names_things_that_exist() {
         read += 1;
     }
     assert_eq!(read, 6);
-}
-
-/// The arguments of the script behind goldens/train_cli, but for the model.
-#[test]
-fn the_peers_script_runs_by_its_own_arguments() {
-    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens");
-    let folder = tempfile::tempdir().unwrap();
-    let output = folder.path().join("run");
-    let arguments = format!(
-        "train --compat diffsynth --model {model} \
-         --dataset_base_path {data} --dataset_metadata_path {data}/metadata.csv --data_file_keys image \
-         --extra_inputs seed,rand_device,num_inference_steps,cfg_scale --height 64 --width 64 --dataset_repeat 2 \
-         --learning_rate 1e-3 --num_epochs 2 --remove_prefix_in_ckpt pipe.dit. --output_path {output} \
-         --use_gradient_checkpointing --dataset_num_workers 0 --find_unused_parameters --task direct_distill \
-         --enable_csv_log --lora_base_model dit --lora_rank 4 \
-         --lora_checkpoint {cli}/lora_init.safetensors --lora_target_modules to_q,to_k,to_v,add_q_proj,add_k_proj,\
-         add_v_proj,to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1",
-        model = goldens.join("qwen_image/model").display(),
-        data = goldens.join("train_cli/data").display(),
-        cli = goldens.join("train_cli").display(),
-        output = output.display(),
-    )
-    .replace(",add_k_proj, ", ",add_k_proj,");
-    let said = run(&arguments.split_whitespace().collect::<Vec<_>>());
-    assert_eq!(said.matches("has no effect").count(), 2, "{said}");
-    let losses = |path: &Path| -> Vec<f64> {
-        let csv = fs::read_to_string(path).unwrap();
-        csv.lines().skip(1).map(|line| line.rsplit(',').next().unwrap().parse().unwrap()).collect()
-    };
-    let expected = losses(&goldens.join("train_cli/lora_float32/loss.csv"));
-    let found = losses(&output.join("loss.csv"));
-    assert_eq!(found.len(), expected.len());
-    for (found, expected) in found.iter().zip(&expected) {
-        assert!((found / expected - 1.0).abs() < 2e-6, "found {found}, expected {expected}");
-    }
-    assert!(output.join("epoch-0.safetensors").exists() && output.join("epoch-1.safetensors").exists());
-    let said = fails(&["train", "--zero_cond_t"], 2);
-    assert!(said.contains("zero_cond_t is not supported"), "{said}");
 }

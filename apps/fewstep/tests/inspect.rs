@@ -93,6 +93,12 @@ fn a_model_folder_is_told_with_what_it_takes() {
     let ratio = |name: &str| exact[name].as_f64().unwrap() / half[name].as_f64().unwrap();
     // Numbers are told in three digits.
     assert!((ratio("weights") - 2.0).abs() < 0.02 && (ratio("optimiser") - 1.0).abs() < 0.02, "{told}");
+    // Trained weights stay in f32; adapters leave the model as it is.
+    assert_eq!(half["weights_training"], half["weights"]);
+    let whole = inspect(&teacher(), &["--height", "64", "--width", "64", "--tflops", "1"]);
+    let in_training = |dtype: &str| whole["memory_gib"][dtype]["weights_training"].as_f64().unwrap();
+    let frozen = |dtype: &str| whole["memory_gib"][dtype]["weights"].as_f64().unwrap();
+    assert!(in_training("bf16") > 1.5 * frozen("bf16") && in_training("f32") == frozen("f32"), "{whole}");
     let time = &told["time"];
     let secs = |name: &str| time[name].as_f64().unwrap();
     assert!((secs("secs_per_evaluation") - secs("tflop_per_evaluation")).abs() < 1e-9, "{time}");

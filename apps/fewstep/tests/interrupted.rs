@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread::sleep;
@@ -311,6 +312,25 @@ fn a_second_interrupt_leaves_at_once_and_harms_nothing() {
     }
     fixture.succeed(&command("run"));
     fixture.assert_same_outcome("run", &expected, "interrupted twice");
+}
+
+#[test]
+fn an_interrupt_while_the_demo_draws_is_obeyed_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fewstep"));
+    command.args(["demo", "--quick", "--output"]).arg(folder.path().join("demo")).arg("--root").arg(root);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    lines
+        .find(|line| line.as_ref().unwrap().contains("Drawing"))
+        .expect("teacher pictures are drawn")
+        .unwrap();
+    signal(&child, "INT");
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let rest: Vec<String> = lines.map(Result::unwrap).collect();
+    assert!(!rest.iter().any(|line| line.contains("Distilling")), "{rest:?}");
+    assert!(rest.concat().contains("the same command continues"), "{rest:?}");
 }
 
 #[test]

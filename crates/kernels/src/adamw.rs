@@ -157,6 +157,25 @@ pub fn lerp_in_place(average: &mut [f32], parameter: &[f32], weight: f32) {
     });
 }
 
+/// `total + more`, in the memory of `total` if nobody else holds it.
+///
+/// # Shapes
+/// Equal, outside of any graph.
+pub fn added<const D: usize>(total: Tensor<D>, more: Tensor<D>) -> Tensor<D> {
+    assert_eq!(total.dims(), more.dims(), "terms of a sum");
+    if !is_fused(&total) {
+        return total + more;
+    }
+    let (mut total, more) = (Values::detached(total), Values::detached(more));
+    total.as_mut_slice().par_chunks_mut(PIECE).zip(more.par_chunks(PIECE)).for_each(|(total, more)| {
+        simd::vectorized(
+            #[inline(always)]
+            || simd::add_to(total, more),
+        );
+    });
+    total.into_tensor()
+}
+
 /// Sum of squares, in double precision and in a fixed order.
 pub fn squared_norm<const D: usize>(x: Tensor<D>) -> f64 {
     if !is_fused(&x) {
@@ -256,6 +275,19 @@ mod tests {
         let mut average = vec![1.0; LEN];
         lerp_in_place(&mut average, &vec![3.0; LEN], 0.25);
         assert_eq!(average, vec![1.5; LEN]);
+    }
+
+    #[test]
+    fn a_sum_is_made_in_place_where_nobody_else_holds_it() {
+        let [first, second] = [1, 2].map(|seed| random::<1>([LEN], seed, &Device::flex()));
+        let expected = values(first.clone() + second.clone());
+        let shared = added(first.clone(), second.clone());
+        assert_eq!(values(shared), expected);
+        assert_eq!(values(first.clone()), random_values(LEN, 1));
+        let address = Values::detached(first.clone()).as_ptr();
+        let sum = added(first, second);
+        assert_eq!(Values::detached(sum.clone()).as_ptr(), address);
+        assert_eq!(values(sum), expected);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use burn::backend::autodiff::Autodiff;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
@@ -36,16 +36,13 @@ pub(crate) fn operation<const N: usize, const D: usize>(
 ) -> Tensor<D> {
     let tracked = inputs.each_ref().map(|input| input.tracked);
     if !inputs.iter().any(|input| input.autodiff) {
-        let values = inputs.map(|input| Values::new(input.tensor.into_primitive()));
-        return Tensor::from_primitive::<Flex>(forward(values, tracked).0.0);
+        return forward(inputs.map(Input::into_values), tracked).0.into_tensor();
     }
-    let nodes = inputs.each_ref().map(|input| input.tensor.node());
-    let values = inputs.map(|input| Values::new(input.tensor.into_primitive()));
-    let (output, pullback) = forward(values, tracked);
-    let prepared = Fused::<N>.prepare::<NoCheckpointing>(nodes).compute_bound().stateful();
-    Tensor::from_primitive::<Autodiff<Flex>>(match prepared {
-        OpsKind::Tracked(node) => node.finish(State(Arc::new(pullback)), output.0),
-        OpsKind::UnTracked(node) => node.finish(output.0),
+    let nodes = inputs.each_ref().map(Input::node);
+    let (output, pullback) = forward(inputs.map(Input::into_values), tracked);
+    output.into_node(|output| match Fused::<N>.prepare::<NoCheckpointing>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(node) => node.finish(State(Arc::new(pullback)), output),
+        OpsKind::UnTracked(node) => node.finish(output),
     })
 }
 
@@ -77,6 +74,15 @@ impl Input {
             tracked: false,
             autodiff: false,
         })
+    }
+
+    /// Keeps the input's node alive until a node that depends on it is registered.
+    pub(crate) fn node(&self) -> NodeGuard {
+        self.tensor.node()
+    }
+
+    pub(crate) fn into_values(self) -> Values {
+        Values::new(self.tensor.into_primitive())
     }
 }
 
@@ -111,12 +117,24 @@ impl Values {
 
     /// The values of a tensor without its autodiff history.
     pub(crate) fn detached<const D: usize>(tensor: Tensor<D>) -> Self {
-        Self::new(Input::new(tensor).tensor.into_primitive())
+        Input::new(tensor).into_values()
     }
 
     /// The tensor, for an operation that lies outside of any graph.
     pub(crate) fn into_tensor<const D: usize>(self) -> Tensor<D> {
         Tensor::from_primitive::<Flex>(self.0)
+    }
+
+    /// The tensor as the output of a node of the graph.
+    pub(crate) fn into_node<const D: usize>(
+        self,
+        register: impl FnOnce(FlexTensor) -> Differentiable,
+    ) -> Tensor<D> {
+        Tensor::from_primitive::<Autodiff<Flex>>(register(self.0))
+    }
+
+    pub(crate) fn into_primitive(self) -> FlexTensor {
+        self.0
     }
 
     /// Write access; copies first if somebody else holds these values.

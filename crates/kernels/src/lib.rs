@@ -23,16 +23,18 @@ mod norm;
 mod parallel;
 pub mod plain;
 mod quantized;
+mod recompute;
 mod residual;
 mod rotary;
 mod simd;
 #[cfg(test)]
 mod testing;
 mod tokens;
+mod transpose;
 mod weight;
 
 pub use activation::{Gelu, gelu};
-pub use adamw::{AdamW, AdamWStep, Moments, lerp_in_place, squared_norm};
+pub use adamw::{AdamW, AdamWStep, Moments, added, lerp_in_place, squared_norm};
 pub use adamw8bit::Moments8bit;
 pub use allocator::tune_allocator;
 pub use attention::{AttentionOptions, KeyMask, attention};
@@ -41,6 +43,7 @@ pub use inject::inject;
 pub use linear::{LowRank, Projection, linear, linear_concat};
 pub use norm::{Modulation, norm_modulate, rms_norm};
 pub use quantized::Quantized;
+pub use recompute::recomputed;
 pub use residual::gated_residual;
 pub use rotary::{QkvStream, RotaryTable, joint_qkv};
 pub use tokens::split_tokens;

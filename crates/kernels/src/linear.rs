@@ -4,11 +4,12 @@
 //! in bf16 or f16: it is widened to f32 in a buffer that is used again, and the arithmetic is f32 throughout.
 
 use burn::tensor::{DType, Tensor};
+use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::matmul::{Cores, Matrix, MatrixMut, Output, multiply};
-use crate::weight::{HalfType, with_f32};
-use crate::{parallel, plain};
+use crate::weight::{HalfType, with_f32, with_transpose};
+use crate::{parallel, plain, simd};
 
 /// A low-rank branch added to a linear layer: `scale · (x downᵀ) upᵀ`.
 #[derive(Clone, Debug)]
@@ -173,15 +174,57 @@ fn forward(layout: &Layout, values: &[Values]) -> (Vec<f32>, Vec<Vec<f32>>) {
     let parts = layout.parts.iter().zip(values[1..].chunks_exact(INPUTS));
     let hidden = parts.map(|(part, tensors)| {
         let target = &mut output[part.first_column..];
-        with_f32(&tensors[WEIGHT], part.rounded_to, |weight| {
-            let weight = Matrix::new(weight, part.output, layout.input).transposed();
-            let columns = MatrixMut::strided(target, layout.rows, part.output, layout.width);
-            multiply((columns, mode), 1.0, x, weight, Cores::All);
-        });
+        add_product(layout, part, &values[0], &tensors[WEIGHT], (target, mode));
         part.low_rank.map(|branch| add_branch(layout, (part, branch), x, tensors, target)).unwrap_or_default()
     });
     let hidden = hidden.collect();
     (output, hidden)
+}
+
+/// The part's `x Wᵀ` in its columns of the output.
+fn add_product(
+    layout: &Layout,
+    part: &Part,
+    x: &[f32],
+    weight: &Values,
+    (target, mode): (&mut [f32], Output),
+) {
+    if layout.rows <= FEW_ROWS {
+        return with_f32(weight, part.rounded_to, |weight| few_rows(layout, x, weight, (target, mode)));
+    }
+    let x = Matrix::new(x, layout.rows, layout.input);
+    let columns = MatrixMut::strided(target, layout.rows, part.output, layout.width);
+    with_transpose(weight, part.rounded_to, [part.output, layout.input], |weight| {
+        let weight = Matrix::new(weight, layout.input, part.output);
+        multiply((columns, mode), 1.0, x, weight, Cores::All);
+    });
+}
+
+/// Rows of x up to which a product is as fast as its weight is read, once and as it lies.
+const FEW_ROWS: usize = 8;
+
+/// Rows of a weight that one piece of work reads.
+const WEIGHT_ROWS: usize = 64;
+
+/// `x Wᵀ` for few rows of x, by inner products.
+fn few_rows(layout: &Layout, x: &[f32], weight: &[f32], (target, mode): (&mut [f32], Output)) {
+    let Layout { rows, input, width, .. } = *layout;
+    let outputs = weight.len() / input;
+    let mut products = unwritten(outputs * rows);
+    let pieces = products.par_chunks_mut(WEIGHT_ROWS * rows).zip(weight.par_chunks(WEIGHT_ROWS * input));
+    pieces.for_each(|(products, weights)| {
+        for (products, weights) in products.chunks_exact_mut(rows).zip(weights.chunks_exact(input)) {
+            for (product, x) in products.iter_mut().zip(x.chunks_exact(input)) {
+                *product = simd::dot(x, weights);
+            }
+        }
+    });
+    for (row, target) in target.chunks_mut(width).enumerate().take(rows) {
+        for (target, products) in target.iter_mut().zip(products.chunks_exact(rows)) {
+            let before = if mode == Output::Accumulate { *target } else { 0.0 };
+            *target = before + products[row];
+        }
+    }
 }
 
 /// The biases side by side, zeros where a projection has none; nothing if none has.

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use crate::extension::{Stored, Values};
 use crate::simd;
+use crate::transpose::transpose;
 
 /// A number type of two bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,19 +59,56 @@ pub(crate) fn with_f32<R>(
     }
 }
 
+/// Lends the transpose of a `[rows, columns]` weight as f32, in the thread's buffer.
+pub(crate) fn with_transpose<R>(
+    weight: &Values,
+    rounded_to: Option<HalfType>,
+    shape: [usize; 2],
+    body: impl FnOnce(&[f32]) -> R,
+) -> R {
+    match (weight.stored(), rounded_to) {
+        (Stored::F32(values), None) => turned(values, shape, |x| x, body),
+        (Stored::F32(values), Some(HalfType::Bf16)) => {
+            turned(values, shape, |x| bf16::from_f32(x).to_f32(), body)
+        }
+        (Stored::F32(values), Some(HalfType::F16)) => {
+            turned(values, shape, |x| f16::from_f32(x).to_f32(), body)
+        }
+        (Stored::Bf16(values), _) => turned(values, shape, bf16::to_f32, body),
+        (Stored::F16(values), _) => turned(values, shape, f16::to_f32, body),
+    }
+}
+
+fn turned<T: Copy + Sync, R>(
+    values: &[T],
+    shape: [usize; 2],
+    widen: impl Fn(T) -> f32 + Sync,
+    body: impl FnOnce(&[f32]) -> R,
+) -> R {
+    with_buffer(values.len(), |target| transpose(values, shape, target, widen), body)
+}
+
 fn in_buffer<T: Sync, R>(
     values: &[T],
     convert: impl Fn(&[T], &mut [f32]) + Sync,
     body: impl FnOnce(&[f32]) -> R,
 ) -> R {
+    let fill = |target: &mut [f32]| {
+        target.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE)).for_each(|(to, from)| convert(from, to));
+    };
+    with_buffer(values.len(), fill, body)
+}
+
+/// Lends the thread's buffer once `fill` has written all of it.
+fn with_buffer<R>(len: usize, fill: impl FnOnce(&mut [f32]), body: impl FnOnce(&[f32]) -> R) -> R {
     // Taken out, not borrowed: a thread that waits for others may come by here a second time.
     let mut buffer = BUFFER.take();
-    if buffer.len() < values.len() {
+    if buffer.len() < len {
         drop(buffer);
-        buffer = vec![0.0; values.len()];
+        buffer = vec![0.0; len];
     }
-    let target = &mut buffer[..values.len()];
-    target.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE)).for_each(|(to, from)| convert(from, to));
+    let target = &mut buffer[..len];
+    fill(target);
     let result = body(target);
     BUFFER.set(buffer);
     result

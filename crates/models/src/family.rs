@@ -246,6 +246,11 @@ pub(crate) trait Family: Debug {
         state
     }
 
+    /// The switch of gradient checkpointing; `None` where the denoiser has none, or is not loaded.
+    fn recomputes_blocks_mut(&mut self) -> Option<&mut bool> {
+        None
+    }
+
     /// See [`crate::Model::rounding`].
     fn round_to(&mut self, component: &str, half: Option<HalfType>);
 

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::family::Kind;
+use crate::family::{AUTOENCODER, Kind};
 use crate::model::kind_of;
-use crate::{Components, ModelError, ModelSource, lora};
+use crate::{Components, ModelError, ModelSource, WeightType, lora};
 
 /// The work that is asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub struct Footprint {
     pub parameters: BTreeMap<&'static str, u64>,
     /// Those of them that stay in memory: an autoencoder for videos needs few of its weights for pictures.
     pub held: BTreeMap<&'static str, u64>,
+    /// The component that denoises.
+    pub denoiser: &'static str,
     /// Parameters that learn.
     pub trained: u64,
     /// Numbers that evaluating the denoiser on a batch holds.
@@ -100,7 +102,8 @@ impl Footprint {
             None => parameters[kind.denoiser()],
         };
         let held = Self::held_by(source, workload.components)?;
-        Ok(Self { image_tokens, parameters, held, trained, activations, flops })
+        let denoiser = kind.denoiser();
+        Ok(Self { image_tokens, parameters, held, denoiser, trained, activations, flops })
     }
 
     /// What encoding takes with a model; weights need not be there.
@@ -132,6 +135,13 @@ impl Footprint {
     ) -> Result<BTreeMap<&'static str, u64>, ModelError> {
         let kind = kind_of(source)?;
         sums(kind, source, components, &|key, shape| kind.held(key, shape))
+    }
+
+    /// Bytes that a weight of a component takes in memory. Frozen matrices are stored in the number type, and the few
+    /// norms and biases among them count as well; what learns stays in f32, and so does the autoencoder.
+    pub fn bytes_per_weight(component: &str, dtype: WeightType, learns: bool) -> u64 {
+        let stored = if component == AUTOENCODER || learns { WeightType::F32 } else { dtype };
+        stored.bytes() as u64
     }
 
     /// Gradients held at the worst moment: the sum over sampling steps, and those that are being added to it.

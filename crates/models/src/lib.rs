@@ -26,6 +26,7 @@ mod source;
 pub mod stable_diffusion;
 pub mod student;
 mod weights;
+pub mod z_image;
 
 pub use condition::{Condition, PromptLength};
 pub use conventions::{Conventions, DecodeRange, GuidanceRule, Peer};

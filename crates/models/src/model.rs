@@ -17,6 +17,7 @@ use crate::qwen_image::{self, QwenImage};
 use crate::stable_diffusion::{self, StableDiffusion};
 use crate::student::SigmaRule;
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
+use crate::z_image::{self, ZImage};
 use crate::{
     Components, Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource, Peer,
     PromptLength, model_folder,
@@ -62,11 +63,13 @@ pub enum Model {
     QwenImage(QwenImage),
     /// See [`crate::stable_diffusion`].
     StableDiffusion(StableDiffusion),
+    /// See [`crate::z_image`].
+    ZImage(ZImage),
 }
 
 /// Every family there is code for.
-pub(crate) static KINDS: [&dyn Kind; 4] =
-    [&flux::Kind, &qwen_image::Kind, &stable_diffusion::BASE, &stable_diffusion::XL];
+pub(crate) static KINDS: [&dyn Kind; 5] =
+    [&flux::Kind, &qwen_image::Kind, &stable_diffusion::BASE, &stable_diffusion::XL, &z_image::Kind];
 
 impl Model {
     fn family(&self) -> &dyn Family {
@@ -74,6 +77,7 @@ impl Model {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
+            Self::ZImage(model) => model,
         }
     }
 
@@ -82,6 +86,7 @@ impl Model {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
+            Self::ZImage(model) => model,
         }
     }
 }
@@ -400,6 +405,20 @@ impl Model {
         let half = self.dtype().half();
         self.family_mut().round_to(component, half);
         self
+    }
+
+    /// The model with gradient checkpointing in its denoiser or without: backward passes compute the inside of each block
+    /// again instead of keeping it.
+    pub fn recomputing_blocks(mut self, recomputes_blocks: bool) -> Self {
+        if let Some(switch) = self.family_mut().recomputes_blocks_mut() {
+            *switch = recomputes_blocks;
+        }
+        self
+    }
+
+    /// Whether the denoiser has gradient checkpointing.
+    pub fn can_recompute_blocks(&mut self) -> bool {
+        self.family_mut().recomputes_blocks_mut().is_some()
     }
 
     /// The denoiser's projections with their module names, for adapters.

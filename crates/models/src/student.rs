@@ -9,7 +9,7 @@ use std::path::Path;
 use fewstep_data::provenance::{TORCH_CPU, TORCH_CUDA};
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::noise::RandDevice;
-use fewstep_flow::schedule::{GridRequest, SchedulerConfig, ShiftOverride};
+use fewstep_flow::schedule::{GridRequest, SchedulerConfig, ShiftOverride, SigmaRounding};
 use serde::{Deserialize, Serialize};
 
 use crate::model::kind_of;
@@ -63,12 +63,15 @@ pub struct SigmaRule {
     pub scheduler: SchedulerConfig,
     /// What training put in the place of the scheduler's shift.
     pub shift: Option<ShiftOverride>,
+    /// Whose last bits the sigmas have.
+    #[serde(default)]
+    pub rounding: SigmaRounding,
 }
 
 impl SigmaRule {
     /// A run as the rule has it.
     pub(crate) fn request(&self, asked: &GridRequest) -> GridRequest {
-        GridRequest { shift: self.shift, ..*asked }
+        GridRequest { shift: self.shift, rounding: self.rounding, ..*asked }
     }
 }
 
@@ -208,7 +211,7 @@ mod tests {
             SchedulerConfig::FlowMatching(FlowMatchConfig { shift: 3.0, ..FlowMatchConfig::default() });
         Student {
             grids: vec![grid(2, 64, &[1.0, 0.7, 0.0]), grid(3, 96, &[1.0, 0.8, 0.6, 0.0])],
-            rule: Some(SigmaRule { scheduler, shift: None }),
+            rule: Some(SigmaRule { scheduler, shift: None, rounding: SigmaRounding::Diffsynth }),
             noise_generators: [TORCH_CUDA.to_owned()].into(),
         }
     }
@@ -238,6 +241,16 @@ mod tests {
         // Shift 3 moves 1/2 to 3/4.
         let grid = rule.scheduler.grid(&rule.request(&shifted)).unwrap();
         assert_eq!(grid.as_slice(), [1.0, 0.75, 0.0]);
+    }
+
+    #[test]
+    fn the_rule_is_right_to_the_last_bit() {
+        let (shift, rounding) = (Some(ShiftOverride::Mu(0.8)), SigmaRounding::Diffsynth);
+        let rule = SigmaRule { shift, rounding, ..student().rule.unwrap() };
+        let asked = GridRequest::new(7, 16);
+        let grid = |request: GridRequest| rule.scheduler.grid(&request).unwrap();
+        assert_eq!(grid(rule.request(&asked)), grid(GridRequest { shift, rounding, ..asked }));
+        assert_ne!(grid(rule.request(&asked)), grid(GridRequest { shift, ..asked }));
     }
 
     #[test]

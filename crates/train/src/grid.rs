@@ -22,26 +22,16 @@ impl TrainingGrid {
     }
 
     fn request(self, model: &Model, steps: usize, size: Size) -> GridRequest {
-        let inference = model.grid_request(steps, size.height, size.width);
-        GridRequest {
-            shift: self.shift(),
-            rounding: match self {
-                Self::Inference => inference.rounding,
-                Self::Diffsynth => SigmaRounding::Diffsynth,
-            },
-            ..inference
-        }
+        let SigmaRule { shift, rounding, .. } = self.rule(model);
+        GridRequest { shift, rounding, ..model.grid_request(steps, size.height, size.width) }
     }
 
     /// How grids of any size and number of steps follow from the model's schedule.
     pub(crate) fn rule(self, model: &Model) -> SigmaRule {
-        SigmaRule { scheduler: model.scheduler().clone(), shift: self.shift() }
-    }
-
-    fn shift(self) -> Option<ShiftOverride> {
-        match self {
-            Self::Inference => None,
-            Self::Diffsynth => Some(ShiftOverride::DiffsynthTraining),
-        }
+        let (shift, rounding) = match self {
+            Self::Inference => (None, model.conventions().sigma_rounding),
+            Self::Diffsynth => (Some(ShiftOverride::DiffsynthTraining), SigmaRounding::Diffsynth),
+        };
+        SigmaRule { scheduler: model.scheduler().clone(), shift, rounding }
     }
 }

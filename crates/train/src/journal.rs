@@ -6,6 +6,7 @@ use fewstep_report::run::{Happening, LOG_FILE, LogEntry};
 
 use crate::log::{LogFile, LogLine, read, wall_time_secs};
 use crate::memory::Memory;
+use crate::monitor::Check;
 use crate::observer::{Event, Observer, Started};
 use crate::{Outcome, TrainError};
 
@@ -96,6 +97,9 @@ impl<'a> Journal<'a> {
             Event::Step { .. } => return None,
             Event::Started(started) => started_line(started, self.version),
             Event::Logged(line) => train_line(line),
+            Event::Monitored { check, is_best } => {
+                monitor_line(check, *is_best, event.sentence().unwrap_or_default())
+            }
             Event::Message(text) => Happening::Message { text: text.clone() },
             Event::Checkpoint(folder) => Happening::Checkpoint { path: path(folder) },
             Event::Samples(sheet) => Happening::Samples { path: path(sheet) },
@@ -136,6 +140,20 @@ fn train_line(line: &LogLine) -> Happening {
     }
 }
 
+fn monitor_line(check: &Check, is_best: bool, text: String) -> Happening {
+    let &Check { step: _, paired_error, saturation_ratio, contrast_ratio, sharpness_ratio, diversity_ratio } =
+        check;
+    Happening::Monitor {
+        paired_error,
+        saturation_ratio,
+        contrast_ratio,
+        sharpness_ratio,
+        diversity_ratio,
+        is_best,
+        text,
+    }
+}
+
 /// The whole lines up to and including those of `last_step`.
 fn up_to_step(old: &[u8], last_step: u64) -> Vec<u8> {
     #[derive(serde::Deserialize)]
@@ -171,11 +189,27 @@ mod tests {
         journal.begin_step(5);
         journal.on(Event::Message("late".into()));
         journal.on(Event::Checkpoint(&run.path().join("checkpoints/x")));
+        let check = Check {
+            step: 5,
+            paired_error: 0.5,
+            saturation_ratio: 0.75,
+            contrast_ratio: 1.25,
+            sharpness_ratio: 1.5,
+            diversity_ratio: None,
+        };
+        journal.on(Event::Monitored { check, is_best: true });
         let text = std::fs::read_to_string(run.path().join(LOG_FILE)).unwrap();
         let lines: Vec<serde_json::Value> =
             text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        let told: Vec<_> = lines.iter().map(|line| (line["step"].as_u64(), line["text"].as_str())).collect();
+        let told: Vec<_> =
+            lines[..3].iter().map(|line| (line["step"].as_u64(), line["text"].as_str())).collect();
         assert_eq!(told, [(Some(4), Some("early")), (Some(5), Some("late")), (Some(5), None)]);
         assert_eq!(lines[2]["path"], "checkpoints/x");
+        let (look, number) = (&lines[3], |name: &str| lines[3][name].as_f64());
+        assert_eq!((look["kind"].as_str(), look["step"].as_u64()), (Some("monitor"), Some(5)));
+        assert_eq!((number("paired_error"), number("saturation_ratio")), (Some(0.5), Some(0.75)));
+        assert_eq!((number("contrast_ratio"), number("sharpness_ratio")), (Some(1.25), Some(1.5)));
+        assert_eq!(look["diversity_ratio"], serde_json::Value::Null);
+        assert!(look["text"].as_str().unwrap().ends_with("(the best so far)"), "{look}");
     }
 }

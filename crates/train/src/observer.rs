@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::log::LogLine;
+use crate::monitor::Check;
 
 /// Something that happened.
 #[derive(Clone, Debug)]
@@ -22,6 +23,13 @@ pub enum Event<'a> {
     },
     /// A line was added to the log.
     Logged(LogLine),
+    /// The monitor looked at held-out prompts.
+    Monitored {
+        /// What it saw.
+        check: Check,
+        /// Whether nothing before was as good.
+        is_best: bool,
+    },
     /// Something worth a sentence.
     Message(String),
     /// A checkpoint is complete.
@@ -30,6 +38,18 @@ pub enum Event<'a> {
     Samples(&'a Path),
     /// The result is written.
     Finished(&'a Path),
+}
+
+impl Event<'_> {
+    /// The sentence of a [`Event::Message`] or of a look of the monitor.
+    pub fn sentence(&self) -> Option<String> {
+        match self {
+            Event::Message(text) => Some(text.clone()),
+            Event::Monitored { check, is_best: true } => Some(format!("{check} (the best so far)")),
+            Event::Monitored { check, .. } => Some(check.to_string()),
+            _ => None,
+        }
+    }
 }
 
 /// The facts of a run before its first step.

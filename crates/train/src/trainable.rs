@@ -50,7 +50,8 @@ impl Trainable {
         matches!(self, Self::Full(names) if names.iter().any(is_text_encoder))
     }
 
-    /// Attaches adapters where asked for, loads the weights to start from, freezes everything else, and moves the model to the autodiff side.
+    /// Attaches adapters where asked for, loads the weights to start from, freezes everything else, has blocks recomputed
+    /// where asked for, and moves the model to the autodiff side.
     ///
     /// Frozen parameters cost no gradient memory and no backward work.
     ///
@@ -70,7 +71,8 @@ impl Trainable {
             None => model,
         };
         let model = map_named(model, &mut Freeze(self, recipe.state_dtype()));
-        Ok(self.rounding(model, recipe.state_dtype()).train())
+        let model = self.rounding(model, recipe.state_dtype());
+        Ok(model.recomputing_blocks(recipe.checkpoints_gradients()).train())
     }
 
     /// Components that learn in f32 compute in the model's type, as everything around them does.

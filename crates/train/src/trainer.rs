@@ -329,7 +329,9 @@ impl<'a> Run<'a> {
         version: &str,
         observer: &mut dyn Observer,
     ) -> Result<PathBuf, TrainError> {
-        if let Some(reason) = self.early_end(&state) {
+        if let Some(reason) = self.early_end(&state)
+            && state.progress.step < self.total_steps
+        {
             observer.on(Event::Message(format!("stopped early at step {}: {reason}", state.progress.step)));
         }
         let state = state.for_result(self.recipe.result, &self.checkpoints, observer)?;

@@ -48,8 +48,8 @@ pub(super) fn model(path: &Path, args: &InspectArgs) -> Result<Value> {
             "trained_parameters": footprint.trained,
         },
         "memory_gib": {
-            "f32": memory(&footprint, WeightType::F32),
-            "bf16": memory(&footprint, WeightType::BF16),
+            "f32": memory(&footprint, WeightType::F32, args.lora_rank.is_some()),
+            "bf16": memory(&footprint, WeightType::BF16, args.lora_rank.is_some()),
         },
         "time": time(&footprint, args),
     }))
@@ -78,29 +78,37 @@ fn json(path: &Path) -> Result<Value> {
     Ok(serde_json::from_slice(&std::fs::read(path)?)?)
 }
 
-/// What is held in memory, in GiB, where weights, gradients and activations are of a type.
-fn memory(footprint: &Footprint, dtype: WeightType) -> Value {
-    let gib = |numbers: u64, bytes: usize| (numbers * bytes as u64) as f64 / f64::from(1 << 30);
-    let own = |numbers| gib(numbers, dtype.bytes());
-    let weights = own(footprint.held.values().sum());
-    let adapters = if footprint.parameters.values().any(|count| *count == footprint.trained) {
-        0.0
-    } else {
-        own(footprint.trained)
+/// What is held in memory, in GiB, where frozen weights are stored in a number type; all else is f32. The optimiser is
+/// AdamW.
+fn memory(footprint: &Footprint, dtype: WeightType, is_lora: bool) -> Value {
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let f32 = |numbers: u64| gib(numbers * WeightType::F32.bytes() as u64);
+    let weights = |trained: &str| {
+        let held = footprint.held.iter();
+        let bytes = held
+            .map(|(name, count)| count * Footprint::bytes_per_weight(name, dtype, *name == trained))
+            .sum();
+        gib(bytes)
     };
+    let (frozen, adapters, in_training) = match is_lora {
+        true => (weights(""), f32(footprint.trained), weights("")),
+        false => (weights(""), 0.0, weights(footprint.denoiser)),
+    };
+    let (gradients, moments) = (f32(footprint.gradients()), f32(footprint.moments()));
     let activations = footprint.activations;
-    let trained = weights + adapters + own(footprint.gradients()) + gib(footprint.moments(), 4);
+    let trained = in_training + adapters + gradients + moments;
     json!({
-        "weights": rounded(weights),
+        "weights": rounded(frozen),
+        "weights_training": rounded(in_training),
         "adapters": rounded(adapters),
-        "gradients": rounded(own(footprint.gradients())),
-        "optimiser": rounded(gib(footprint.moments(), 4)),
-        "activations_drawing": rounded(own(activations.drawing)),
-        "activations_training": rounded(own(activations.training)),
-        "activations_training_with_checkpointing": rounded(own(activations.checkpointed)),
-        "drawing_in_all": rounded(weights + own(activations.drawing)),
-        "training_in_all": rounded(trained + own(activations.training)),
-        "training_with_checkpointing_in_all": rounded(trained + own(activations.checkpointed)),
+        "gradients": rounded(gradients),
+        "optimiser": rounded(moments),
+        "activations_drawing": rounded(f32(activations.drawing)),
+        "activations_training": rounded(f32(activations.training)),
+        "activations_training_with_checkpointing": rounded(f32(activations.checkpointed)),
+        "drawing_in_all": rounded(frozen + f32(activations.drawing)),
+        "training_in_all": rounded(trained + f32(activations.training)),
+        "training_with_checkpointing_in_all": rounded(trained + f32(activations.checkpointed)),
     })
 }
 

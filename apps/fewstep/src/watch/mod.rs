@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
 use crate::INTERRUPTED;
-use crate::train::stop_on_signal;
+use crate::interrupt::Interrupts;
 use routes::Site;
 use token::Token;
 
@@ -50,13 +50,14 @@ pub fn run(args: &WatchArgs) -> Result<ExitCode> {
     let listener = listen(args)?;
     let address = listener.local_addr().context("the listener has no address")?;
     let token = Token::random()?;
-    let stop = stop_on_signal()?;
+    let interrupts = Interrupts::take()?;
     println!("http://{address}/{}/", token.text());
     if !args.run.exists() {
         eprintln!("{} is not there yet; the page waits for it", args.run.display());
     }
     eprintln!("watching {} (Ctrl-C ends)", args.run.display());
-    serve(&listener, &Arc::new(Site::new(args.run.clone(), address, token)), &stop);
+    let site = Arc::new(Site::new(args.run.clone(), address, token));
+    interrupts.during(|stop| serve(&listener, &site, stop));
     Ok(ExitCode::from(INTERRUPTED))
 }
 

@@ -25,7 +25,8 @@ pub struct GridRequest {
 /// In which order the one formula is evaluated in f32.
 ///
 /// A network is told 1000 times the sigma and takes sines of it, so that one last bit becomes 1e-5 in its output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum SigmaRounding {
     /// diffusers' numpy: levels are spaced in f64 and then rounded; f / (f + (1/s − 1)).
     #[default]

@@ -143,13 +143,3 @@ fn defaults() -> Value {
         "axes_dims_rope": [16, 56, 56],
     })
 }
-
-/// Pixels per latent pixel along one side of the autoencoder, published where neither it nor its config was given.
-pub(super) fn latent_factor(source: &ModelSource) -> Result<usize, ModelError> {
-    const PUBLISHED: usize = 8;
-    match AutoencoderKlConfig::read(source) {
-        Ok(config) => Ok(config.factor()),
-        Err(ModelError::NotBeside { .. }) => Ok(PUBLISHED),
-        Err(error) => Err(error),
-    }
-}

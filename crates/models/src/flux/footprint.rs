@@ -1,9 +1,9 @@
 //! What one evaluation of the transformer takes, counted off the code in [`super::transformer`].
 
-use super::config::{Configs, TransformerConfig, latent_factor};
+use super::config::{Configs, TransformerConfig};
 use crate::footprint::{Encoding, Evaluation, Workload};
 use crate::model::token_grid;
-use crate::parts::autoencoder_kl::AutoencoderKlConfig;
+use crate::parts::autoencoder_kl::{AutoencoderKlConfig, latent_factor};
 use crate::parts::cost::{Batch, Held};
 use crate::parts::patches::PATCH;
 use crate::parts::t5::T5Config;

@@ -205,7 +205,7 @@ impl Tokenizers {
 impl Sizes {
     /// From the transformer where there is one, otherwise from the encoders and the autoencoder.
     fn read(source: &ModelSource, parts: &Parts) -> Result<Self, ModelError> {
-        let latent_factor = config::latent_factor(source)?;
+        let latent_factor = autoencoder_kl::latent_factor(source)?;
         let encoders = (&parts.text_encoder, &parts.text_encoder_2);
         match (&parts.transformer, encoders) {
             (Some(transformer), _) => {
@@ -324,6 +324,10 @@ impl Family for Flux {
             TEXT_ENCODER_2 => self.text_encoder_2.iter_mut().for_each(|encoder| encoder.round_to(half)),
             _ => {}
         }
+    }
+
+    fn recomputes_blocks_mut(&mut self) -> Option<&mut bool> {
+        self.transformer.as_mut().map(Transformer::recomputes_blocks_mut)
     }
 
     fn denoiser_linears(&mut self) -> Vec<(String, &mut Linear)> {

@@ -1,5 +1,6 @@
 //! What the published models' folders say, for weights that come without them, and how their weights are recognised.
 
+use crate::parts::autoencoder_kl::is_without_quantiser;
 use crate::weights::WeightFiles;
 
 /// FLUX.1-dev's scheduler: μ from 0.5 at 256 to 1.15 at 4096 image tokens.
@@ -43,13 +44,7 @@ pub(super) fn component_of(files: &WeightFiles) -> Option<&'static str> {
     if ends("embeddings.position_embedding.weight") && !files.contains("text_projection.weight") {
         return Some(super::TEXT_ENCODER);
     }
-    // Other autoencoders of this class have convolutions between the halves.
-    if all(&["encoder.conv_in.weight", "decoder.conv_norm_out.weight"])
-        && !files.contains("quant_conv.weight")
-    {
-        return Some(crate::AUTOENCODER);
-    }
-    None
+    is_without_quantiser(files).then_some(crate::AUTOENCODER)
 }
 
 #[cfg(test)]

@@ -5,14 +5,15 @@ use burn::module::Module;
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
 use fewstep_kernels::{
-    AttentionOptions, Gelu, Modulation, QkvStream, RotaryTable, attention, gated_residual, gelu, joint_qkv,
-    linear_concat, norm_modulate, split_tokens,
+    AttentionOptions, Gelu, Modulation, RotaryTable, attention, gated_residual, gelu, linear_concat,
+    norm_modulate, recomputed, split_tokens,
 };
 
 use super::config::TransformerConfig;
 use crate::parts::double_stream::{Block, EPSILON, Heads, OUTPUT, Scale, Shared, Streams, key_mask};
 use crate::parts::linear::Linear;
 use crate::parts::rotary::exact_table;
+use crate::parts::single_stream::qkv_of_one;
 use crate::parts::timestep::{TIME_FEATURES, TwoLayers, sinusoidal};
 use crate::weights::{KeyMap, load};
 use crate::{Condition, ModelError, ModelSource, WeightType};
@@ -73,6 +74,9 @@ pub struct Transformer {
     proj_out: Linear,
     #[module(skip)]
     config: TransformerConfig,
+    /// Backward passes compute the inside of each block again instead of keeping it.
+    #[module(skip)]
+    recomputes_blocks: bool,
 }
 
 /// What modulates every block: the sum of what becomes of time, guidance and pooled text.
@@ -150,7 +154,14 @@ impl Transformer {
             norm_out: Modulator { linear: linear(width, 2 * width) },
             proj_out: linear(width, config.in_channels),
             config: config.clone(),
+            recomputes_blocks: false,
         }
+    }
+
+    /// Whether a backward pass through [`Transformer::forward`] keeps what goes into each block alone, and computes its
+    /// inside again (gradient checkpointing).
+    pub(super) fn recomputes_blocks_mut(&mut self) -> &mut bool {
+        &mut self.recomputes_blocks
     }
 
     /// The config it was made with.
@@ -173,15 +184,14 @@ impl Transformer {
         condition: &Condition,
         [rows, columns]: [usize; 2],
     ) -> Tensor<3> {
-        let heads = self.config.heads();
         let (mut streams, shared) = self.embed(packed, told, condition, [rows, columns]);
         for block in &self.transformer_blocks {
-            streams = block.forward(streams, &shared, heads.count);
+            streams = block.forward(streams, &shared);
         }
         let text_tokens = streams.text.dims()[1];
         let mut tokens = Tensor::cat(vec![streams.text, streams.image], 1); // [B, S + N, D]
         for block in &self.single_transformer_blocks {
-            tokens = block.forward(tokens, text_tokens, &shared, heads.count);
+            tokens = block.forward(tokens, &shared);
         }
         let image = split_tokens(tokens, text_tokens..text_tokens + rows * columns);
         let modulation = self.norm_out.linear.forward(shared.time);
@@ -198,17 +208,16 @@ impl Transformer {
         condition: &Condition,
         [rows, columns]: [usize; 2],
     ) -> Vec<[Tensor<3>; 2]> {
-        let heads = self.config.heads();
         let (mut streams, shared) = self.embed(packed, told, condition, [rows, columns]);
         let mut states = Vec::new();
         for block in &self.transformer_blocks {
-            streams = block.forward(streams, &shared, heads.count);
+            streams = block.forward(streams, &shared);
             states.push([streams.image.clone(), streams.text.clone()]);
         }
         let text_tokens = streams.text.dims()[1];
         let mut tokens = Tensor::cat(vec![streams.text, streams.image], 1);
         for block in &self.single_transformer_blocks {
-            tokens = block.forward(tokens, text_tokens, &shared, heads.count);
+            tokens = block.forward(tokens, &shared);
             let image = tokens.clone().narrow(1, text_tokens, rows * columns);
             states.push([image, tokens.clone().narrow(1, 0, text_tokens)]);
         }
@@ -228,6 +237,8 @@ impl Transformer {
             rotary: joint_table(text_tokens, grid, self.config.axes_dims_rope),
             keys: key_mask(condition, grid[0] * grid[1]),
             gelu: Gelu::Tanh,
+            heads: self.config.heads().count,
+            recomputes: self.recomputes_blocks,
         };
         let image = self.x_embedder.forward(packed);
         (Streams { image, text: self.context_embedder.forward(condition.text.clone()) }, shared)
@@ -314,10 +325,18 @@ impl SingleBlock {
     }
 
     /// `[B, S + N, D]`, text first.
-    fn forward(&self, tokens: Tensor<3>, text_tokens: usize, shared: &Shared, heads: usize) -> Tensor<3> {
+    fn forward(&self, tokens: Tensor<3>, shared: &Shared) -> Tensor<3> {
+        if !shared.recomputes_now() {
+            return self.kept(tokens, shared);
+        }
+        let (time, shared) = shared.apart();
+        recomputed(self, [tokens, time], move |block, [tokens, time]| block.kept(tokens, &shared.at(time)))
+    }
+
+    fn kept(&self, tokens: Tensor<3>, shared: &Shared) -> Tensor<3> {
         let modulation = self.norm.linear.forward(shared.time.clone());
         let input = norm_modulate(tokens.clone(), modulation.clone(), SINGLE, EPSILON);
-        let attended = self.attn.forward(input.clone(), text_tokens, shared, heads);
+        let attended = self.attn.forward(input.clone(), shared);
         let hidden = gelu(self.proj_mlp.forward(input), shared.gelu);
         let update = self.proj_out.forward(Tensor::cat(vec![attended, hidden], 2));
         gated_residual(tokens, update, modulation, SINGLE_GATE)
@@ -325,18 +344,11 @@ impl SingleBlock {
 }
 
 impl SingleAttention {
-    fn forward(&self, x: Tensor<3>, text_tokens: usize, shared: &Shared, heads: usize) -> Tensor<3> {
-        let tokens = x.dims()[1];
+    fn forward(&self, x: Tensor<3>, shared: &Shared) -> Tensor<3> {
         let projections = [&self.to_q, &self.to_k, &self.to_v].map(Linear::projection);
-        let qkv = linear_concat(x, projections);
-        let part = |range| QkvStream {
-            qkv: split_tokens(qkv.clone(), range),
-            norm_q: self.norm_q.weight.val(),
-            norm_k: self.norm_k.weight.val(),
-        };
-        let (text, image) = (part(0..text_tokens), part(text_tokens..tokens));
-        let joint = joint_qkv(text, image, heads, &shared.rotary, EPSILON);
-        attention(joint, AttentionOptions { keys: shared.keys.clone(), causal: false })
+        let norms = [&self.norm_q, &self.norm_k];
+        let qkv = qkv_of_one(linear_concat(x, projections), norms, shared.heads, (&shared.rotary, EPSILON));
+        attention(qkv, AttentionOptions { keys: shared.keys.clone(), causal: false })
     }
 }
 

@@ -111,7 +111,8 @@ fn without_prefixes(mut name: &str) -> &str {
 }
 
 /// Parts of layer names with an underscore of their own, a longer one before its beginning.
-const COMPOUNDS: [&str; 21] = [
+const COMPOUNDS: [&str; 28] = [
+    "single_transformer_blocks",
     "transformer_blocks",
     "add_q_proj",
     "add_k_proj",
@@ -133,6 +134,12 @@ const COMPOUNDS: [&str; 21] = [
     "timestep_embedder",
     "linear_1",
     "linear_2",
+    "ff_context",
+    "proj_mlp",
+    "context_embedder",
+    "x_embedder",
+    "guidance_embedder",
+    "text_embedder",
 ];
 
 /// Turns the underscores that were dots back into dots.
@@ -181,6 +188,10 @@ mod tests {
             "time_text_embed.timestep_embedder.linear_2",
             "norm_out.linear",
             "proj_out",
+            "single_transformer_blocks.3.attn.to_q",
+            "single_transformer_blocks.3.proj_mlp",
+            "transformer_blocks.1.ff_context.net.2",
+            "time_text_embed.guidance_embedder.linear_1",
         ];
         for layer in layers {
             assert_eq!(dotted(&layer.replace('.', "_")), layer);

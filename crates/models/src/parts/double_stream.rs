@@ -5,7 +5,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use fewstep_kernels::{
     AttentionOptions, Gelu, KeyMask, Modulation, QkvStream, RotaryTable, attention, gated_residual, gelu,
-    joint_qkv, linear_concat, norm_modulate, split_tokens,
+    joint_qkv, linear_concat, norm_modulate, recomputed, split_tokens,
 };
 
 use crate::Condition;
@@ -60,11 +60,11 @@ pub(crate) struct JointAttention {
     pub(crate) to_q: Linear,
     to_k: Linear,
     to_v: Linear,
-    to_out: Linear,
+    pub(crate) to_out: Linear,
     add_q_proj: Linear,
     pub(crate) add_k_proj: Linear,
     add_v_proj: Linear,
-    to_add_out: Linear,
+    pub(crate) to_add_out: Linear,
     pub(crate) norm_q: Scale,
     norm_k: Scale,
     norm_added_q: Scale,
@@ -83,13 +83,50 @@ pub(crate) struct Streams {
     pub(crate) text: Tensor<3>,
 }
 
+/// The modulations of the two streams, `[B, 6 D]` each.
+struct Modulations {
+    image: Tensor<2>,
+    text: Tensor<2>,
+}
+
+/// One of the two streams.
+#[derive(Clone, Copy)]
+enum Side {
+    Image,
+    Text,
+}
+
 /// What every block of one evaluation shares.
+#[derive(Clone)]
 pub(crate) struct Shared {
     /// SiLU of the time embedding, `[B, D]`.
     pub(crate) time: Tensor<2>,
     pub(crate) rotary: RotaryTable,
     pub(crate) keys: Option<KeyMask>,
     pub(crate) gelu: Gelu,
+    /// K.
+    pub(crate) heads: usize,
+    /// Backward passes compute the inside of each block again instead of keeping it.
+    pub(crate) recomputes: bool,
+}
+
+impl Shared {
+    /// Whether blocks are to be recomputed: without a graph there is nothing to keep.
+    pub(crate) fn recomputes_now(&self) -> bool {
+        self.recomputes && self.time.device().is_autodiff()
+    }
+
+    /// The time as an input of a recomputed block, `[B, 1, D]`, and the rest without it: a graph that ends outside of the
+    /// block's node must not be held by it.
+    pub(crate) fn apart(&self) -> (Tensor<3>, Self) {
+        let time = self.time.clone().unsqueeze_dim(1);
+        (time, Self { time: self.time.clone().inner(), ..self.clone() })
+    }
+
+    /// The same with a time that was an input.
+    pub(crate) fn at(&self, time: Tensor<3>) -> Self {
+        Self { time: time.squeeze_dim(1), ..self.clone() }
+    }
 }
 
 /// Hides padded text tokens; `None` where there are none.
@@ -140,23 +177,83 @@ impl Block {
         all
     }
 
-    pub(crate) fn forward(&self, streams: Streams, shared: &Shared, heads: usize) -> Streams {
-        let image_modulation = self.img_mod.forward(shared.time.clone());
-        let text_modulation = self.txt_mod.forward(shared.time.clone());
-        let attended = self.attn.forward(
-            Streams {
-                image: norm_modulate(streams.image.clone(), image_modulation.clone(), ATTENTION, EPSILON),
-                text: norm_modulate(streams.text.clone(), text_modulation.clone(), ATTENTION, EPSILON),
-            },
-            shared,
-            heads,
-        );
-        let image = gated_residual(streams.image, attended.image, image_modulation.clone(), ATTENTION_GATE);
-        let text = gated_residual(streams.text, attended.text, text_modulation.clone(), ATTENTION_GATE);
-        Streams {
-            image: self.img_mlp.forward(image, image_modulation, shared.gelu),
-            text: self.txt_mlp.forward(text, text_modulation, shared.gelu),
+    pub(crate) fn forward(&self, streams: Streams, shared: &Shared) -> Streams {
+        if !shared.recomputes_now() {
+            return self.kept(streams, shared);
         }
+        let (text, image) = (streams.text.dims()[1], streams.image.dims()[1]);
+        let joint = self.recomputed(streams, shared, |block, streams, shared| {
+            let Streams { image, text } = block.kept(streams, shared);
+            Tensor::cat(vec![text, image], 1)
+        }); // [B, S + N, D]
+        Streams { text: split_tokens(joint.clone(), 0..text), image: split_tokens(joint, text..text + image) }
+    }
+
+    /// The image after a last block: nothing reads its text any more.
+    pub(crate) fn forward_image(&self, streams: Streams, shared: &Shared) -> Tensor<3> {
+        match shared.recomputes_now() {
+            true => self.recomputed(streams, shared, Self::kept_image),
+            false => self.kept_image(streams, shared),
+        }
+    }
+
+    fn kept(&self, streams: Streams, shared: &Shared) -> Streams {
+        let (attended, modulations) = self.attend(&streams, shared);
+        Streams {
+            image: self.after_attention(
+                Side::Image,
+                streams.image,
+                attended.image,
+                modulations.image,
+                shared,
+            ),
+            text: self.after_attention(Side::Text, streams.text, attended.text, modulations.text, shared),
+        }
+    }
+
+    fn kept_image(&self, streams: Streams, shared: &Shared) -> Tensor<3> {
+        let (attended, modulations) = self.attend(&streams, shared);
+        self.after_attention(Side::Image, streams.image, attended.image, modulations.image, shared)
+    }
+
+    fn recomputed(
+        &self,
+        streams: Streams,
+        shared: &Shared,
+        forward: fn(&Self, Streams, &Shared) -> Tensor<3>,
+    ) -> Tensor<3> {
+        let (time, shared) = shared.apart();
+        recomputed(self, [streams.image, streams.text, time], move |block, [image, text, time]| {
+            forward(block, Streams { image, text }, &shared.at(time))
+        })
+    }
+
+    /// What both streams attend to, and their modulations.
+    fn attend(&self, streams: &Streams, shared: &Shared) -> (Streams, Modulations) {
+        let image = self.img_mod.forward(shared.time.clone());
+        let text = self.txt_mod.forward(shared.time.clone());
+        let normed = Streams {
+            image: norm_modulate(streams.image.clone(), image.clone(), ATTENTION, EPSILON),
+            text: norm_modulate(streams.text.clone(), text.clone(), ATTENTION, EPSILON),
+        };
+        (self.attn.attend(normed, shared), Modulations { image, text })
+    }
+
+    /// The rest of one stream: the attention's projection and the MLP, each gated into the residual.
+    fn after_attention(
+        &self,
+        side: Side,
+        x: Tensor<3>,
+        attended: Tensor<3>,
+        modulation: Tensor<2>,
+        shared: &Shared,
+    ) -> Tensor<3> {
+        let (projection, mlp) = match side {
+            Side::Image => (&self.attn.to_out, &self.img_mlp),
+            Side::Text => (&self.attn.to_add_out, &self.txt_mlp),
+        };
+        let x = gated_residual(x, projection.forward(attended), modulation.clone(), ATTENTION_GATE);
+        mlp.forward(x, modulation, shared.gelu)
     }
 }
 
@@ -180,8 +277,8 @@ impl JointAttention {
         }
     }
 
-    /// Attends over [text, image] and projects each stream back.
-    pub(crate) fn forward(&self, streams: Streams, shared: &Shared, heads: usize) -> Streams {
+    /// Attends over [text, image]; the streams are still to be projected.
+    pub(crate) fn attend(&self, streams: Streams, shared: &Shared) -> Streams {
         let (text_tokens, image_tokens) = (streams.text.dims()[1], streams.image.dims()[1]);
         let image = [&self.to_q, &self.to_k, &self.to_v].map(Linear::projection);
         let text = [&self.add_q_proj, &self.add_k_proj, &self.add_v_proj].map(Linear::projection);
@@ -196,14 +293,15 @@ impl JointAttention {
                 norm_q: self.norm_q.weight.val(),
                 norm_k: self.norm_k.weight.val(),
             },
-            heads,
+            shared.heads,
             &shared.rotary,
             EPSILON,
         ); // [3, B, K, S + N, E]
         let joint = attention(qkv, AttentionOptions { keys: shared.keys.clone(), causal: false }); // [B, S + N, D]
-        let text = split_tokens(joint.clone(), 0..text_tokens);
-        let image = split_tokens(joint, text_tokens..text_tokens + image_tokens);
-        Streams { image: self.to_out.forward(image), text: self.to_add_out.forward(text) }
+        Streams {
+            text: split_tokens(joint.clone(), 0..text_tokens),
+            image: split_tokens(joint, text_tokens..text_tokens + image_tokens),
+        }
     }
 }
 

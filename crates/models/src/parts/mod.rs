@@ -13,5 +13,6 @@ pub(crate) mod norm;
 pub(crate) mod patches;
 pub(crate) mod resnet;
 pub(crate) mod rotary;
+pub(crate) mod single_stream;
 pub(crate) mod t5;
 pub(crate) mod timestep;

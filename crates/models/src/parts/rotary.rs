@@ -27,9 +27,23 @@ pub(crate) fn exact_table<const AXES: usize>(
     axes: [usize; AXES],
     theta: f64,
 ) -> RotaryTable {
-    let frequency = |i: usize, dim: usize| theta.powf((2 * i) as f64 / dim as f64).recip();
-    let per_axis = axes.map(|dim| (0..dim / 2).map(|i| frequency(i, dim)).collect());
+    let per_axis = axes.map(|dim| exact_frequencies(dim, theta));
     of_angles(positions, &per_axis, |coordinate, frequency: &f64| coordinate as f64 * frequency)
+}
+
+/// The same of angles that are rounded to f32 at the end.
+pub(crate) fn rounded_table<const AXES: usize>(
+    positions: impl Iterator<Item = [usize; AXES]>,
+    axes: [usize; AXES],
+    theta: f64,
+) -> RotaryTable {
+    let per_axis = axes.map(|dim| exact_frequencies(dim, theta));
+    let rounded = |coordinate, frequency: &f64| f64::from((coordinate as f64 * frequency) as f32);
+    of_angles(positions, &per_axis, rounded)
+}
+
+fn exact_frequencies(dim: usize, theta: f64) -> Vec<f64> {
+    (0..dim / 2).map(|i| theta.powf((2 * i) as f64 / dim as f64).recip()).collect()
 }
 
 fn of_angles<const AXES: usize, P, F>(

@@ -106,6 +106,12 @@ pub struct TextEncoderConfig {
     pub num_key_value_heads: usize,
     /// Epsilon of the RMS norms.
     pub rms_norm_eps: f32,
+    /// E, width of a head; heads need not be as wide together as the states.
+    pub head_dim: usize,
+    /// Whether queries, keys and values have biases.
+    pub qkv_bias: bool,
+    /// Whether queries and keys are normalised head by head.
+    pub qk_norm: bool,
     /// Rotary embedding.
     pub rope: Rope,
     /// Activation of the MLP; SiLU.
@@ -223,6 +229,27 @@ impl TextEncoderConfig {
         let expected = ["Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text"];
         file.check_class("text_encoder", architecture, &expected)?;
         file.json = text_part(std::mem::take(&mut file.json));
+        file.json["qkv_bias"] = true.into();
+        file.json["qk_norm"] = false.into();
+        Self::checked(file)
+    }
+
+    /// The config of a Qwen3 language model.
+    pub(crate) fn of_qwen3(mut file: ConfigFile) -> Result<Self, ModelError> {
+        let architecture = file.json["architectures"][0].as_str().or(file.json["model_type"].as_str());
+        file.check_class("text_encoder", architecture, &["Qwen3ForCausalLM", "Qwen3Model", "qwen3"])?;
+        file.json = text_part(std::mem::take(&mut file.json));
+        file.json["qkv_bias"] = file.json["attention_bias"].as_bool().unwrap_or(false).into();
+        file.json["qk_norm"] = true.into();
+        Self::checked(file)
+    }
+
+    fn checked(mut file: ConfigFile) -> Result<Self, ModelError> {
+        if !file.json["head_dim"].is_u64() {
+            let size = |name: &str| file.json[name].as_u64().unwrap_or(0);
+            let heads = size("num_attention_heads").max(1);
+            file.json["head_dim"] = (size("hidden_size") / heads).into();
+        }
         let config: Self = file.parse()?;
         config.check().map_err(|reason| file.error(reason))?;
         Ok(config)
@@ -230,7 +257,7 @@ impl TextEncoderConfig {
 
     /// E.
     pub(super) fn head_dim(&self) -> usize {
-        self.hidden_size / self.num_attention_heads
+        self.head_dim
     }
 
     fn check(&self) -> Result<(), String> {
@@ -241,10 +268,17 @@ impl TextEncoderConfig {
             ("num_hidden_layers", self.num_hidden_layers, ranges::LAYERS),
             ("num_attention_heads", self.num_attention_heads, ranges::WIDTH),
             ("num_key_value_heads", self.num_key_value_heads, ranges::WIDTH),
+            ("head_dim", self.head_dim, ranges::WIDTH),
         ])?;
+        ranges::check(&[(
+            "num_attention_heads × head_dim",
+            self.num_attention_heads * self.head_dim,
+            ranges::WIDTH,
+        )])?;
         ranges::check_positive(&[("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope.rope_theta)])?;
         let (heads, groups) = (self.num_attention_heads, self.num_key_value_heads);
-        if heads % groups != 0 || !self.hidden_size.is_multiple_of(2 * heads) {
+        let whole = self.qk_norm || self.hidden_size == heads * self.head_dim;
+        if heads % groups != 0 || !self.head_dim.is_multiple_of(2) || !whole {
             return Err(format!(
                 "hidden_size {}, num_attention_heads {heads}, num_key_value_heads {groups}: expected heads of an \
                  even size and groups that divide the heads",

@@ -35,24 +35,32 @@ pub(super) fn held(key: &str, shape: &[usize]) -> u64 {
 
 /// What text encoder and autoencoder hold, counted off [`super::text_encoder`] and [`super::vae`].
 pub(super) fn encoding(source: &ModelSource) -> Result<Encoding, ModelError> {
-    let text = TextEncoderConfig::read(source)?;
-    let [width, inner, layers] =
-        [text.hidden_size, text.intermediate_size, text.num_hidden_layers].map(|size| size as u64);
-    let grouped = (text.head_dim() * text.num_key_value_heads) as u64;
-    // The stream and its norm beside query, key and value, these rotated and packed, and their output; or beside the
-    // MLP's gate, that after its activation, the other branch and their product.
-    let attention = 2 * width + 2 * (width + 2 * grouped) + 3 * width + width;
-    let mlp = 2 * width + 4 * inner;
-    // The inputs of both norms and of what follows them, the packed query, key and value, the attention's output; the
-    // gate with its activation's factors, and both branches and their product.
-    let kept = 8 * width + 6 * inner;
-    let matrices = layers * (2 * width * width + 2 * width * grouped + 3 * width * inner);
-    Ok(Encoding {
-        per_token: attention.max(mlp),
-        per_token_training: layers * kept + attention.max(mlp),
-        per_pixel: VaeConfig::read(source)?.numbers_per_pixel(),
-        flops_per_token: 2 * matrices,
-    })
+    let per_pixel = VaeConfig::read(source)?.numbers_per_pixel();
+    Ok(Encoding { per_pixel, ..TextEncoderConfig::read(source)?.encoding() })
+}
+
+impl TextEncoderConfig {
+    /// What the text model alone holds.
+    pub(crate) fn encoding(&self) -> Encoding {
+        let [width, inner, layers] =
+            [self.hidden_size, self.intermediate_size, self.num_hidden_layers].map(|size| size as u64);
+        let joined = (self.head_dim() * self.num_attention_heads) as u64;
+        let grouped = (self.head_dim() * self.num_key_value_heads) as u64;
+        // The stream and its norm beside query, key and value, these rotated and packed, and their output; or beside the
+        // MLP's gate, that after its activation, the other branch and their product.
+        let attention = 2 * width + 2 * (joined + 2 * grouped) + 3 * joined + joined;
+        let mlp = 2 * width + 4 * inner;
+        // The inputs of both norms and of what follows them, the packed query, key and value, the attention's output; the
+        // gate with its activation's factors, and both branches and their product.
+        let kept = 4 * width + 4 * joined + 6 * inner;
+        let matrices = layers * (2 * width * joined + 2 * width * grouped + 3 * width * inner);
+        Encoding {
+            per_token: attention.max(mlp),
+            per_token_training: layers * kept + attention.max(mlp),
+            per_pixel: 0,
+            flops_per_token: 2 * matrices,
+        }
+    }
 }
 
 impl VaeConfig {

@@ -24,6 +24,7 @@ use fewstep_kernels::HalfType;
 use serde_json::Value;
 
 pub use config::{PredictionType, PromptTemplate, Rope, TextEncoderConfig, TransformerConfig};
+pub(crate) use text_encoder::KEYS as TEXT_KEYS;
 pub use text_encoder::TextEncoder;
 pub use tokenizer::{PromptTokenizer, PromptTokens};
 pub use transformer::Transformer;
@@ -299,6 +300,10 @@ impl Family for QwenImage {
             (TEXT_ENCODER, Some(encoder)) => encoder.round_to(half),
             _ => {}
         }
+    }
+
+    fn recomputes_blocks_mut(&mut self) -> Option<&mut bool> {
+        self.transformer.as_mut().map(Transformer::recomputes_blocks_mut)
     }
 
     fn denoiser_linears(&mut self) -> Vec<(String, &mut Linear)> {

@@ -1,4 +1,4 @@
-//! The language model of Qwen2.5-VL without its vision tower (arXiv 2502.13923): pre-norm causal
+//! The language model of Qwen2.5-VL without its vision tower (arXiv 2502.13923), and Qwen3's: pre-norm causal
 //! transformer with grouped queries, half-split rotary embeddings and gated MLPs.
 //!
 //! For text alone the three sections of its rotary embedding carry the same positions, which makes it
@@ -19,7 +19,7 @@ use crate::{Condition, ModelError, ModelSource, WeightType};
 
 /// The published files hold the vision tower and an output head too. Folders written by transformers 4.52 and
 /// later may nest both towers in `model.`.
-pub(super) const KEYS: KeyMap = KeyMap {
+pub(crate) const KEYS: KeyMap = KeyMap {
     prefix: "model.",
     aliases: &[("model.language_model.", "model."), ("model.visual.", "visual.")],
     ignored: &["visual.", "lm_head."],
@@ -55,6 +55,9 @@ struct SelfAttention {
     k_proj: Linear,
     v_proj: Linear,
     o_proj: Linear,
+    /// In Qwen3, as the next.
+    q_norm: Option<RmsNorm>,
+    k_norm: Option<RmsNorm>,
 }
 
 #[derive(Module, Debug)]
@@ -90,7 +93,7 @@ impl TextEncoder {
         load(empty, &source.weights("text_encoder")?, &KEYS, dtype)
     }
 
-    pub(super) fn unfilled(config: &TextEncoderConfig, device: &Device) -> Self {
+    pub(crate) fn unfilled(config: &TextEncoderConfig, device: &Device) -> Self {
         let norm = || RmsNorm { weight: unfilled([config.hidden_size], device) };
         Self {
             embed_tokens: Embedding::unfilled(config.vocab_size, config.hidden_size, device),
@@ -108,17 +111,17 @@ impl TextEncoder {
     }
 
     /// Tokens there are embeddings for.
-    pub(super) fn vocabulary(&self) -> usize {
+    pub(crate) fn vocabulary(&self) -> usize {
         self.config.vocab_size
     }
 
     /// J, the width of its states.
-    pub(super) fn width(&self) -> usize {
+    pub(crate) fn width(&self) -> usize {
         self.config.hidden_size
     }
 
     /// Computes with the nearest numbers of a type to its matrices.
-    pub(super) fn round_to(&mut self, half: Option<HalfType>) {
+    pub(crate) fn round_to(&mut self, half: Option<HalfType>) {
         self.embed_tokens.rounded_to = half;
         for layer in &mut self.layers {
             layer.linears().into_iter().for_each(|linear| linear.rounded_to = half);
@@ -134,6 +137,13 @@ impl TextEncoder {
         let text = hidden.slice([0..batch, tokens.drop_tokens..longest, 0..width]);
         let lengths = tokens.ids.iter().map(|ids| ids.len() - tokens.drop_tokens).collect();
         zero_padding(Condition::new(text, lengths))
+    }
+
+    /// The states before the last layer, of prompts of which no token is dropped; padding is zero.
+    pub(crate) fn penultimate(&self, tokens: &PromptTokens) -> Condition {
+        let mut states = self.hidden_states(tokens);
+        let text = states.swap_remove(states.len() - 2);
+        zero_padding(Condition::new(text, tokens.ids.iter().map(Vec::len).collect()))
     }
 
     /// The states of all tokens, `[B, T, J]` each: the embeddings, then after every layer, the last of them after
@@ -215,20 +225,29 @@ impl Layer {
 
 impl SelfAttention {
     fn unfilled(config: &TextEncoderConfig, device: &Device) -> Self {
-        let width = config.hidden_size;
+        let (width, bias) = (config.hidden_size, config.qkv_bias);
+        let joined = config.head_dim() * config.num_attention_heads;
         let grouped = config.head_dim() * config.num_key_value_heads;
+        let norm = || config.qk_norm.then(|| RmsNorm { weight: unfilled([config.head_dim()], device) });
         Self {
-            q_proj: Linear::unfilled(width, width, true, device),
-            k_proj: Linear::unfilled(width, grouped, true, device),
-            v_proj: Linear::unfilled(width, grouped, true, device),
-            o_proj: Linear::unfilled(width, width, false, device),
+            q_proj: Linear::unfilled(width, joined, bias, device),
+            k_proj: Linear::unfilled(width, grouped, bias, device),
+            v_proj: Linear::unfilled(width, grouped, bias, device),
+            o_proj: Linear::unfilled(joined, width, false, device),
+            q_norm: norm(),
+            k_norm: norm(),
         }
     }
 
     fn forward(&self, x: Tensor<3>, rotation: &Rotation, config: &TextEncoderConfig) -> Tensor<3> {
         let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
-        let query = rotate(split_heads(self.q_proj.forward(x.clone()), heads), rotation);
-        let key = rotate(split_heads(self.k_proj.forward(x.clone()), groups), rotation);
+        let normed = |x: Tensor<4>, norm: &Option<RmsNorm>| match norm {
+            Some(norm) => rms_norm(x, norm.weight.val(), config.rms_norm_eps),
+            None => x,
+        };
+        let query = normed(split_heads(self.q_proj.forward(x.clone()), heads), &self.q_norm);
+        let key = normed(split_heads(self.k_proj.forward(x.clone()), groups), &self.k_norm);
+        let (query, key) = (rotate(query, rotation), rotate(key, rotation));
         let value = split_heads(self.v_proj.forward(x), groups);
         let packed =
             Tensor::stack(vec![query, repeat(key, heads / groups), repeat(value, heads / groups)], 0);

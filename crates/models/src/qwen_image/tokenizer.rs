@@ -57,7 +57,15 @@ impl PromptTokenizer {
     /// # Errors
     /// If the files are missing, damaged, or do not define the template's special tokens.
     pub fn read(source: &ModelSource, max_tokens: usize) -> Result<Self, ModelError> {
-        let template = PromptTemplate::read(source)?;
+        Self::with_template(source, PromptTemplate::read(source)?, max_tokens)
+    }
+
+    /// The same with a template of a family's own.
+    pub(crate) fn with_template(
+        source: &ModelSource,
+        template: PromptTemplate,
+        max_tokens: usize,
+    ) -> Result<Self, ModelError> {
         let folder: Arc<Path> = source.tokenizer("tokenizer")?.into();
         let whole = !folder.join("vocab.json").is_file() && folder.join(WHOLE).is_file();
         let tokenizer = if whole {
@@ -76,7 +84,7 @@ impl PromptTokenizer {
     }
 
     /// Checks that there is an embedding for every id.
-    pub(super) fn check_ids(&self, embeddings: usize) -> Result<(), ModelError> {
+    pub(crate) fn check_ids(&self, embeddings: usize) -> Result<(), ModelError> {
         let largest = self.tokenizer.get_vocab(true).into_values().max().unwrap_or(0) as usize;
         if largest < embeddings {
             return Ok(());

@@ -62,6 +62,9 @@ pub struct Transformer {
     config: TransformerConfig,
     #[module(skip)]
     gelu: Gelu,
+    /// Backward passes compute the inside of each block again instead of keeping it.
+    #[module(skip)]
+    recomputes_blocks: bool,
 }
 
 #[derive(Module, Debug)]
@@ -114,12 +117,19 @@ impl Transformer {
             proj_out: linear(width, config.in_channels),
             config: config.clone(),
             gelu: Gelu::Tanh,
+            recomputes_blocks: false,
         }
     }
 
     /// The same weights with another activation of the MLPs; they were trained with the tanh form.
     pub fn with_gelu(self, gelu: Gelu) -> Self {
         Self { gelu, ..self }
+    }
+
+    /// Whether a backward pass through [`Transformer::forward`] keeps what goes into each block alone, and computes its
+    /// inside again (gradient checkpointing).
+    pub fn recomputes_blocks_mut(&mut self) -> &mut bool {
+        &mut self.recomputes_blocks
     }
 
     /// What [`Transformer::forward`] returns.
@@ -141,11 +151,13 @@ impl Transformer {
         [rows, columns]: [usize; 2],
     ) -> Tensor<3> {
         let (mut streams, shared) = self.embed(packed, sigma, condition, [rows, columns]);
-        for block in &self.transformer_blocks {
-            streams = block.forward(streams, &shared, self.config.num_attention_heads);
+        let (last, blocks) = self.transformer_blocks.split_last().expect("a transformer has blocks");
+        for block in blocks {
+            streams = block.forward(streams, &shared);
         }
+        let image = last.forward_image(streams, &shared);
         let modulation = self.norm_out.linear.forward(shared.time);
-        self.proj_out.forward(norm_modulate(streams.image, modulation, OUTPUT, EPSILON))
+        self.proj_out.forward(norm_modulate(image, modulation, OUTPUT, EPSILON))
     }
 
     /// Image and text tokens after each block, `[B, N, D]` and `[B, S, D]`: where two implementations part.
@@ -161,7 +173,7 @@ impl Transformer {
         let (mut streams, shared) = self.embed(packed, sigma, condition, [rows, columns]);
         let mut states = Vec::with_capacity(self.transformer_blocks.len());
         for block in &self.transformer_blocks {
-            streams = block.forward(streams, &shared, self.config.num_attention_heads);
+            streams = block.forward(streams, &shared);
             states.push([streams.image.clone(), streams.text.clone()]);
         }
         states
@@ -179,6 +191,8 @@ impl Transformer {
             rotary: joint_table(condition.text.dims()[1], [rows, columns], self.config.axes_dims_rope),
             keys: key_mask(condition, rows * columns),
             gelu: self.gelu,
+            heads: self.config.num_attention_heads,
+            recomputes: self.recomputes_blocks,
         };
         let streams =
             Streams { image: self.img_in.forward(packed), text: self.embed_text(condition.text.clone()) };

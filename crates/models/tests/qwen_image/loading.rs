@@ -200,8 +200,11 @@ fn a_config_of_another_class_is_refused_with_both_names() {
         edit_json(&copy.path().join(file), edit);
         refusal(copy.path())
     };
-    let pipeline = refused("model_index.json", |json| json["_class_name"] = "FluxPipeline".into());
-    assert!(pipeline.contains("class FluxPipeline, expected one of QwenImagePipeline"), "{pipeline}");
+    let pipeline = refused("model_index.json", |json| json["_class_name"] = "WanPipeline".into());
+    assert!(
+        pipeline.contains("class WanPipeline, expected one of FluxPipeline, QwenImagePipeline"),
+        "{pipeline}"
+    );
     let transformer =
         refused("transformer/config.json", |json| json["_class_name"] = "FluxTransformer2DModel".into());
     assert!(

@@ -174,7 +174,7 @@ fn sentence(what: &Happening) -> Option<String> {
         Happening::Started { total_steps, rows, trained_parameters, parameters, version, .. } => format!(
             "started: {total_steps} steps on {rows} rows, {trained_parameters} of {parameters} parameters; {version}"
         ),
-        Happening::Message { text } => text.clone(),
+        Happening::Message { text } | Happening::Monitor { text, .. } => text.clone(),
         Happening::Checkpoint { path } => format!("checkpoint {path}"),
         Happening::Samples { path } => format!("samples {path}"),
         Happening::Finished { path } => format!("finished: {path}"),

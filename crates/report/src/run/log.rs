@@ -58,6 +58,23 @@ pub enum Happening {
         /// Memory of the process in bytes, where the system tells it.
         memory_bytes: Option<u64>,
     },
+    /// The monitor looked at held-out prompts. Ratios are to its reference.
+    Monitor {
+        /// Mean squared error.
+        paired_error: f32,
+        /// Of saturation.
+        saturation_ratio: f32,
+        /// Of contrast.
+        contrast_ratio: f32,
+        /// Of sharpness.
+        sharpness_ratio: f32,
+        /// Of diversity, where it can be told.
+        diversity_ratio: Option<f32>,
+        /// Whether the pictures are the best so far.
+        is_best: bool,
+        /// The same as a sentence.
+        text: String,
+    },
     /// A sentence for the person who watches.
     Message {
         /// It.
@@ -137,7 +154,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(LOG_FILE);
         let whole = r#"{"kind":"stopped","step":3,"time":1.0}"#;
-        let unknown = r#"{"kind":"monitor","paired_error":0.5,"step":3,"time":1.0}"#;
+        let unknown = r#"{"kind":"eclipse","paired_error":0.5,"step":3,"time":1.0}"#;
         std::fs::write(&path, format!("{whole}\nnot json\n\u{0}\n{unknown}\n{}", &whole[..20])).unwrap();
         let kinds: Vec<Happening> = read(&path).into_iter().map(|entry| entry.what).collect();
         assert_eq!(kinds, [Happening::Stopped, Happening::Other]);

@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use fewstep_models::{
-    AUTOENCODER, Encoding, Footprint, Model, ModelError, ModelSource, WeightType, Workload,
-};
+use fewstep_models::{Encoding, Footprint, Model, ModelError, ModelSource, WeightType, Workload};
 use serde::Serialize;
 
 use super::data::{Bucket, DataOutline};
@@ -160,13 +158,8 @@ impl Facts<'_> {
         F32 * self.trained * (1 + u64::from(self.averages())) + self.optimizer_bytes()
     }
 
-    /// Frozen matrices are stored in the run's number type; the few norms and biases among them count as well. What
-    /// learns stays in f32, and so does the autoencoder.
     fn bytes_per_weight(&self, component: &str) -> u64 {
-        match component == AUTOENCODER || self.learns(component) {
-            true => F32,
-            false => WeightType::from(self.recipe.dtype).bytes() as u64,
-        }
+        Footprint::bytes_per_weight(component, self.recipe.dtype.into(), self.learns(component))
     }
 
     /// Numbers of the largest evaluation with its graph.
@@ -187,7 +180,11 @@ impl Facts<'_> {
                 .text_numbers(bucket.largest_batch, Footprint::of_encoding(self.source)?.per_token_training),
             false => 0,
         };
-        Ok(evaluations * footprint.activations.training + text)
+        let activations = match self.recipe.checkpoints_gradients() {
+            true => footprint.activations.checkpointed,
+            false => footprint.activations.training,
+        };
+        Ok(evaluations * activations + text)
     }
 
     fn footprint(&self, bucket: &Bucket, batch_size: usize) -> Result<Footprint, ModelError> {

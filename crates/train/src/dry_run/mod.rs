@@ -299,11 +299,13 @@ fn epoch_flops(
 ) -> Result<f64, ModelError> {
     let flops = memory::footprint(recipe, source, data, (bucket, 1))?.flops;
     let (forward, backward) = (flops.forward as f64, flops.backward as f64);
+    let checkpointed = recipe.checkpoints_gradients();
     let sample = match recipe.task.objective() {
+        Objective::FlowMatching if checkpointed => 2.0 * forward + backward,
         Objective::FlowMatching => forward + backward,
         Objective::Distillation => {
             let guided = evaluations(recipe.student_guidance.scale(bucket.cfg_scale).into());
-            guided * flops.distillation_step(bucket.num_inference_steps, false) as f64
+            guided * flops.distillation_step(bucket.num_inference_steps, checkpointed) as f64
         }
     };
     let teacher = match recipe.online_teacher {

@@ -6,9 +6,11 @@
 mod direct;
 mod flow_matching;
 
-use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::module::Param;
+use burn::optim::GradientsParams;
 use burn::tensor::{Gradients, Tensor};
-use fewstep_models::Model;
+use fewstep_kernels::added;
+use fewstep_models::{Model, NamedVisitor, visit_named};
 
 pub use direct::{Direct, OnlineTeacher};
 pub use flow_matching::FlowMatching;
@@ -58,17 +60,34 @@ impl Method {
 
 /// Gradients of a model's parameters, summed over backward passes.
 #[derive(Default)]
-pub struct GradientSum(GradientsAccumulator<Model>);
+pub struct GradientSum(GradientsParams);
 
 impl GradientSum {
     /// Adds the parameter gradients of one backward pass.
     pub fn add(&mut self, model: &Model, gradients: Gradients) {
-        self.0.accumulate(model, GradientsParams::from_grads(gradients, model));
+        visit_named(model, &mut Adding { sum: &mut self.0, gradients });
     }
 
     /// The sum.
-    pub fn finish(mut self) -> GradientsParams {
-        self.0.grads()
+    pub fn finish(self) -> GradientsParams {
+        self.0
+    }
+}
+
+/// Moves gradients from a backward pass into a sum, one parameter after the other.
+struct Adding<'a> {
+    sum: &'a mut GradientsParams,
+    gradients: Gradients,
+}
+
+impl NamedVisitor for Adding<'_> {
+    fn visit<const D: usize>(&mut self, _name: &str, parameter: &Param<Tensor<D>>) {
+        let Some(gradient) = parameter.val().grad_remove(&mut self.gradients) else { return };
+        let sum = match self.sum.remove::<D>(parameter.id) {
+            Some(sum) => added(sum, gradient),
+            None => gradient,
+        };
+        self.sum.register(parameter.id, sum);
     }
 }
 

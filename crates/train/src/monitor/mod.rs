@@ -89,8 +89,7 @@ impl<'a> Monitor<'a> {
         let check = self.check(model, progress.step)?;
         progress.checks.push(check);
         self.files.add(&progress.checks)?;
-        let new = if progress.is_best() { " (the best so far)" } else { "" };
-        observer.on(Event::Message(format!("{check}{new}")));
+        observer.on(Event::Monitored { check, is_best: progress.is_best() });
         Ok(())
     }
 

@@ -138,8 +138,12 @@ pub enum Compute {
 #[value(rename_all = "snake_case")]
 pub enum Activation {
     /// The tanh form of GELU, which the published weights were trained with.
+    #[serde(alias = "gelu-tanh")]
+    #[value(alias = "gelu-tanh")]
     Tanh,
     /// x·sigmoid(1.702 x), which DiffSynth-Studio computes.
+    #[serde(alias = "gelu-sigmoid")]
+    #[value(alias = "gelu-sigmoid")]
     Sigmoid,
 }
 
@@ -229,7 +233,7 @@ impl StudentGuidance {
     }
 }
 
-/// What the student of a model that knows no pure noise starts from, such as Stable Diffusion; others start from noise.
+/// What the student of a model that knows no pure noise starts from; others start from noise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]

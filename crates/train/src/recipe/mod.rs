@@ -229,7 +229,8 @@ pub struct Recipe {
     /// from the teacher's picture noised to its first sigma
     #[arg(long, value_enum, default_value = "noise", help_heading = "Method")]
     pub student_start: StudentStart,
-    /// Accepted, without effect yet: the memory of direct_distill does not grow with its steps in any case
+    /// Keep what goes into each block of the denoiser and compute its inside again in the backward pass: less memory,
+    /// more time
     #[arg(long, help_heading = "Method")]
     pub use_gradient_checkpointing: bool,
     /// direct_distill: distance between the pictures of student and teacher
@@ -238,7 +239,7 @@ pub struct Recipe {
     /// direct_distill: c of the pseudo-Huber distance, in latent units
     #[arg(long, default_value_t = 1e-3, help_heading = "Method")]
     pub huber_c: f64,
-    /// Accepted, without effect, as use_gradient_checkpointing
+    /// As use_gradient_checkpointing: nothing is moved elsewhere
     #[arg(long, help_heading = "Method")]
     pub use_gradient_checkpointing_offload: bool,
     /// direct_distill: make the teacher's pictures during training; the metadata then needs prompts only

@@ -65,6 +65,11 @@ impl Recipe {
         }
     }
 
+    /// Whether the denoiser's blocks are recomputed in backward passes.
+    pub fn checkpoints_gradients(&self) -> bool {
+        self.use_gradient_checkpointing || self.use_gradient_checkpointing_offload
+    }
+
     /// Steps and guidance of an online teacher of a model that is usually run so.
     pub(crate) fn teacher(&self, usual: Defaults) -> (usize, f32) {
         let cfg_scale = self.teacher_cfg_scale.map_or(usual.cfg_scale, |scale| scale as f32);
@@ -93,7 +98,6 @@ impl Recipe {
 
     /// A sentence for each key that has not the effect its value lets one expect.
     pub fn notes(&self) -> Vec<&'static str> {
-        let checkpointing = self.use_gradient_checkpointing || self.use_gradient_checkpointing_offload;
         let slow = self.optimizer == OptimizerName::Prodigy && self.learning_rate < 0.1;
         let notes = [
             (
@@ -105,9 +109,9 @@ impl Recipe {
                 "find_unused_parameters has no effect: parameters without a gradient are skipped in any case",
             ),
             (
-                checkpointing,
-                "use_gradient_checkpointing has no effect yet: direct_distill keeps the activations of one \
-                 network evaluation in memory, however many steps the student takes, but all blocks of it",
+                self.use_gradient_checkpointing_offload,
+                "use_gradient_checkpointing_offload has the effect of use_gradient_checkpointing: nothing is moved \
+                 elsewhere",
             ),
         ];
         notes.into_iter().filter(|(given, _)| *given).map(|(_, note)| note).collect()

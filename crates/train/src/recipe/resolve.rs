@@ -10,13 +10,11 @@ use super::{Compat, OptimizerName, Recipe};
 use crate::TrainError;
 
 /// Keys on which no trained number depends: where a run works, how fast, and what it writes on the way.
-const PLACE_KEYS: [&str; 15] = [
+const PLACE_KEYS: [&str; 13] = [
     "output_path",
     "dataset_num_workers",
     "dataset_memory_mib",
     "find_unused_parameters",
-    "use_gradient_checkpointing",
-    "use_gradient_checkpointing_offload",
     "enable_csv_log",
     "enable_tensorboard_log",
     "save_steps",
@@ -28,8 +26,10 @@ const PLACE_KEYS: [&str; 15] = [
     "sample_cfg_scale",
 ];
 
-/// Other keys that may change when a run is continued: how long it runs, and when it gives up.
-const FREE_KEYS: [&str; 12] = [
+/// Other keys that may change when a run is continued: how long it runs, when it gives up, and what moves last bits.
+const FREE_KEYS: [&str; 14] = [
+    "use_gradient_checkpointing",
+    "use_gradient_checkpointing_offload",
     "max_steps",
     "num_epochs",
     "device",

@@ -88,7 +88,8 @@ fn the_peers_arguments_are_taken_with_their_meaning() {
     let recipe = Recipe::from_arg_matches(&matches).unwrap();
     recipe.validate().unwrap();
     assert_eq!((recipe.task, recipe.shuffle, recipe.save_steps), (Task::DirectDistillTrain, false, Some(7)));
-    assert_eq!((recipe.notes().len(), recipe.optimizer), (2, OptimizerName::Adamw8bit));
+    assert_eq!((recipe.notes().len(), recipe.optimizer), (1, OptimizerName::Adamw8bit));
+    assert!(recipe.checkpoints_gradients());
 }
 
 #[test]

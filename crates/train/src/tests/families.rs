@@ -1,5 +1,5 @@
-//! Losses, gradients and optimiser steps of the families against DiffSynth-Studio's (goldens/flux, sd15, sdxl): the same
-//! recipe for all of them.
+//! Losses, gradients and optimiser steps of the families against DiffSynth-Studio's (goldens/flux, sd15, sdxl, zimage):
+//! the same recipe for all of them.
 //!
 //! Of models that predict noise, the peer's losses are of the noise, from the noised picture; here they are of velocities.
 
@@ -40,8 +40,8 @@ struct Peer {
 }
 
 impl Peer {
-    fn all() -> [Self; 3] {
-        ["flux", "sd15", "sdxl"].map(Self::new)
+    fn all() -> [Self; 4] {
+        ["flux", "sd15", "sdxl", "zimage"].map(Self::new)
     }
 
     /// Those that predict noise.

@@ -81,7 +81,8 @@ fn adjoint_equals_tape(recipe: &Recipe, bench: &Bench) {
     let (mut adjoint, mut tape) = (GradientSum::default(), GradientSum::default());
     let batch = batch(&data, &[0, 1, 3]);
     let loss = direct.step(&model, &batch, 0.5, &mut adjoint).unwrap();
-    let expected = direct.step_on_tape(&model, &batch, 0.5, &mut tape).unwrap();
+    let kept = model.clone().recomputing_blocks(false);
+    let expected = direct.step_on_tape(&kept, &batch, 0.5, &mut tape).unwrap();
     assert!((loss - expected).abs() < 1e-6 * expected, "loss {loss}, on the tape {expected}");
     assert_gradients_close(&by_name(&model, adjoint), &by_name(&model, tape), 1e-5);
 }
@@ -109,6 +110,14 @@ fn the_adjoint_gradient_of_full_weights_equals_the_tape() {
 fn the_adjoint_gradient_of_adapters_equals_the_tape() {
     let bench = Bench::new().with_teacher_data();
     adjoint_equals_tape(&Recipe { lora_base_model: Some("transformer".into()), ..bench.recipe() }, &bench);
+}
+
+#[test]
+fn the_adjoint_gradient_of_recomputed_blocks_equals_the_tape() {
+    let bench = Bench::new().with_teacher_data();
+    let recipe = Recipe { use_gradient_checkpointing: true, ..bench.recipe() };
+    adjoint_equals_tape(&recipe, &bench);
+    adjoint_equals_tape(&Recipe { lora_base_model: Some("transformer".into()), ..recipe }, &bench);
 }
 
 #[test]
@@ -151,6 +160,26 @@ fn batches_accumulate_to_the_large_batch() {
     let loss = method.step(&model, &batch(&data, &[0, 1, 2, 3, 4]), 1.0, &mut whole).unwrap();
     assert!((0.8 * first + 0.2 * second - loss).abs() < 1e-6 * loss);
     assert_gradients_close(&by_name(&model, parts), &by_name(&model, whole), 1e-5);
+}
+
+/// Nothing that goes into the first block has a gradient there, only what is in it.
+#[test]
+fn the_flow_matching_gradient_of_recomputed_blocks_is_that_of_kept_ones() {
+    let bench = Bench::new().with_pictures();
+    let recipe = Recipe { task: Task::Sft, lora_base_model: Some("transformer".into()), ..bench.recipe() };
+    let start = bench.model();
+    let data = dataset(&recipe, &start);
+    let method = FlowMatching::new(&recipe);
+    let model = lively(prepared(&recipe, start));
+    let gradients = |recomputes: bool| {
+        let model = model.clone().recomputing_blocks(recomputes);
+        let mut sum = GradientSum::default();
+        let loss = method.step(&model, &batch(&data, &[0, 1, 2]), 1.0, &mut sum).unwrap();
+        (loss, by_name(&model, sum))
+    };
+    let ((loss, found), (expected_loss, expected)) = (gradients(true), gradients(false));
+    assert_eq!(loss, expected_loss);
+    assert_gradients_close(&found, &expected, 1e-5);
 }
 
 /// L = mean (v(x_s, s, c) − (e − x0))² with x_s = (1 − s)·x0 + s·e, from the same draws in plain numbers.

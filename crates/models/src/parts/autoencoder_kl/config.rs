@@ -118,6 +118,16 @@ impl AutoencoderKlConfig {
     }
 }
 
+/// Pixels per latent pixel along one side of the autoencoder, published where neither it nor its config was given.
+pub(crate) fn latent_factor(source: &ModelSource) -> Result<usize, ModelError> {
+    const PUBLISHED: usize = 8;
+    match AutoencoderKlConfig::read(source) {
+        Ok(config) => Ok(config.factor()),
+        Err(ModelError::NotBeside { .. }) => Ok(PUBLISHED),
+        Err(error) => Err(error),
+    }
+}
+
 /// What a file means where it leaves a key out: diffusers' defaults.
 fn defaults() -> Value {
     json!({

@@ -8,10 +8,11 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
 pub use config::AutoencoderKlConfig;
+pub(crate) use config::latent_factor;
 
 use self::layers::{Decoder, Encoder, Observer};
 use crate::parts::conv::Conv2d;
-use crate::weights::{KeyMap, load};
+use crate::weights::{KeyMap, WeightFiles, load};
 use crate::{ModelError, ModelSource, WeightType};
 
 /// Old files have other names for the attention's projections.
@@ -159,6 +160,12 @@ impl AutoencoderKl {
     fn pixels(&self, encoded: Tensor<4>, observe: &mut Observer) -> Tensor<4> {
         self.decoder.forward(through(&self.post_quant_conv, encoded), observe)
     }
+}
+
+/// Whether weight files are an autoencoder's that has no convolutions between its halves, as those of 16 channels.
+pub(crate) fn is_without_quantiser(files: &WeightFiles) -> bool {
+    let all = |keys: &[&str]| keys.iter().all(|key| files.contains(key));
+    all(&["encoder.conv_in.weight", "decoder.conv_norm_out.weight"]) && !files.contains("quant_conv.weight")
 }
 
 fn through(conv: &Option<Conv2d>, x: Tensor<4>) -> Tensor<4> {

@@ -1,9 +1,13 @@
 //! The parts inside the transformer against diffusers (goldens/qwen_image/transformer.safetensors).
 
-use fewstep_testkit::{Golden, assert_tensors_close, golden};
+use burn::module::Param;
+use burn::tensor::Gradients;
+use fewstep_kernels::inject;
+use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden, random, values};
 
 use super::*;
 use crate::parts::double_stream::ATTENTION;
+use crate::{NamedVisitor, visit_named};
 use fewstep_kernels::{QkvStream, joint_qkv};
 
 /// Absolute, on states of unit scale; the f32 rounding of the peers was measured at 1.2e-6.
@@ -99,9 +103,9 @@ fn joint_attention_equals_the_peers() {
         case.check(heads(block.attn.to_q.forward(image.clone()), &block.attn.norm_q), "block0.norm_q");
         let key = block.attn.add_k_proj.forward(text.clone());
         case.check(heads(key, &block.attn.norm_added_k), "block0.norm_added_k");
-        let attended = block.attn.forward(Streams { image, text }, &case.shared, config.num_attention_heads);
-        case.check(attended.image, "block0.attn_out_image");
-        case.check(attended.text, "block0.attn_out_text");
+        let attended = block.attn.attend(Streams { image, text }, &case.shared);
+        case.check(block.attn.to_out.forward(attended.image), "block0.attn_out_image");
+        case.check(block.attn.to_add_out.forward(attended.text), "block0.attn_out_text");
     }
 }
 
@@ -127,6 +131,60 @@ fn rotation_angles_equal_the_peers() {
         for part in 0..2 {
             let found = turned.clone().slice_dim(0, part..part + 1).squeeze_dim::<4>(0);
             assert_tensors_close(found, expected.clone(), TOLERANCE);
+        }
+    }
+}
+
+/// The output at a case's inputs, the gradient by the packed latents, and those by all parameters by name; `None` where a
+/// parameter has none.
+fn gradients(
+    case: &Case,
+    transformer: Transformer,
+) -> (Tensor<3>, Tensor<3>, Vec<(String, Option<Vec<f32>>)>) {
+    struct Read<'a>(&'a Gradients, Vec<(String, Option<Vec<f32>>)>);
+    impl NamedVisitor for Read<'_> {
+        fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
+            self.1.push((name.to_owned(), parameter.val().grad(self.0).map(values)));
+        }
+    }
+    let transformer = transformer.train();
+    let packed = case.expected::<3>("packed").autodiff().require_grad();
+    let condition = case.condition.clone().autodiff();
+    let output = transformer.forward(packed.clone(), case.sigma.clone().autodiff(), &condition, case.tokens);
+    let cotangent = random(output.dims(), 1, &Device::flex());
+    let gradients = inject(output.clone(), cotangent).backward();
+    let mut read = Read(&gradients, Vec::new());
+    visit_named(&transformer, &mut read);
+    (output.inner(), packed.grad(&gradients).unwrap(), read.1)
+}
+
+#[test]
+fn recomputed_blocks_have_the_gradients_of_kept_ones() {
+    for case in cases() {
+        for learns in [true, false] {
+            let transformer = case.transformer.clone().set_require_grad(learns);
+            let kept = gradients(&case, transformer.clone());
+            let mut transformer = transformer;
+            *transformer.recomputes_blocks_mut() = true;
+            let recomputed = gradients(&case, transformer);
+            assert_eq!(values(recomputed.0), values(kept.0));
+            let largest = |x: &[f32]| x.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
+            // The same sums in another order.
+            let close = |found: &[f32], expected: &[f32]| {
+                assert_close(found, expected, 1e-6 * largest(expected).max(1e-6));
+            };
+            close(&values(recomputed.1), &values(kept.1));
+            assert_eq!(recomputed.2.len(), kept.2.len());
+            for ((name, found), (_, expected)) in recomputed.2.iter().zip(&kept.2) {
+                match (found, expected) {
+                    (Some(found), Some(expected)) => close(found, expected),
+                    (None, None) => {}
+                    _ => panic!("{name}: only one of the two has a gradient"),
+                }
+            }
+            // The text of the last block leads nowhere.
+            let without = kept.2.iter().filter(|(_, gradient)| gradient.is_none()).count();
+            assert_eq!(without, if learns { 6 } else { kept.2.len() });
         }
     }
 }

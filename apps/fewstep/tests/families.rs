@@ -1,4 +1,4 @@
-//! The whole way of a user's data with Stable Diffusion and SDXL, on the goldens' tiny folders.
+//! The whole way of a user's data with every family, on the goldens' tiny folders.
 
 #![allow(clippy::unwrap_used)] // Helpers of the tests fail where the tests do.
 
@@ -11,7 +11,9 @@ use fewstep_testkit::{Golden, assert_close, copy_folder, golden};
 use program::{fails, run};
 use tempfile::TempDir;
 
-const FAMILIES: [&str; 2] = ["sd15", "sdxl"];
+/// Families with the names of their denoisers.
+const FAMILIES: [(&str, &str); 4] =
+    [("flux", "transformer"), ("sd15", "unet"), ("sdxl", "unet"), ("zimage", "transformer")];
 const SIZE: [&str; 4] = ["--height", "64", "--width", "64"];
 
 /// Teacher pictures of a family's tiny model in `data/`.
@@ -69,12 +71,12 @@ fn losses(path: &Path) -> Vec<f64> {
 }
 
 const DISTIL: [&str; 2] = ["--task", "direct_distill"];
-const LORA: [&str; 4] = ["--lora-base-model", "unet", "--lora-rank", "4"];
-const FULL: [&str; 2] = ["--trainable-models", "unet"];
+const LORA: [&str; 4] = ["--lora-base-model", "dit", "--lora-rank", "4"];
+const FULL: [&str; 2] = ["--trainable-models", "dit"];
 
 #[test]
-fn students_of_stable_diffusion_are_trained_fused_converted_and_reported() {
-    for family in FAMILIES {
+fn students_of_every_family_are_trained_fused_converted_and_reported() {
+    for (family, denoiser) in FAMILIES {
         let fixture = Fixture::new(family);
         let lora = fixture.train("lora", &[&DISTIL[..], &LORA].concat());
         let full = fixture.train("full", &[&DISTIL[..], &FULL].concat());
@@ -90,7 +92,7 @@ fn students_of_stable_diffusion_are_trained_fused_converted_and_reported() {
         let (converted, fused) = (fixture.arg("student.safetensors"), fixture.arg("fused"));
         run(&["lora", "convert", "--input", &adapter, "--output", &converted, "--format", "diffusers"]);
         let keys = Golden::open(&converted).keys();
-        assert!(keys.iter().all(|key| key.starts_with("unet.")), "{keys:?}");
+        assert!(keys.iter().all(|key| key.starts_with(&format!("{denoiser}."))), "{keys:?}");
         run(&["lora", "fuse", "--model", &fixture.model, "--lora", &adapter, "--output", &fused]);
 
         let of = |output: &str, args: &[&str]| fixture.latents(output, args);
@@ -108,7 +110,8 @@ fn students_of_stable_diffusion_are_trained_fused_converted_and_reported() {
         let full = format!("full={}", fixture.arg("full/model"));
         let (metadata, report) = (fixture.arg("data/metadata.csv"), fixture.arg("report"));
         let students = ["--student", &student, "--student", &full, "--output", &report];
-        let data = ["--dataset-metadata-path", &metadata, "--teacher-num-inference-steps", "6"];
+        let teacher = ["--teacher-num-inference-steps", "6", "--teacher-cfg-scale", "3"];
+        let data = [&["--dataset-metadata-path", &metadata], &teacher[..]].concat();
         fixture.run("evaluate", &[&students[..], &data, &SIZE].concat());
         let json: serde_json::Value =
             serde_json::from_slice(&fs::read(fixture.path("report/report.json")).unwrap()).unwrap();
@@ -119,8 +122,8 @@ fn students_of_stable_diffusion_are_trained_fused_converted_and_reported() {
 }
 
 #[test]
-fn work_on_stable_diffusion_split_in_two_gives_the_losses_of_the_whole() {
-    for family in FAMILIES {
+fn work_split_in_two_gives_the_losses_of_the_whole() {
+    for (family, _) in FAMILIES {
         let fixture = Fixture::new(family);
         let whole =
             fixture.train("whole", &[&["--task", "sft", "--guidance-dropout", "0"], &LORA[..]].concat());
@@ -138,15 +141,15 @@ fn work_on_stable_diffusion_split_in_two_gives_the_losses_of_the_whole() {
 }
 
 #[test]
-fn inspect_tells_what_a_stable_diffusion_folder_takes() {
-    for family in FAMILIES {
+fn inspect_tells_what_a_folder_of_any_family_takes() {
+    for (family, denoiser) in FAMILIES {
         let model = golden(&format!("{family}/model"));
         let said = std::process::Command::new(env!("CARGO_BIN_EXE_fewstep"))
             .args(["inspect", &model.to_string_lossy()])
             .output()
             .unwrap();
         let text = String::from_utf8_lossy(&said.stdout).into_owned();
-        assert!(said.status.success() && text.contains("unet") && text.contains("vae"), "{text}");
+        assert!(said.status.success() && text.contains(denoiser) && text.contains("vae"), "{text}");
     }
 }
 
@@ -165,4 +168,30 @@ fn a_folder_whose_parts_do_not_fit_is_refused_before_weights_are_read() {
     fs::write(&index, text.replace("StableDiffusionXLPipeline", "KandinskyPipeline")).unwrap();
     let said = fails(&[&args[..], &SIZE].concat(), 1);
     assert!(said.contains("KandinskyPipeline") && said.contains("StableDiffusionXLPipeline"), "{said}");
+}
+
+#[test]
+fn the_scale_that_a_denoiser_is_told_goes_from_pictures_to_student_and_back() {
+    let fixture = Fixture::new("flux");
+    let metadata = fs::read_to_string(fixture.path("data/metadata.csv")).unwrap();
+    assert!(metadata.lines().next().unwrap().ends_with(",embedded_guidance"), "{metadata}");
+    assert!(metadata.lines().nth(1).unwrap().ends_with(",3.5"), "the model's own: {metadata}");
+    let (output, told) =
+        (fixture.arg("told"), ["--embedded-guidance", "2", "--student-embedded-guidance", "1.5"]);
+    let args = ["--prompt", "a cat", "--num-inference-steps", "2", "--output", &output];
+    fixture.run("generate", &[&args[..], &told, &SIZE].concat());
+    let text = fs::read_to_string(fixture.path("told/metadata.csv")).unwrap();
+    assert!(text.trim_end().ends_with(",1.5"), "{text}");
+    let provenance = fs::read_to_string(fixture.path("told/provenance.json")).unwrap();
+    assert!(provenance.contains("\"embedded_guidance\": 2.0"), "{provenance}");
+    let run_folder = fixture.arg("lora");
+    let data = ["--dataset-base-path", &output, "--output-path", &run_folder, "--max-steps", "1"];
+    fixture.run("train", &[&data[..], &DISTIL, &LORA].concat());
+    let (adapter, drawn) = (fixture.arg("lora/lora.safetensors"), fixture.arg("drawn"));
+    let args = ["--prompt", "a cat", "--lora", &adapter, "--output", &drawn];
+    let said = fixture.run("generate", &[&args[..], &SIZE].concat());
+    assert!(
+        said.contains("is a student; as it was trained") && said.contains("embedded guidance 1.5"),
+        "{said}"
+    );
 }
