@@ -66,8 +66,8 @@ impl Fixture {
 
 fn losses(path: &Path) -> Vec<f64> {
     let text = fs::read_to_string(path).unwrap();
-    let column = |line: &str| line.split(',').nth(1).unwrap().parse().unwrap();
-    text.lines().skip(1).map(column).collect()
+    let at = text.lines().next().unwrap().split(',').position(|name| name == "loss").unwrap();
+    text.lines().skip(1).map(|line| line.split(',').nth(at).unwrap().parse().unwrap()).collect()
 }
 
 const DISTIL: [&str; 2] = ["--task", "direct_distill"];

@@ -167,8 +167,12 @@ impl DiffusionConfig {
             SigmaRounding::Diffusers => (self.timesteps(request), self.end(&table)),
             SigmaRounding::Diffsynth => (self.diffsynth_timesteps(request), 0.0),
         };
-        let sigmas = timesteps.into_iter().map(|timestep| table.sigma(timestep));
-        SigmaGrid::new(sigmas.chain([end]).collect())
+        let mut sigmas: Vec<f32> = timesteps.into_iter().map(|timestep| table.sigma(timestep)).collect();
+        // A step from the first timestep to itself changes nothing and is not taken.
+        if sigmas.last() != Some(&end) {
+            sigmas.push(end);
+        }
+        SigmaGrid::new(sigmas)
     }
 
     /// Every training timestep, the last one first; all weigh alike.
