@@ -56,6 +56,7 @@ pub trait Denoiser {
 /// It is a burn module: `train()` moves it to the autodiff side of its device, `valid()` back, sharing
 /// storage.
 #[derive(Module, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a run has a handful of them, beside their tensors")]
 pub enum Model {
     /// See [`crate::flux`].
     Flux(Flux),
