@@ -289,7 +289,7 @@ mod tests {
     #[test]
     fn every_operation_agrees_with_its_twin_on_this_machine() {
         for check in all() {
-            let found = check.run(&burn::tensor::Device::flex(), 1);
+            let found = check.run(&Device::flex(), 1);
             assert!(found.agrees(), "{}: {found:?}", check.name);
         }
     }
