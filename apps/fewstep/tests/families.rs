@@ -49,7 +49,7 @@ impl Fixture {
     fn train(&self, output: &str, args: &[&str]) -> Vec<f64> {
         let (data, output_arg) = (self.arg("data"), self.arg(output));
         let common = ["--dataset-base-path", &data, "--output-path", &output_arg, "--log-steps", "1"];
-        let rates = ["--learning-rate", "1e-3", "--batch-size", "2", "--max-steps", "3"];
+        let rates = ["--batch-size", "2", "--max-steps", "3"];
         self.run("train", &[&common[..], &rates, args].concat());
         losses(&self.path(output).join("loss.csv"))
     }
@@ -71,8 +71,8 @@ fn losses(path: &Path) -> Vec<f64> {
 }
 
 const DISTIL: [&str; 2] = ["--task", "direct_distill"];
-const LORA: [&str; 4] = ["--lora-base-model", "dit", "--lora-rank", "4"];
-const FULL: [&str; 2] = ["--trainable-models", "dit"];
+const LORA: [&str; 6] = ["--lora-base-model", "dit", "--lora-rank", "4", "--learning-rate", "1e-3"];
+const FULL: [&str; 4] = ["--trainable-models", "dit", "--learning-rate", "1e-4"];
 
 #[test]
 fn students_of_every_family_are_trained_fused_converted_and_reported() {
@@ -132,7 +132,7 @@ fn work_split_in_two_gives_the_losses_of_the_whole() {
         fixture.run("train", &process);
         let output = fixture.arg("split");
         let train = ["--task", "sft:train", "--dataset-base-path", &cache, "--output-path", &output];
-        let rates = ["--learning-rate", "1e-3", "--batch-size", "2", "--max-steps", "3", "--log-steps", "1"];
+        let rates = ["--batch-size", "2", "--max-steps", "3", "--log-steps", "1"];
         let dropout = ["--guidance-dropout", "0"];
         fixture.run("train", &[&train[..], &rates, &dropout, &LORA].concat());
         let split = losses(&fixture.path("split/loss.csv"));
