@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use fewstep_testkit::{folder_files, write_tiny_configs};
-use program::{fails, run, strs};
+use program::{fails, judge, run, strs};
 use tempfile::TempDir;
 
 /// A folder with a small teacher, `teacher/`, trained for a few steps on two pictures, `pictures/`.
@@ -126,7 +126,7 @@ fn pictures_become_a_student_and_a_report() {
     let student = format!("student={lora}");
     let report = fixture.arg("report");
     let (teacher, pictures) = (fixture.arg("teacher"), fixture.arg("pictures/metadata.csv"));
-    let judge = format!("{}/../../assets/judge/{}", env!("CARGO_MANIFEST_DIR"), fewstep_report::Judge::FILE);
+    let judge = judge();
     let evaluate = |flags: &[&str]| {
         let data = ["evaluate", "--model", &teacher, "--dataset-metadata-path", &pictures, "--judge", &judge];
         let usual = ["--height", "16", "--width", "16", "--teacher-num-inference-steps", "5"];

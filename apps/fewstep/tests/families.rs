@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use fewstep_testkit::{Golden, assert_close, copy_folder, golden};
-use program::{fails, run};
+use program::{fails, judge, run};
 use tempfile::TempDir;
 
 /// Families with the names of their denoisers.
@@ -111,7 +111,8 @@ fn students_of_every_family_are_trained_fused_converted_and_reported() {
         let (metadata, report) = (fixture.arg("data/metadata.csv"), fixture.arg("report"));
         let students = ["--student", &student, "--student", &full, "--output", &report];
         let teacher = ["--teacher-num-inference-steps", "6", "--teacher-cfg-scale", "3"];
-        let data = [&["--dataset-metadata-path", &metadata], &teacher[..]].concat();
+        let judge = judge();
+        let data = [&["--dataset-metadata-path", &metadata, "--judge", &judge], &teacher[..]].concat();
         fixture.run("evaluate", &[&students[..], &data, &SIZE].concat());
         let json: serde_json::Value =
             serde_json::from_slice(&fs::read(fixture.path("report/report.json")).unwrap()).unwrap();

@@ -25,6 +25,11 @@ pub(crate) fn fails(args: &[&str], code: i32) -> String {
     text
 }
 
+/// The weights of the metric network, wherever the test runs.
+pub(crate) fn judge() -> String {
+    format!("{}/../../assets/judge/{}", env!("CARGO_MANIFEST_DIR"), fewstep_report::Judge::FILE)
+}
+
 /// A command line as the functions here take it.
 pub(crate) fn strs(args: &[String]) -> Vec<&str> {
     args.iter().map(String::as_str).collect()
