@@ -53,7 +53,7 @@ struct Size {
 }
 
 const WHOLE: Size = Size { teacher_pictures: 320, training: 1.0, evaluation_pictures: 2, shown: 16 };
-const QUICK: Size = Size { teacher_pictures: 96, training: 0.15, evaluation_pictures: 1, shown: 8 };
+const QUICK: Size = Size { teacher_pictures: 56, training: 0.1, evaluation_pictures: 1, shown: 8 };
 
 /// One student of the demo.
 struct StudentRun {
