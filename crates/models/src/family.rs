@@ -251,8 +251,8 @@ pub(crate) trait Family: Debug {
         None
     }
 
-    /// See [`crate::Model::rounding`].
-    fn round_to(&mut self, component: &str, half: Option<HalfType>);
+    /// [`crate::Model::rounding`] of a text encoder.
+    fn round_encoder_to(&mut self, component: &str, half: Option<HalfType>);
 
     /// The denoiser's projections with their module names, for adapters, in the order of the peers' modules: fresh
     /// adapters are drawn in it. None where it was not loaded.

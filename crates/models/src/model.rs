@@ -404,7 +404,11 @@ impl Model {
     /// component does whose weights learn in f32. Gradients pass the rounding.
     pub fn rounding(mut self, component: &str) -> Self {
         let half = self.dtype().half();
-        self.family_mut().round_to(component, half);
+        let family = self.family_mut();
+        match component == family.kind().denoiser() {
+            true => family.denoiser_linears().into_iter().for_each(|(_, linear)| linear.rounded_to = half),
+            false => family.round_encoder_to(component, half),
+        }
         self
     }
 
@@ -415,11 +419,6 @@ impl Model {
             *switch = recomputes_blocks;
         }
         self
-    }
-
-    /// Whether the denoiser has gradient checkpointing.
-    pub fn can_recompute_blocks(&mut self) -> bool {
-        self.family_mut().recomputes_blocks_mut().is_some()
     }
 
     /// The denoiser's projections with their module names, for adapters.

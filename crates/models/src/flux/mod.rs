@@ -315,11 +315,8 @@ impl Family for Flux {
         })
     }
 
-    fn round_to(&mut self, component: &str, half: Option<HalfType>) {
+    fn round_encoder_to(&mut self, component: &str, half: Option<HalfType>) {
         match component {
-            DENOISER => {
-                self.denoiser_linears().into_iter().for_each(|(_, linear)| linear.rounded_to = half);
-            }
             TEXT_ENCODER => self.text_encoder.iter_mut().for_each(|encoder| encoder.round_to(half)),
             TEXT_ENCODER_2 => self.text_encoder_2.iter_mut().for_each(|encoder| encoder.round_to(half)),
             _ => {}
@@ -407,10 +404,7 @@ impl family::Kind for Kind {
                 &Transformer::unfilled(&TransformerConfig::read(source)?, &device),
                 &transformer::KEYS,
             ),
-            AUTOENCODER => {
-                let config = AutoencoderKlConfig::read(source)?;
-                expected(&AutoencoderKl::unfilled(config, &device), &autoencoder_kl::KEYS)
-            }
+            AUTOENCODER => AutoencoderKl::expected(source)?,
             _ => TensorShapes::new(),
         })
     }

@@ -292,14 +292,9 @@ impl Family for QwenImage {
         rounded(patches::unpack(rescaled, [channels, height, width]), self.settings.dtype)
     }
 
-    fn round_to(&mut self, component: &str, half: Option<HalfType>) {
-        match (component, &mut self.text_encoder) {
-            (DENOISER, _) => {
-                self.denoiser_linears().into_iter().for_each(|(_, linear)| linear.rounded_to = half);
-            }
-            (TEXT_ENCODER, Some(encoder)) => encoder.round_to(half),
-            _ => {}
-        }
+    fn round_encoder_to(&mut self, component: &str, half: Option<HalfType>) {
+        let encoder = self.text_encoder.as_mut().filter(|_| component == TEXT_ENCODER);
+        encoder.into_iter().for_each(|encoder| encoder.round_to(half));
     }
 
     fn recomputes_blocks_mut(&mut self) -> Option<&mut bool> {

@@ -200,10 +200,7 @@ impl family::Kind for Kind {
         }
         Ok(match component {
             DENOISER => expected(&Unet::unfilled(UnetConfig::read(source)?, &device), &unet::KEYS),
-            AUTOENCODER => {
-                let vae = AutoencoderKl::unfilled(AutoencoderKlConfig::read(source)?, &device);
-                expected(&vae, &autoencoder_kl::KEYS)
-            }
+            AUTOENCODER => AutoencoderKl::expected(source)?,
             _ => TensorShapes::new(),
         })
     }

@@ -24,7 +24,7 @@ pub use config::UnetConfig;
 pub(crate) use kind::{BASE, Kind, XL};
 pub use unet::{AddedCondition, Unet, UnetCondition};
 
-use self::kind::{Configs, DENOISER};
+use self::kind::Configs;
 use self::text::TextEncoders;
 use crate::config_file::ConfigFile;
 use crate::family::{self, Defaults, Family, Settings};
@@ -300,11 +300,8 @@ impl Family for StableDiffusion {
         state / scale(sigma)
     }
 
-    fn round_to(&mut self, component: &str, half: Option<HalfType>) {
+    fn round_encoder_to(&mut self, component: &str, half: Option<HalfType>) {
         match component {
-            DENOISER => {
-                self.denoiser_linears().into_iter().for_each(|(_, linear)| linear.rounded_to = half);
-            }
             "text_encoder" => self.text_encoder.iter_mut().for_each(|encoder| encoder.round_to(half)),
             "text_encoder_2" => self.text_encoder_2.iter_mut().for_each(|encoder| encoder.round_to(half)),
             _ => {}

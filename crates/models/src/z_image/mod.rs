@@ -285,14 +285,9 @@ impl Family for ZImage {
         rounded(velocity, self.settings.dtype)
     }
 
-    fn round_to(&mut self, component: &str, half: Option<HalfType>) {
-        match (component, &mut self.text_encoder) {
-            (DENOISER, _) => {
-                self.denoiser_linears().into_iter().for_each(|(_, linear)| linear.rounded_to = half);
-            }
-            (TEXT_ENCODER, Some(encoder)) => encoder.round_to(half),
-            _ => {}
-        }
+    fn round_encoder_to(&mut self, component: &str, half: Option<HalfType>) {
+        let encoder = self.text_encoder.as_mut().filter(|_| component == TEXT_ENCODER);
+        encoder.into_iter().for_each(|encoder| encoder.round_to(half));
     }
 
     fn recomputes_blocks_mut(&mut self) -> Option<&mut bool> {
@@ -367,10 +362,7 @@ impl family::Kind for Kind {
                 &Transformer::unfilled(&TransformerConfig::read(source)?, &device),
                 &transformer::KEYS,
             ),
-            AUTOENCODER => {
-                let config = AutoencoderKlConfig::read(source)?;
-                expected(&AutoencoderKl::unfilled(config, &device), &autoencoder_kl::KEYS)
-            }
+            AUTOENCODER => AutoencoderKl::expected(source)?,
             _ => TensorShapes::new(),
         })
     }

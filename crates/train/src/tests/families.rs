@@ -91,6 +91,16 @@ impl Peer {
         self.numbers[case]["loss"].as_f64().unwrap()
     }
 
+    /// Queries of a single key have gradients of zero in exact arithmetic: both are rounding then, which grows with the
+    /// other gradients.
+    #[track_caller]
+    fn assert_norms(&self, gradients: &ByName, case: &str) {
+        let expected = &self.numbers[case]["grad_norms"];
+        let norms = expected.as_object().unwrap().values().filter_map(Value::as_f64);
+        let largest = norms.fold(0.0, f64::max);
+        assert_norms(gradients, expected, GRADIENT_TOLERANCE, 1e-7 + 1e-9 * largest);
+    }
+
     /// Golden tensors whose keys start so, without that start.
     fn tensors(&self, prefix: &str) -> ByName {
         let keys = self.tensors.keys().into_iter();
@@ -106,7 +116,7 @@ fn flow_matching_equals_the_peers_whatever_the_model_predicts() {
         let generator = TorchGenerator::new(peer.numbers["sft"]["global_seed"].as_u64().unwrap());
         let (loss, gradients) = Bench::new(&recipe).gradients(0, Some(vec![generator]));
         assert_relative(loss, peer.loss("sft"), LOSS_TOLERANCE, "sft");
-        assert_norms(&gradients, &peer.numbers["sft"]["grad_norms"], GRADIENT_TOLERANCE);
+        peer.assert_norms(&gradients, "sft");
         assert_tensors(&gradients, &peer.tensors("sft.grad."));
     }
 }
@@ -116,7 +126,7 @@ fn direct_distillation_equals_the_peers_whatever_the_model_predicts() {
     for peer in Peer::all() {
         let (loss, gradients) = Bench::new(&peer.recipe).gradients(0, None);
         assert_relative(loss, peer.loss("distill_full"), LOSS_TOLERANCE, "distill_full");
-        assert_norms(&gradients, &peer.numbers["distill_full"]["grad_norms"], GRADIENT_TOLERANCE);
+        peer.assert_norms(&gradients, "distill_full");
         assert_tensors(&gradients, &peer.tensors("distill.grad."));
     }
 }
@@ -128,7 +138,7 @@ fn adapters_of_every_family_learn_as_the_peers() {
         let mut bench = Bench::new(&recipe);
         let (loss, gradients) = bench.gradients(0, None);
         assert_relative(loss, peer.loss("distill_lora"), LOSS_TOLERANCE, "distill_lora");
-        assert_norms(&gradients, &peer.numbers["distill_lora"]["grad_norms"], GRADIENT_TOLERANCE);
+        peer.assert_norms(&gradients, "distill_lora");
         assert_tensors(&gradients, &peer.tensors("distill_lora.grad."));
         let expected = peer.numbers["adamw_lora"]["losses"].as_array().unwrap();
         let expected: Vec<f64> = expected.iter().map(|loss| loss.as_f64().unwrap()).collect();

@@ -12,7 +12,7 @@ pub(crate) use config::latent_factor;
 
 use self::layers::{Decoder, Encoder, Observer};
 use crate::parts::conv::Conv2d;
-use crate::weights::{KeyMap, WeightFiles, load};
+use crate::weights::{KeyMap, TensorShapes, WeightFiles, expected, load};
 use crate::{ModelError, ModelSource, WeightType};
 
 /// Old files have other names for the attention's projections.
@@ -72,7 +72,13 @@ impl AutoencoderKl {
         load(empty, &source.weights("vae")?, &KEYS, WeightType::F32)
     }
 
-    pub(crate) fn unfilled(config: AutoencoderKlConfig, device: &Device) -> Self {
+    /// The tensors of the component's weight files, from its config alone.
+    pub(crate) fn expected(source: &ModelSource) -> Result<TensorShapes, ModelError> {
+        let empty = Self::unfilled(AutoencoderKlConfig::read(source)?, &Device::flex());
+        Ok(expected(&empty, &KEYS))
+    }
+
+    fn unfilled(config: AutoencoderKlConfig, device: &Device) -> Self {
         let channels = config.latent_channels;
         let pointwise =
             |wanted: bool, channels| wanted.then(|| Conv2d::unfilled(channels, channels, 1, device));
