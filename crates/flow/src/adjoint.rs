@@ -3,8 +3,9 @@
 //! For x_{k+1} = x_k + (s_{k+1} − s_k)·v(x_k, s_k) and a = ∂L/∂x_{N+1}, each step is visited from the last to
 //! the first: one vector-Jacobian product through v(x_k, s_k) with cotangent (s_{k+1} − s_k)·a gives the step's
 //! share of the parameter gradient, and its input part is added to a. This is the chain rule itself, not a
-//! continuous approximation: it equals the gradient of the plain tape. Costs 2N velocities and N backwards;
-//! beyond one step's graph, only the N states are kept, which are as small as the noise.
+//! continuous approximation: it equals the gradient of the plain tape. Beyond one step's graph, only the N states are
+//! kept, which are as small as the noise. It costs N backwards and 2N velocities, less one for each step whose graph
+//! is [`Recorded`] on the way to the picture: the last one's takes no more memory, as it is the first to be needed.
 
 use burn::tensor::{Gradients, Tensor};
 use fewstep_kernels::inject;
@@ -27,9 +28,9 @@ pub fn rollout<const D: usize>(
 
 /// Carries the gradient of the loss by the picture back through every step; returns the one by the noise.
 ///
-/// `vjp(step, state, sigma, cotangent)` is called for the last step first. It rebuilds the velocity at
+/// `vjp(step, state, sigma, cotangent)` is called for the last step first. It has or rebuilds the velocity at
 /// `state` with a graph, keeps the parameter part of the product with `cotangent` for itself, and returns the
-/// input part; [`pull_back`] does this. `step` counts from 0.
+/// input part; [`Recorded`] does this. `step` counts from 0.
 ///
 /// # Shapes
 /// `states` (all that [`rollout`] returned, or all but the picture), `loss_gradient`, cotangents and the
@@ -55,21 +56,35 @@ pub struct PullBack<const D: usize> {
     pub parameters: Gradients,
 }
 
-/// One vector-Jacobian product through a velocity: runs it at `state` with a graph and hands `cotangent` to
-/// its output.
-///
-/// # Shapes
-/// `state`, `cotangent`, the velocity and the input gradient: `[B, …]`, equal.
-pub fn pull_back<const D: usize>(
+/// A velocity with the graph that led to it from its state.
+pub struct Recorded<const D: usize> {
     state: Tensor<D>,
-    cotangent: Tensor<D>,
-    velocity: impl FnOnce(Tensor<D>) -> Tensor<D>,
-) -> PullBack<D> {
-    let state = state.inner().autodiff().require_grad();
-    let mut parameters = inject(velocity(state.clone()), cotangent).backward();
-    // A velocity that ignores its state has no gradient there, which is a gradient of zero.
-    let input_gradient = state.grad_remove(&mut parameters).unwrap_or_else(|| state.inner().zeros_like());
-    PullBack { input_gradient, parameters }
+    velocity: Tensor<D>,
+}
+
+impl<const D: usize> Recorded<D> {
+    /// Runs a velocity at `state`, with a graph that begins there.
+    ///
+    /// # Shapes
+    /// `state` and the velocity: `[B, …]`, equal.
+    pub fn new(state: Tensor<D>, velocity: impl FnOnce(Tensor<D>) -> Tensor<D>) -> Self {
+        let state = state.inner().autodiff().require_grad();
+        Self { velocity: velocity(state.clone()), state }
+    }
+
+    /// The velocity, without the graph.
+    pub fn velocity(&self) -> Tensor<D> {
+        self.velocity.clone().inner()
+    }
+
+    /// The vector-Jacobian product with a cotangent of the velocity, in its shape; frees the graph.
+    pub fn pull_back(self, cotangent: Tensor<D>) -> PullBack<D> {
+        let mut parameters = inject(self.velocity, cotangent).backward();
+        let gradient = self.state.grad_remove(&mut parameters);
+        // A velocity that ignores its state has no gradient there, which is a gradient of zero.
+        let input_gradient = gradient.unwrap_or_else(|| self.state.inner().zeros_like());
+        PullBack { input_gradient, parameters }
+    }
 }
 
 #[cfg(test)]
@@ -134,7 +149,7 @@ mod tests {
         let loss_gradient = (picture - target()) * (2.0 / (3 * WIDTH) as f32);
         let mut sums = [plain.inner.zeros_like(), plain.outer.zeros_like()];
         let by_noise = backward(&grid(), &states, loss_gradient, |_, state, sigma, cotangent| {
-            let product = pull_back(state, cotangent, |x| net.velocity(x, sigma));
+            let product = Recorded::new(state, |x| net.velocity(x, sigma)).pull_back(cotangent);
             for (sum, leaf) in sums.iter_mut().zip([&net.inner, &net.outer]) {
                 *sum = sum.clone() + leaf.grad(&product.parameters).unwrap();
             }
@@ -194,7 +209,7 @@ mod tests {
         let loss_gradient = Tensor::<2>::from_floats([[1.0, 3.0]], &Device::flex());
         let states = vec![zeros; grid().steps()];
         let by_noise = backward(&grid(), &states, loss_gradient, |_, state, _, cotangent| {
-            let product = pull_back(state, cotangent, |_| weight.clone() * 1.0);
+            let product = Recorded::new(state, |_| weight.clone() * 1.0).pull_back(cotangent);
             by_weight = by_weight.clone() + weight.grad(&product.parameters).unwrap();
             product.input_gradient
         });

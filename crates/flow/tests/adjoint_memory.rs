@@ -32,7 +32,7 @@ fn by_adjoint(plain: &Net, tracked: &Net, noise: Tensor<2>, steps: usize) {
     let states = adjoint::rollout(&grid, noise, |state, _| plain.velocity(state));
     let loss_gradient = states[steps].clone();
     adjoint::backward(&grid, &states, loss_gradient, |_, state, _, cotangent| {
-        adjoint::pull_back(state, cotangent, |state| tracked.velocity(state)).input_gradient
+        adjoint::Recorded::new(state, |state| tracked.velocity(state)).pull_back(cotangent).input_gradient
     });
 }
 

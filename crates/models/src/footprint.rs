@@ -74,8 +74,23 @@ pub struct Activations {
     pub drawing: u64,
     /// Forward and backward, everything the backward needs kept.
     pub training: u64,
+    /// Of [`Activations::training`], what is kept for each evaluation whose backward is yet to come.
+    pub graph: u64,
     /// Forward and backward, blocks computed a second time from their inputs.
     pub checkpointed: u64,
+    /// Of [`Activations::checkpointed`], what is kept for each evaluation whose backward is yet to come.
+    pub checkpointed_graph: u64,
+}
+
+impl Activations {
+    /// The worst moment of a training step that keeps the graphs of so many evaluations.
+    pub fn of_training(&self, checkpointed: bool, recorded_evaluations: u64) -> u64 {
+        let (one, graph) = match checkpointed {
+            true => (self.checkpointed, self.checkpointed_graph),
+            false => (self.training, self.graph),
+        };
+        one + recorded_evaluations.saturating_sub(1) * graph
+    }
 }
 
 /// Floating point operations, a multiplication with its addition being two.
@@ -156,11 +171,18 @@ impl Footprint {
 }
 
 impl Flops {
-    /// One optimiser step of direct distillation: every sampling step is run once to get there and once with a graph,
-    /// and, where blocks are checkpointed, their inside a third time.
-    pub fn distillation_step(&self, num_inference_steps: usize, checkpointed: bool) -> u64 {
-        let forwards = if checkpointed { 3 } else { 2 };
-        num_inference_steps as u64 * (forwards * self.forward + self.backward)
+    /// One optimiser step of direct distillation: every sampling step is run to get there, those that are not recorded
+    /// then once more with a graph, and, where blocks are checkpointed, the inside of all again.
+    pub fn distillation_step(
+        &self,
+        num_inference_steps: usize,
+        recorded_steps: usize,
+        checkpointed: bool,
+    ) -> u64 {
+        let repeated = num_inference_steps.saturating_sub(recorded_steps);
+        let recomputed = if checkpointed { num_inference_steps } else { 0 };
+        let forwards = num_inference_steps + repeated + recomputed;
+        forwards as u64 * self.forward + num_inference_steps as u64 * self.backward
     }
 }
 

@@ -92,7 +92,22 @@ pub fn sample_trajectory(
     noise: Tensor<4>,
     guidance: &Guidance,
 ) -> Vec<Tensor<4>> {
-    std::iter::once(noise.clone()).chain(states(denoiser, solver, grid, noise, guidance)).collect()
+    let states = states(denoiser, solver, grid, noise.clone(), guidance);
+    std::iter::once(noise).chain(states).collect()
+}
+
+/// The states of [`sample_trajectory`] by Euler steps along velocities that the caller finds, whose calls are given the
+/// step, counted from 0, the state and its sigma.
+pub fn euler_trajectory(
+    denoiser: &impl Denoiser,
+    grid: &SigmaGrid,
+    noise: Tensor<4>,
+    mut velocity: impl FnMut(usize, Tensor<4>, f32) -> Tensor<4>,
+) -> Vec<Tensor<4>> {
+    let mut step = 0..;
+    let along = |state, sigma| velocity(step.next().expect("counts on"), state, sigma);
+    let states = states_along(denoiser, Solver::Euler, grid, noise.clone(), along);
+    std::iter::once(noise).chain(states).collect()
 }
 
 /// The state after each step, kept in the denoiser's number type.
@@ -103,10 +118,20 @@ fn states(
     noise: Tensor<4>,
     guidance: &Guidance,
 ) -> impl Iterator<Item = Tensor<4>> {
+    let velocity = move |noisy, sigma| guided_velocity(denoiser, noisy, sigma, guidance);
+    states_along(denoiser, solver, grid, noise, velocity)
+}
+
+fn states_along(
+    denoiser: &impl Denoiser,
+    solver: Solver,
+    grid: &SigmaGrid,
+    noise: Tensor<4>,
+    mut velocity: impl FnMut(Tensor<4>, f32) -> Tensor<4>,
+) -> impl Iterator<Item = Tensor<4>> {
     let mut stepper = Stepper::new(solver, grid);
     grid.pairs().scan(noise, move |state, pair| {
-        let velocity = |noisy, sigma| guided_velocity(denoiser, noisy, sigma, guidance);
-        *state = denoiser.kept(stepper.step(state.clone(), pair, velocity));
+        *state = denoiser.kept(stepper.step(state.clone(), pair, &mut velocity));
         Some(state.clone())
     })
 }

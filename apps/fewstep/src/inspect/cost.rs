@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use fewstep_models::{Components, Footprint, ModelSource, WeightFiles, WeightType, Workload, check_weights};
+use fewstep_train::Recipe;
 use serde_json::{Value, json};
 
 use super::InspectArgs;
@@ -121,6 +122,8 @@ fn time(footprint: &Footprint, args: &InspectArgs) -> Value {
     let steps = args.num_inference_steps;
     let drawing = steps as u64 * footprint.flops.forward;
     let secs = |operations: u64| rounded(operations as f64 / speed);
+    let recorded = Recipe::default().recorded_steps;
+    let distilling = |checkpointed| secs(footprint.flops.distillation_step(steps, recorded, checkpointed));
     json!({
         "tflops_per_sec": rounded(speed / 1e12),
         "speed": source,
@@ -128,8 +131,8 @@ fn time(footprint: &Footprint, args: &InspectArgs) -> Value {
         "secs_per_evaluation": secs(footprint.flops.forward),
         "secs_per_batch_drawn": secs(drawing),
         "secs_per_batch_drawn_with_guidance": secs(2 * drawing),
-        "secs_per_distillation_step": secs(footprint.flops.distillation_step(steps, false)),
-        "secs_per_distillation_step_with_checkpointing": secs(footprint.flops.distillation_step(steps, true)),
+        "secs_per_distillation_step": distilling(false),
+        "secs_per_distillation_step_with_checkpointing": distilling(true),
     })
 }
 

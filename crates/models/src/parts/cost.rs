@@ -89,7 +89,9 @@ impl Batch {
         Activations {
             drawing: self.samples * held.drawing,
             training: self.samples * (held.kept + held.backward),
+            graph: self.samples * held.kept,
             checkpointed: self.samples * (held.passed + held.largest + held.backward),
+            checkpointed_graph: self.samples * held.passed,
         }
     }
 

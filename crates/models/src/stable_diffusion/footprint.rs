@@ -24,11 +24,17 @@ pub(super) fn evaluation(source: &ModelSource, workload: &Workload) -> Result<Ev
     // Each product is undone by one for its input and, where the weight learns, one for the weight; an adapter's are
     // small. Attention computes its scores again and has four more products.
     let by_weights = if workload.lora_rank.is_some() { count.weights } else { 2 * count.weights };
-    let training = batch * (count.kept + count.drawing);
+    let (graph, training) = (batch * count.kept, batch * (count.kept + count.drawing));
     Ok(Evaluation {
         image_tokens: latents[0] * latents[1],
         // The UNet computes no block a second time.
-        activations: Activations { drawing: batch * count.drawing, training, checkpointed: training },
+        activations: Activations {
+            drawing: batch * count.drawing,
+            training,
+            graph,
+            checkpointed: training,
+            checkpointed_graph: graph,
+        },
         flops: Flops {
             forward: flops(count.weights + count.attention),
             backward: flops(by_weights + 5 * count.attention / 2),

@@ -89,10 +89,8 @@ pub(super) fn estimate(facts: &Facts<'_>) -> Result<Memory, ModelError> {
     let ahead = part("batches read ahead", facts.ahead_bytes());
     let state = weights.into_iter().chain(facts.data()).chain([ahead]).chain(facts.state());
     let state: Vec<Part> = state.collect();
-    let step = vec![
-        part("gradients", F32 * facts.gradients()),
-        part("activations of one evaluation", F32 * facts.activations()?),
-    ];
+    let step =
+        vec![part("gradients", F32 * facts.gradients()), part("activations", F32 * facts.activations()?)];
     phases.push(Phase::new("a training step", &state, step));
     let copy = part("a copy of weights, optimiser and averages", facts.checkpoint_bytes());
     phases.push(Phase::new("saving a checkpoint", &state, vec![copy]));
@@ -162,7 +160,7 @@ impl Facts<'_> {
         Footprint::bytes_per_weight(component, self.recipe.dtype.into(), self.learns(component))
     }
 
-    /// Numbers of the largest evaluation with its graph.
+    /// Numbers of the largest evaluation with its graph, and of the graphs that are kept beside it.
     fn activations(&self) -> Result<u64, ModelError> {
         let mut largest = 0;
         for bucket in &self.data.batches {
@@ -180,11 +178,13 @@ impl Facts<'_> {
                 .text_numbers(bucket.largest_batch, Footprint::of_encoding(self.source)?.per_token_training),
             false => 0,
         };
-        let activations = match self.recipe.checkpoints_gradients() {
-            true => footprint.activations.checkpointed,
-            false => footprint.activations.training,
+        let recorded = match self.recipe.task.objective() {
+            Objective::FlowMatching => 1,
+            Objective::Distillation => self.recipe.recorded_steps.min(bucket.num_inference_steps),
         };
-        Ok(evaluations * activations + text)
+        let checkpointed = self.recipe.checkpoints_gradients();
+        let recorded = evaluations * recorded.max(1) as u64;
+        Ok(footprint.activations.of_training(checkpointed, recorded) + text)
     }
 
     fn footprint(&self, bucket: &Bucket, batch_size: usize) -> Result<Footprint, ModelError> {

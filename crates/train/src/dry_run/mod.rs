@@ -305,7 +305,8 @@ fn epoch_flops(
         Objective::FlowMatching => forward + backward,
         Objective::Distillation => {
             let guided = evaluations(recipe.student_guidance.scale(bucket.cfg_scale).into());
-            guided * flops.distillation_step(bucket.num_inference_steps, checkpointed) as f64
+            let (steps, recorded) = (bucket.num_inference_steps, recipe.recorded_steps);
+            guided * flops.distillation_step(steps, recorded, checkpointed) as f64
         }
     };
     let teacher = match recipe.online_teacher {

@@ -1,13 +1,16 @@
 //! Direct distillation (METHODS, A): the student's few Euler steps from the teacher's noise end in the teacher's picture.
 //!
-//! The gradient through all steps is the discrete adjoint, so memory is that of one network evaluation with a graph.
+//! The gradient through all steps is the discrete adjoint, so memory is that of one network evaluation with a graph, or
+//! of as many as are recorded on the way.
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use fewstep_flow::{SigmaGrid, Solver, adjoint, path};
+#[cfg(test)]
+use fewstep_flow::Solver;
+use fewstep_flow::{SigmaGrid, adjoint, path};
 #[cfg(test)]
 use fewstep_models::sampling::sample_latents;
-use fewstep_models::sampling::{Guidance, guided_velocity, latents_from_noise, sample_trajectory};
+use fewstep_models::sampling::{Guidance, euler_trajectory, guided_velocity, latents_from_noise};
 use fewstep_models::{Condition, Denoiser, Model};
 
 use super::{GradientSum, scalar};
@@ -22,6 +25,7 @@ pub struct Direct {
     training_grid: TrainingGrid,
     student_guidance: StudentGuidance,
     student_start: StudentStart,
+    recorded_steps: usize,
     /// Boxed: a model is hundreds of times larger than the rest.
     teacher: Option<Box<OnlineTeacher>>,
 }
@@ -49,6 +53,7 @@ impl Direct {
             training_grid: recipe.training_grid,
             student_guidance: recipe.student_guidance,
             student_start: recipe.student_start,
+            recorded_steps: recipe.recorded_steps,
             teacher: recipe.online_teacher.then(|| Box::new(teacher())),
         }
     }
@@ -62,18 +67,31 @@ impl Direct {
         sum: &mut GradientSum,
     ) -> Result<f64, TrainError> {
         let problem = self.problem(model, batch)?;
+        let guidance = autodiff(problem.guidance.clone());
+        let record = |state, sigma| {
+            adjoint::Recorded::new(state, |state| guided_velocity(model, state, sigma, &guidance))
+        };
+        let first_recorded = problem.grid.steps().saturating_sub(self.recorded_steps);
+        let mut recorded = Vec::new();
         let states = {
             // Dropped before the optimiser runs, which updates weights in place only if it holds the one handle.
             let frozen = model.valid();
-            sample_trajectory(&frozen, Solver::Euler, &problem.grid, problem.start, &problem.guidance)
+            euler_trajectory(&frozen, &problem.grid, problem.start, |step, state, sigma| {
+                if step < first_recorded {
+                    return guided_velocity(&frozen, state, sigma, &problem.guidance);
+                }
+                let step = record(state, sigma);
+                let velocity = step.velocity();
+                recorded.push(step);
+                velocity
+            })
         };
         let drawn = states.last().expect("a rollout has a last state").clone();
         let loss = |state| self.loss(model.finish(state, &problem.grid), problem.target);
         let (loss, cotangent) = loss_gradient(drawn, share, loss);
-        let guidance = autodiff(problem.guidance);
         adjoint::backward(&problem.grid, &states, cotangent, |_, state, sigma, cotangent| {
-            let velocity = |state| guided_velocity(model, state, sigma, &guidance);
-            let product = adjoint::pull_back(state, cotangent, velocity);
+            let step = recorded.pop().unwrap_or_else(|| record(state, sigma));
+            let product = step.pull_back(cotangent);
             sum.add(model, product.parameters);
             product.input_gradient
         });

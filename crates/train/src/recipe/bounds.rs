@@ -47,7 +47,7 @@ impl Recipe {
     }
 
     /// Keys with their values and the largest that makes sense.
-    fn bounds(&self) -> [(&'static str, usize, usize); 12] {
+    fn bounds(&self) -> [(&'static str, usize, usize); 13] {
         [
             ("max_prompt_tokens", self.max_prompt_tokens.unwrap_or(1), 1 << 20),
             ("batch_size", self.batch_size, 1 << 16),
@@ -60,6 +60,7 @@ impl Recipe {
             ("width", self.width.unwrap_or(0), MAX_SIDE_PX),
             ("num_inference_steps", self.num_inference_steps, MAX_STEPS),
             ("teacher_num_inference_steps", self.teacher_num_inference_steps.unwrap_or(1), MAX_STEPS),
+            ("recorded_steps", self.recorded_steps, MAX_STEPS),
             ("sample_num_inference_steps", self.sample_num_inference_steps.unwrap_or(1), MAX_STEPS),
         ]
     }

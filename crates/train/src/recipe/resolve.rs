@@ -27,9 +27,10 @@ const PLACE_KEYS: [&str; 13] = [
 ];
 
 /// Other keys that may change when a run is continued: how long it runs, when it gives up, and what moves last bits.
-const FREE_KEYS: [&str; 14] = [
+const FREE_KEYS: [&str; 15] = [
     "use_gradient_checkpointing",
     "use_gradient_checkpointing_offload",
+    "recorded_steps",
     "max_steps",
     "num_epochs",
     "device",

@@ -121,6 +121,15 @@ fn the_adjoint_gradient_of_recomputed_blocks_equals_the_tape() {
 }
 
 #[test]
+fn the_adjoint_gradient_is_the_same_whatever_is_recorded() {
+    let bench = Bench::new().with_teacher_data();
+    // The data's students take three steps.
+    for recorded_steps in [0, 2, 3, 9] {
+        adjoint_equals_tape(&Recipe { recorded_steps, ..bench.recipe() }, &bench);
+    }
+}
+
+#[test]
 fn the_adjoint_gradient_of_a_guided_student_equals_the_tape() {
     let bench = Bench::new().with_teacher_data();
     let path = bench.path("data/metadata.csv");
