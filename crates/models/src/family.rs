@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::footprint::Evaluation;
 use crate::load_options::rounded;
-use crate::weights::{KeyMap, TensorShapes, WeightFiles, WeightType};
+use crate::weights::{KeyMap, Rule, TensorShapes, WeightFiles, WeightType};
 use crate::{
     Components, Condition, Conventions, Encoding, Linear, LoadOptions, Model, ModelError, ModelSource,
     PromptLength, Workload,
@@ -85,6 +85,11 @@ pub(crate) trait Kind: Sync + Debug {
 
     /// The component that weight files hold, by the keys only it has; `None` for other weights.
     fn component_of(&self, files: &WeightFiles) -> Option<&'static str>;
+
+    /// How to read weight files of the family that are in the layout of its authors; `None` for others.
+    fn original_layout(&self, _files: &WeightFiles) -> Option<&'static [Rule]> {
+        None
+    }
 
     /// Small files that every model of the family shares, by their place in its folder, for weight files that are given
     /// without them.

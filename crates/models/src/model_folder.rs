@@ -47,9 +47,8 @@ fn write_around_files(
                 write_text(&target.join("config.json"), &config.to_string())?;
             }
         }
-        let kept = if unchanged.contains(component) { files } else { &[] };
-        for path in kept {
-            copy(path, &target.join(path.file_name().unwrap_or_default()))?;
+        if unchanged.contains(component) && !files.is_empty() {
+            source.weights(component)?.copy_officially(&target)?;
         }
     }
     for (relative, published) in kind.published_files() {

@@ -74,7 +74,7 @@ impl ModelSource {
     /// If a file cannot be read, a group is of no known component, two are of the same one, or no family has all of them.
     pub fn from_files(groups: &[Vec<PathBuf>]) -> Result<Self, ModelError> {
         let opened: Vec<WeightFiles> =
-            groups.iter().map(|group| WeightFiles::open_all(group)).collect::<Result<_, _>>()?;
+            groups.iter().map(|group| open_all(group)).collect::<Result<_, _>>()?;
         let kind = family_of(&opened)?;
         let mut given = GivenFiles {
             pipeline_class: kind.pipeline_class(),
@@ -199,9 +199,9 @@ impl ModelSource {
     /// If there are none, a shard is missing, or a file is damaged.
     pub(crate) fn weights(&self, component: &'static str) -> Result<WeightFiles, ModelError> {
         match &self.place {
-            Place::Folder(folder) => WeightFiles::open(&required(folder, component)?),
+            Place::Folder(folder) => open_all(&[required(folder, component)?]),
             Place::Files(given) => match given.weights.get(component) {
-                Some(files) => WeightFiles::open_all(files),
+                Some(files) => open_all(files),
                 None => Err(ModelError::MissingComponent { component, given: given.all_files() }),
             },
         }
@@ -318,6 +318,16 @@ impl GivenFiles {
     fn all_files(&self) -> Vec<PathBuf> {
         self.weights.values().flatten().cloned().collect()
     }
+}
+
+/// The files or folders that together hold one component, in the official layout whichever they are in.
+fn open_all(paths: &[PathBuf]) -> Result<WeightFiles, ModelError> {
+    let files = WeightFiles::open_all(paths)?;
+    let rules = KINDS.iter().find_map(|kind| kind.original_layout(&files));
+    Ok(match rules {
+        Some(rules) => files.officially(rules),
+        None => files,
+    })
 }
 
 /// The first family that has a component for all of these weights.

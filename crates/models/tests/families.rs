@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use fewstep_models::{
     LoadOptions, Model, ModelError, ModelSource, Pipeline, PipelineOptions, Request, WeightFiles, WeightType,
     check_weights, expected_tensors, weights_hash,
@@ -61,6 +62,50 @@ fn given_files_are_a_model_of_the_family_that_has_all_of_them() {
     }
 }
 
+/// A folder with the configs of a golden one, in which FLUX's transformer and autoencoder are in their authors' layout.
+fn folder_in_original_layout(path: &Path) {
+    for (component, file) in [("transformer", "flux1"), ("vae", "ae")] {
+        std::fs::create_dir_all(path.join(component)).unwrap();
+        let place = |folder: &Path| folder.join(component).join("config.json");
+        std::fs::copy(place(&folder("flux")), place(path)).unwrap();
+        let weights = golden(&format!("flux/original/{file}.safetensors"));
+        std::fs::copy(weights, path.join(component).join(format!("{file}.safetensors"))).unwrap();
+    }
+}
+
+fn drawn(source: &ModelSource) -> Vec<f32> {
+    let model = Model::from_pretrained(source, &LoadOptions::default()).unwrap();
+    let pipe = Pipeline::new(model, Device::flex());
+    let request = Request { num_inference_steps: 2, cfg_scale: 2.0, ..Request::new("a cat", 64, 64) };
+    values(pipe.generate(&request).unwrap().latents)
+}
+
+#[test]
+fn weights_in_their_authors_layout_are_the_same_model() {
+    let temporary = tempfile::tempdir().unwrap();
+    let original = temporary.path().join("original");
+    folder_in_original_layout(&original);
+    let weights = |component: &str, file: &str| vec![original.join(component).join(file)];
+    let groups = [
+        files("flux", "text_encoder"),
+        files("flux", "text_encoder_2"),
+        weights("transformer", "flux1.safetensors"),
+        weights("vae", "ae.safetensors"),
+    ];
+    let given = ModelSource::from_files(&groups).unwrap().with_tokenizer(folder("flux").join("tokenizer"));
+    for component in ["transformer", "vae"] {
+        check_weights(&given, component).unwrap();
+    }
+    let expected = drawn(&ModelSource::from(&folder("flux")));
+    assert_close(&drawn(&given), &expected, 0.0);
+
+    // What training leaves as it was is saved in the official layout.
+    let saved = temporary.path().join("saved");
+    let model = Model::from_pretrained(&given, &LoadOptions::default()).unwrap();
+    model.save_pretrained(&given, &saved, WeightType::F32, &BTreeMap::new()).unwrap();
+    assert_close(&drawn(&ModelSource::from(&saved)), &expected, 0.0);
+}
+
 #[test]
 fn files_of_two_models_are_refused_by_name() {
     let groups = [files("flux", "transformer"), files("qwen_image", "vae")];
@@ -76,12 +121,7 @@ fn a_saved_model_draws_what_the_model_draws() {
         let source = ModelSource::from(&folder(family));
         let model = Model::from_pretrained(&source, &LoadOptions::default()).unwrap();
         model.save_pretrained(&source, saved.path(), WeightType::F32, &BTreeMap::new()).unwrap();
-        let draw = |source: &Path| {
-            let pipeline = Pipeline::from_pretrained(source, PipelineOptions::default()).unwrap();
-            let request = Request { num_inference_steps: 2, cfg_scale: 2.0, ..Request::new("a cat", 64, 64) };
-            values(pipeline.generate(&request).unwrap().latents)
-        };
-        assert_close(&draw(saved.path()), &draw(&folder(family)), 0.0);
+        assert_close(&drawn(&ModelSource::from(saved.path())), &drawn(&source), 0.0);
     }
 }
 

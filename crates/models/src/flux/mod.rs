@@ -2,11 +2,12 @@
 //! states of a T5 encoder and the pooled state of CLIP. Some of its models were distilled to follow a guidance scale that
 //! they are told, and others to draw in few steps.
 //!
-//! The folder layout is diffusers' (`text_encoder` is CLIP, `text_encoder_2` T5). Files in the original layout, with
-//! other key names, are not read.
+//! The folder layout is diffusers' (`text_encoder` is CLIP, `text_encoder_2` T5). Transformer and autoencoder are read in
+//! their authors' layout as well.
 
 mod config;
 mod footprint;
+mod original;
 mod published;
 mod transformer;
 
@@ -16,6 +17,7 @@ use fewstep_flow::SigmaGrid;
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::schedule::{GridRequest, Schedule, SchedulerConfig, ShiftOverride, SigmaRounding};
 use fewstep_kernels::HalfType;
+use serde_json::Value;
 
 pub use config::TransformerConfig;
 pub use transformer::{Told, Transformer};
@@ -30,7 +32,7 @@ use crate::parts::autoencoder_kl::{self, AutoencoderKl, AutoencoderKlConfig};
 use crate::parts::clip::{self, ClipTextConfig, ClipTextEncoder, ClipTokenizer};
 use crate::parts::patches;
 use crate::parts::t5::{self, T5Config, T5Encoder, T5Tokenizer};
-use crate::weights::{KeyMap, TensorShapes, WeightFiles, expected, initialize};
+use crate::weights::{KeyMap, Rule, TensorShapes, WeightFiles, expected, initialize};
 use crate::{
     Components, Condition, Encoding, Linear, LoadOptions, Model, ModelError, ModelSource, PromptLength,
 };
@@ -378,6 +380,22 @@ impl family::Kind for Kind {
 
     fn component_of(&self, files: &WeightFiles) -> Option<&'static str> {
         published::component_of(files)
+    }
+
+    fn original_layout(&self, files: &WeightFiles) -> Option<&'static [Rule]> {
+        match original::is_original(files) {
+            true => Some(original::LAYOUT),
+            false => autoencoder_kl::original_layout(files),
+        }
+    }
+
+    fn published_config(
+        &self,
+        source: &ModelSource,
+        component: &'static str,
+        without: ModelError,
+    ) -> Result<Value, ModelError> {
+        published::config_of(source, component, without)
     }
 
     fn published_files(&self) -> &'static [(&'static str, &'static str)] {

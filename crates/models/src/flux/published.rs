@@ -1,7 +1,12 @@
 //! What the published models' folders say, for weights that come without them, and how their weights are recognised.
 
+use serde_json::{Value, json};
+
+use super::{DENOISER, TEXT_ENCODER, TEXT_ENCODER_2};
+use crate::family::AUTOENCODER;
 use crate::parts::autoencoder_kl::is_without_quantiser;
 use crate::weights::WeightFiles;
+use crate::{ModelError, ModelSource};
 
 /// FLUX.1-dev's scheduler: μ from 0.5 at 256 to 1.15 at 4096 image tokens.
 pub(super) const SCHEDULER: &str = r#"{
@@ -35,16 +40,103 @@ pub(super) fn component_of(files: &WeightFiles) -> Option<&'static str> {
     let ends = |end: &str| files.keys().any(|key| key.ends_with(end));
     if all(&["x_embedder.weight", "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"])
     {
-        return Some(super::DENOISER);
+        return Some(DENOISER);
     }
     if all(&["encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"]) {
-        return Some(super::TEXT_ENCODER_2);
+        return Some(TEXT_ENCODER_2);
     }
     // With a projection it is a larger CLIP, which this family does not have.
     if ends("embeddings.position_embedding.weight") && !files.contains("text_projection.weight") {
-        return Some(super::TEXT_ENCODER);
+        return Some(TEXT_ENCODER);
     }
-    is_without_quantiser(files).then_some(crate::AUTOENCODER)
+    is_without_quantiser(files).then_some(AUTOENCODER)
+}
+
+/// The published config of a component, for weights that came without one, as DiffSynth-Studio's scripts name them. A
+/// transformer may have any number of blocks of the published width.
+///
+/// # Errors
+/// `without`, the error of there being no config, where it is another or the weights have other sizes.
+pub(super) fn config_of(
+    source: &ModelSource,
+    component: &'static str,
+    without: ModelError,
+) -> Result<Value, ModelError> {
+    if !matches!(without, ModelError::NotBeside { .. }) {
+        return Err(without);
+    }
+    let Ok(files) = source.weights(component) else { return Err(without) };
+    published_config(&files, component).ok_or(without)
+}
+
+fn published_config(files: &WeightFiles, component: &str) -> Option<Value> {
+    let has = |key: &str, shape: &[usize]| files.shape(key).is_ok_and(|found| found == shape);
+    match component {
+        DENOISER if has("transformer_blocks.0.attn.norm_q.weight", &[128]) => {
+            let layers = |blocks: &str| {
+                let number = |key: &str| key.strip_prefix(blocks)?.split('.').next()?.parse::<usize>().ok();
+                files.keys().filter_map(number).max().map_or(0, |last| last + 1)
+            };
+            let [width, joint] = *files.shape("context_embedder.weight").ok()? else { return None };
+            let [_, pooled] = *files.shape("time_text_embed.text_embedder.linear_1.weight").ok()? else {
+                return None;
+            };
+            Some(json!({
+                "_class_name": "FluxTransformer2DModel",
+                "num_attention_heads": width / 128,
+                "attention_head_dim": 128,
+                "axes_dims_rope": [16, 56, 56],
+                "num_layers": layers("transformer_blocks."),
+                "num_single_layers": layers("single_transformer_blocks."),
+                "in_channels": files.shape("x_embedder.weight").ok()?.get(1)?,
+                "joint_attention_dim": joint,
+                "pooled_projection_dim": pooled,
+                "guidance_embeds": files.contains("time_text_embed.guidance_embedder.linear_1.weight"),
+            }))
+        }
+        TEXT_ENCODER if has("text_model.embeddings.token_embedding.weight", &[49_408, 768]) => Some(json!({
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "vocab_size": 49_408,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 77,
+            "projection_dim": 768,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "eos_token_id": 2,
+        })),
+        TEXT_ENCODER_2 if has("encoder.block.23.layer.1.DenseReluDense.wi_0.weight", &[10_240, 4096]) => {
+            Some(json!({
+                "architectures": ["T5EncoderModel"],
+                "model_type": "t5",
+                "vocab_size": 32_128,
+                "d_model": 4096,
+                "d_ff": 10_240,
+                "d_kv": 64,
+                "num_heads": 64,
+                "num_layers": 24,
+                "feed_forward_proj": "gated-gelu",
+            }))
+        }
+        AUTOENCODER if has("encoder.conv_out.weight", &[32, 512, 3, 3]) => Some(json!({
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": [128, 256, 512, 512],
+            "down_block_types": vec!["DownEncoderBlock2D"; 4],
+            "up_block_types": vec!["UpDecoderBlock2D"; 4],
+            "layers_per_block": 2,
+            "latent_channels": 16,
+            "norm_num_groups": 32,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "use_quant_conv": false,
+            "use_post_quant_conv": false,
+            "mid_block_add_attention": true,
+        })),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! Files are read and not memory-mapped: one that another program shortens meanwhile is then an error and not the end of
 //! the process (SIGBUS).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -17,6 +18,8 @@ use serde::Serialize;
 
 use super::WeightType;
 use super::header::Header;
+use super::original::{self, Official, Rule};
+use super::write::write_streamed;
 use crate::ModelError;
 
 /// The tensors of one weight file or of all shards of one component.
@@ -24,15 +27,36 @@ pub struct WeightFiles {
     path: PathBuf,
     files: Vec<(PathBuf, Mutex<File>)>,
     tensors: BTreeMap<String, Place>,
+    /// Whether tensors were made of those of an original layout.
+    made: bool,
 }
 
 /// Where a tensor is.
 struct Place {
     /// Index into the files.
     file: usize,
-    /// Of its bytes.
-    range: Range<u64>,
+    /// Of its bytes, one after the other.
+    ranges: Vec<Range<u64>>,
     entry: TensorEntry,
+}
+
+impl Place {
+    /// What is made of this tensor by rows of it.
+    fn made(&self, official: Official) -> Self {
+        let entry = |bytes| TensorEntry {
+            key: official.key,
+            dtype: self.entry.dtype.clone(),
+            shape: official.shape,
+            bytes,
+        };
+        let Some((parts, chosen)) = official.rows else {
+            return Self { file: self.file, ranges: self.ranges.clone(), entry: entry(self.entry.bytes) };
+        };
+        let (start, bytes) = (self.ranges[0].start, (self.entry.bytes / parts) as u64);
+        let range = |part: &usize| start + *part as u64 * bytes..start + (*part as u64 + 1) * bytes;
+        let ranges: Vec<_> = chosen.iter().map(range).collect();
+        Self { file: self.file, entry: entry(ranges.len() * bytes as usize), ranges }
+    }
 }
 
 /// What the header of a file says of one tensor.
@@ -86,7 +110,7 @@ impl WeightFiles {
     }
 
     fn none(path: PathBuf) -> Self {
-        Self { path, files: Vec::new(), tensors: BTreeMap::new() }
+        Self { path, files: Vec::new(), tensors: BTreeMap::new(), made: false }
     }
 
     fn add_all(&mut self, path: &Path) -> Result<(), ModelError> {
@@ -97,7 +121,7 @@ impl WeightFiles {
     fn add(&mut self, path: PathBuf) -> Result<(), ModelError> {
         let (file, header) = open_file(&path)?;
         for (entry, range) in header.tensors {
-            let place = Place { file: self.files.len(), range, entry: entry.clone() };
+            let place = Place { file: self.files.len(), ranges: vec![range], entry: entry.clone() };
             if let Some(other) = self.tensors.insert(entry.key.clone(), place) {
                 let first = self.files[other.file].0.clone();
                 return Err(ModelError::SameTensor { key: entry.key, first, second: path });
@@ -105,6 +129,36 @@ impl WeightFiles {
         }
         self.files.push((path, Mutex::new(file)));
         Ok(())
+    }
+
+    /// The same tensors of the official layout, where some are in an original one. Those that no rule is about stay.
+    pub(crate) fn officially(mut self, rules: &'static [Rule]) -> Self {
+        let numbers = original::Numbers::of(rules, self.tensors.keys().map(String::as_str));
+        let made = self.tensors.into_values().flat_map(|place| {
+            let tensors = original::official(rules, &numbers, &place.entry.key, &place.entry.shape);
+            match tensors.is_empty() {
+                true => vec![place],
+                false => tensors.into_iter().map(|tensor| place.made(tensor)).collect(),
+            }
+        });
+        self.tensors = made.map(|place| (place.entry.key.clone(), place)).collect();
+        self.made = true;
+        self
+    }
+
+    /// Copies the files to a folder, those of an original layout as one file of the official.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written.
+    pub(crate) fn copy_officially(&self, folder: &Path) -> Result<(), ModelError> {
+        if self.made {
+            let bytes = &mut |entry: &TensorEntry| self.bytes(&entry.key).map(Cow::Owned);
+            return write_streamed(&folder.join(OFFICIAL[0]), &self.entries(), &BTreeMap::new(), bytes);
+        }
+        self.files.iter().try_for_each(|(path, _)| {
+            let target = folder.join(path.file_name().unwrap_or_default());
+            fewstep_data::atomic::copy(path, &target).map_err(ModelError::io(path))
+        })
     }
 
     /// The path that was opened, for messages.
@@ -159,9 +213,18 @@ impl WeightFiles {
         // A thread that panicked while it held the file left it readable: every read seeks first.
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         let mut bytes = vec![0; part.len()];
-        let start = SeekFrom::Start(place.range.start + part.start as u64);
-        let read = file.seek(start).and_then(|_| file.read_exact(&mut bytes));
-        read.map(|()| bytes).map_err(ModelError::io(path))
+        let (mut passed, mut filled) = (0, 0);
+        for range in &place.ranges {
+            let length = (range.end - range.start) as usize;
+            let within = part.start.clamp(passed, passed + length)..part.end.clamp(passed, passed + length);
+            let target = &mut bytes[filled..filled + within.len()];
+            let start = SeekFrom::Start(range.start + (within.start - passed) as u64);
+            let read = file.seek(start).and_then(|_| file.read_exact(target));
+            read.map_err(ModelError::io(path))?;
+            passed += length;
+            filled += within.len();
+        }
+        Ok(bytes)
     }
 
     /// The number type of a tensor as files spell it.

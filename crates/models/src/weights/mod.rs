@@ -7,6 +7,7 @@ mod hash;
 mod header;
 mod narrow;
 mod numbers;
+mod original;
 mod shapes;
 mod write;
 
@@ -17,6 +18,7 @@ pub(crate) use folder::{Shards, copy_tree, is_weights, write_shards};
 pub(crate) use hash::file_hash;
 pub use hash::weights_hash;
 pub use numbers::{Numbers, read_numbers, save_numbers};
+pub(crate) use original::{Made, Rule};
 pub use shapes::TensorShapes;
 pub(crate) use shapes::{compare, expected};
 pub(crate) use write::{RawTensor, carry_ignored, collect_component, values, write};

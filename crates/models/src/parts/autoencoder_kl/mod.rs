@@ -3,6 +3,7 @@
 
 mod config;
 mod layers;
+mod original;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
@@ -12,7 +13,7 @@ pub(crate) use config::latent_factor;
 
 use self::layers::{Decoder, Encoder, Observer};
 use crate::parts::conv::Conv2d;
-use crate::weights::{KeyMap, TensorShapes, WeightFiles, expected, load};
+use crate::weights::{KeyMap, Rule, TensorShapes, WeightFiles, expected, load};
 use crate::{ModelError, ModelSource, WeightType};
 
 /// Old files have other names for the attention's projections.
@@ -166,6 +167,11 @@ impl AutoencoderKl {
     fn pixels(&self, encoded: Tensor<4>, observe: &mut Observer) -> Tensor<4> {
         self.decoder.forward(through(&self.post_quant_conv, encoded), observe)
     }
+}
+
+/// How to read weight files in the layout of latent diffusion's own code; `None` for others.
+pub(crate) fn original_layout(files: &WeightFiles) -> Option<&'static [Rule]> {
+    original::is_original(files).then_some(original::LAYOUT)
 }
 
 /// Whether weight files are an autoencoder's that has no convolutions between its halves, as those of 16 channels.
