@@ -10,6 +10,8 @@ process); the table has the median of the rounds and their range. Exits with 1 w
 differ. Nothing else should run meanwhile; ratios bear some load, times do not.
 """
 import argparse, csv, json, os, shutil, statistics, subprocess, sys, tempfile, time
+from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -31,6 +33,10 @@ class Row:
         self.time_target, self.memory_target, self.loss_tolerance = time_target, memory_target, loss_tolerance
 
 
+# Folders of goldens; prompt and seed of family_train.py.
+FAMILY_PROMPT, FAMILY_SEED = "a photo of a cat sitting on the red sofa", 9001
+FAMILIES = {"flux": "FLUX.1", "sd15": "Stable Diffusion 1.5", "sdxl": "SDXL", "zimage": "Z-Image"}
+
 ROWS = {
     "lora-checkpointing": Row("distillation step, LoRA, checkpointing in both", "lora-checkpointing", "lora-checkpointing", 0.50, 0.35),
     "lora-least": Row("distillation step, LoRA, our least memory against its fastest", "lora-checkpointing", "lora", 0.75, 0.30),
@@ -42,6 +48,8 @@ ROWS = {
     "mmdit-forward": Row("forward without gradients, batch 8", "mmdit-forward", "mmdit-forward", 0.70),
     "vae-decode": Row("autoencoder, decoding 256 x 256", "vae-decode", "vae-decode", 1.0, loss_tolerance=1e-5),
     "vae-encode": Row("autoencoder, encoding 256 x 256", "vae-encode", "vae-encode", 1.0, loss_tolerance=1e-5),
+    **{f"family-{name}": Row(f"distillation step, LoRA, the small {shown}", f"family-{name}", f"family-{name}", 0.9)
+       for name, shown in FAMILIES.items()},
     "start": Row("`generate` with the tiny model, whole process", "start", "start", 0.05, loss_tolerance=None),
 }
 
@@ -77,6 +85,9 @@ class Comparison:
         work, *flags = {"lora": ["distill"], "full": ["distill", "--full"]}.get(name.split("-")[0], [name])
         if name.endswith("checkpointing"):
             flags.append("--checkpointing")
+        if name.startswith("family"):
+            family = name.split("-")[1]
+            work, flags = "family", ["--family", family, "--model", f"{ROOT}/goldens/{family}/model"]
         if name == "start":
             work, flags = "generate", ["--model", f"{ROOT}/goldens/qwen_image/model", "--output", f"{self.folder}/peer.png"]
         steps = ["--steps", str(self.args.steps), "--warmup", str(self.args.warmup), "--threads", str(self.args.threads)]
@@ -89,6 +100,8 @@ class Comparison:
             return self.start()
         if name.split("-")[0] in ("lora", "full", "sixteen"):
             return self.distill(name)
+        if name.startswith("family"):
+            return self.family(name.split("-")[1])
         command = [self.binary("examples", "ours"), name, self.inputs, str(self.args.steps), str(self.args.warmup)]
         output, peak, wall = run(command, self.env)
         found = json.loads(output)
@@ -104,20 +117,39 @@ class Comparison:
 
     def distill(self, name):
         """The peer's run by `fewstep train`, from its weights, text states, latents and adapters."""
-        output = os.path.join(self.folder, "run")
-        shutil.rmtree(output, ignore_errors=True)
         student_steps = 16 if name == "sixteen-steps" else 4
         weights = json.dumps([f"{self.inputs}/transformer/diffusion_pytorch_model.safetensors"])
-        command = [self.binary("fewstep"), "train", "--compat", "diffsynth", "--task", "direct_distill:train",
-                   "--model_paths", weights, "--dataset_base_path", f"{self.inputs}/data{student_steps}", "--output_path", output,
-                   "--max_steps", str(self.args.warmup + self.args.steps), "--learning_rate", "1e-4", "--lr_schedule", "constant",
-                   "--log_steps", "1", "--save_steps", "0", "--output_layout", "fewstep"]
+        command = ["--task", "direct_distill:train", "--model_paths", weights, "--dataset_base_path",
+                   f"{self.inputs}/data{student_steps}", "--learning_rate", "1e-4"]
         if name.startswith("full"):
             command += ["--trainable_models", "dit"]
         else:
             command += ["--lora_base_model", "dit", "--lora_rank", "8", "--lora_checkpoint", f"{self.inputs}/lora.safetensors"]
         if name.endswith("checkpointing") or name == "sixteen-steps":
             command.append("--use_gradient_checkpointing")
+        return self.train(command)
+
+    def family(self, name):
+        """The goldens' distillation of a family's small model, from a data set that holds its latents."""
+        data, goldens = os.path.join(self.folder, "families", name), f"{ROOT}/goldens/{name}"
+        os.makedirs(f"{data}/latents", exist_ok=True)
+        numbers = load_file(f"{goldens}/training.safetensors")
+        save_file({"latents": numbers["input_latents"][0]}, f"{data}/latents/0.safetensors")
+        Image.new("RGB", (64, 64)).save(f"{data}/0.png")
+        with open(f"{data}/metadata.csv", "w") as rows:
+            rows.write("image,prompt,seed,rand_device,num_inference_steps,cfg_scale\n"
+                       f"0.png,{FAMILY_PROMPT},{FAMILY_SEED},cpu,4,1\n")
+        return self.train(["--task", "direct_distill", "--model", f"{goldens}/model", "--dataset_base_path", data, "--lora_base_model",
+                           "dit", "--lora_rank", "4", "--lora_checkpoint", f"{goldens}/lora_init.safetensors", "--learning_rate",
+                           "1e-3", *(["--max_prompt_tokens", "64"] if name == "flux" else [])])
+
+    def train(self, flags):
+        """A run of `fewstep train` with the peer's numbers."""
+        output = os.path.join(self.folder, "run")
+        shutil.rmtree(output, ignore_errors=True)
+        command = [self.binary("fewstep"), "train", "--compat", "diffsynth", "--output_path", output, "--max_steps",
+                   str(self.args.warmup + self.args.steps), "--lr_schedule", "constant", "--log_steps", "1", "--save_steps", "0",
+                   "--output_layout", "fewstep", *flags]
         _, peak, wall = run(command, self.env)
         rows = list(csv.DictReader(open(os.path.join(output, "loss.csv"))))
         secs = [1 / float(row["samples_per_sec"]) for row in rows]

@@ -3,7 +3,7 @@
 usage: peer.py export DIR               weights and inputs for both sides
        peer.py WORK DIR [options]       one measurement; the last line printed is JSON
 
-works: distill, mmdit-train, mmdit-forward, vae-encode, vae-decode, generate
+works: distill, family, mmdit-train, mmdit-forward, vae-encode, vae-decode, generate
 """
 import argparse, json, os, sys, time
 
@@ -15,7 +15,8 @@ parser.add_argument("--checkpointing", action="store_true", help="distill: recom
 parser.add_argument("--steps", type=int, default=8, help="measured steps")
 parser.add_argument("--warmup", type=int, default=2, help="steps before them")
 parser.add_argument("--threads", type=int, default=2)
-parser.add_argument("--model", help="generate: model folder")
+parser.add_argument("--model", help="generate and family: model folder")
+parser.add_argument("--family", help="family: its name in goldens/make/family_train.py")
 parser.add_argument("--output", help="generate: the picture")
 args = parser.parse_args()
 
@@ -134,6 +135,35 @@ def export_rows(folder, inputs, steps):
                cfg_scale=1.0)
     json.dump(dict(version="", task="direct_distill", model="", model_hash="", recipe='dtype = "f32"',
                    prompts=["", "a prompt"], rows=[row]), open(f"{folder}/processed.json", "w"), indent=1)
+
+
+# --- direct distillation of the goldens' small models of every family, LoRA -----------------------------------------
+
+FAMILY_RANK = 4
+
+
+def family():
+    """DiffSynth-Studio's loss on a family's model, as its goldens were made."""
+    import family_train
+    from diffsynth.diffusion import DirectDistillLoss
+    pipe, clean, noise = family_train.adapter(args.family, args.model, "open")
+    noisy = pipe.scheduler.add_noise(clean, noise, torch.tensor([999.0])) if args.family in ("sd15", "sdxl") else noise
+    pipe.dit.requires_grad_(False)
+    from peft import LoraConfig, inject_adapter_in_model
+    inject_adapter_in_model(LoraConfig(r=FAMILY_RANK, lora_alpha=FAMILY_RANK, target_modules=family_train.LORA[args.family]), pipe.dit)
+    _, unknown = pipe.dit.load_state_dict(load_file(os.path.join(args.model, "..", "lora_init.safetensors")), strict=False)
+    assert not unknown, unknown
+    learning = [p for p in pipe.dit.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.01), []
+
+    def step():
+        loss = DirectDistillLoss(pipe, latents=noisy, input_latents=clean, num_inference_steps=STUDENT_STEPS)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+
+    report(secs=measured(step), losses=losses)
 
 
 # --- a plain double-stream transformer, batch 8 ----------------------------------------------------------------------
@@ -289,5 +319,5 @@ def export():
     export_vae(args.folder)
 
 
-{"export": export, "distill": distill, "mmdit-train": lambda: mmdit(True), "mmdit-forward": lambda: mmdit(False),
+{"export": export, "distill": distill, "family": family, "mmdit-train": lambda: mmdit(True), "mmdit-forward": lambda: mmdit(False),
  "vae-encode": lambda: vae(True), "vae-decode": lambda: vae(False), "generate": generate}[args.work]()
