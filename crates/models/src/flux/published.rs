@@ -143,6 +143,55 @@ fn published_config(files: &WeightFiles, component: &str) -> Option<Value> {
 mod tests {
     use super::*;
     use crate::family::Kind as _;
+    use crate::{WeightType, save_tensors};
+    use fewstep_testkit::golden;
+
+    fn config(component: &str, tensors: &[(&str, &[usize])]) -> Option<Value> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weights.safetensors");
+        let zeros = tensors.iter().map(|(key, shape)| {
+            ((*key).to_owned(), shape.to_vec(), vec![0.0; shape.iter().product()])
+        });
+        save_tensors(&path, zeros, WeightType::BF16, &Default::default()).unwrap();
+        published_config(&WeightFiles::open(&path).unwrap(), component)
+    }
+
+    #[test]
+    fn a_transformer_without_a_config_has_as_many_blocks_as_its_weights() {
+        let tensors: [(&str, &[usize]); 6] = [
+            ("transformer_blocks.0.attn.norm_q.weight", &[128]),
+            ("transformer_blocks.4.attn.norm_q.weight", &[128]),
+            ("single_transformer_blocks.10.norm.linear.bias", &[3]),
+            ("context_embedder.weight", &[256, 48]),
+            ("time_text_embed.text_embedder.linear_1.weight", &[256, 40]),
+            ("x_embedder.weight", &[256, 64]),
+        ];
+        let found = config(DENOISER, &tensors).unwrap();
+        let expected = [
+            ("num_attention_heads", 2),
+            ("num_layers", 5),
+            ("num_single_layers", 11),
+            ("in_channels", 64),
+            ("joint_attention_dim", 48),
+            ("pooled_projection_dim", 40),
+        ];
+        assert!(expected.iter().all(|(key, value)| found[key] == *value), "{found}");
+        assert_eq!(found["guidance_embeds"], false);
+        let narrow = [("transformer_blocks.0.attn.norm_q.weight", &[64][..])];
+        assert_eq!(config(DENOISER, &narrow), None);
+    }
+
+    #[test]
+    fn an_autoencoder_without_a_config_is_scaled_as_the_published_one() {
+        let found = config(AUTOENCODER, &[("encoder.conv_out.weight", &[32, 512, 3, 3])]).unwrap();
+        let text = std::fs::read_to_string(golden("flux/model/vae/config.json")).unwrap();
+        let folder: Value = serde_json::from_str(&text).unwrap();
+        let of_small = ["block_out_channels", "norm_num_groups"];
+        let keys = found.as_object().unwrap().keys().filter(|key| !of_small.contains(&key.as_str()));
+        for key in keys {
+            assert_eq!(found[key], folder[key], "{key}");
+        }
+    }
 
     #[test]
     fn the_list_of_components_is_of_this_family() {
