@@ -38,6 +38,9 @@ pub struct Encoding {
     pub per_pixel: u64,
     /// Floating point operations for each token.
     pub flops_per_token: u64,
+    /// Floating point operations for each pixel of a picture that becomes latents. An attention in the middle, which grows
+    /// faster than the picture, comes on top.
+    pub flops_per_pixel: u64,
 }
 
 /// What a workload takes.

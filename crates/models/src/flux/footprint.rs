@@ -68,10 +68,12 @@ pub(super) fn encoding(source: &ModelSource) -> Result<Encoding, ModelError> {
     let t5 = Configs::read(source)?.text_encoder_2;
     let [width, inner, hidden, layers] =
         [t5.d_model, t5.num_heads * t5.d_kv, t5.d_ff, t5.num_layers].map(|size| size as u64);
+    let vae = AutoencoderKlConfig::read(source)?;
     Ok(Encoding {
         per_token: per_token(&t5),
         per_token_training: layers * (4 * width + 8 * inner + 5 * hidden) + per_token(&t5),
-        per_pixel: AutoencoderKlConfig::read(source)?.numbers_per_pixel(),
+        per_pixel: vae.numbers_per_pixel(),
+        flops_per_pixel: vae.flops_per_pixel(),
         flops_per_token: 2 * layers * (4 * width * inner + 3 * width * hidden),
     })
 }

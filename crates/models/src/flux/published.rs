@@ -149,9 +149,9 @@ mod tests {
     fn config(component: &str, tensors: &[(&str, &[usize])]) -> Option<Value> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("weights.safetensors");
-        let zeros = tensors.iter().map(|(key, shape)| {
-            ((*key).to_owned(), shape.to_vec(), vec![0.0; shape.iter().product()])
-        });
+        let zeros = tensors
+            .iter()
+            .map(|(key, shape)| ((*key).to_owned(), shape.to_vec(), vec![0.0; shape.iter().product()]));
         save_tensors(&path, zeros, WeightType::BF16, &Default::default()).unwrap();
         published_config(&WeightFiles::open(&path).unwrap(), component)
     }

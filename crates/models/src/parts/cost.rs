@@ -5,6 +5,23 @@
 use super::double_stream::Heads;
 use crate::footprint::{Activations, Flops, Workload};
 
+/// Floating point operations for each pixel of an encoder's 3×3 convolutions: two in each of the residual blocks of a
+/// stage, one to half the size between stages of so many channels, and four in the middle.
+pub(crate) fn encoder_flops_per_pixel(channels: &[usize], blocks: usize) -> u64 {
+    let (mut products, mut inside, mut area) = (0.0, channels[0] as f64, 1.0);
+    products += 3.0 * inside;
+    for (stage, channels) in channels.iter().map(|channels| *channels as f64).enumerate() {
+        if stage > 0 {
+            area /= 4.0;
+            products += area * inside * inside;
+        }
+        products += area * (inside + (2 * blocks - 1) as f64 * channels) * channels;
+        inside = channels;
+    }
+    products += area * 4.0 * inside * inside;
+    (2.0 * 9.0 * products) as u64
+}
+
 /// Sizes of a batch.
 pub(crate) struct Batch {
     pub(crate) samples: u64,
@@ -103,5 +120,18 @@ impl Batch {
         let by_weights = if self.rank.is_some() { weights } else { 2 * weights };
         let flops = |products: u64| 2 * self.samples * products;
         Flops { forward: flops(weights + attention), backward: flops(by_weights + 5 * attention / 2) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_encoders_convolutions_are_counted_off() {
+        // The first convolution, then the stages with what halves the picture before each, then the middle.
+        let stages = [65_536, 4096 + 57_344, 4096 + 57_344, 4096 + 16_384];
+        let products = 384 + stages.iter().sum::<u64>() + 16_384;
+        assert_eq!(encoder_flops_per_pixel(&[128, 256, 512, 512], 2), 18 * products);
     }
 }

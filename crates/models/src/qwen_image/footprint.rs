@@ -4,7 +4,7 @@ use super::config::{TextEncoderConfig, TransformerConfig};
 use super::vae::{Vae, VaeConfig};
 use crate::footprint::{Encoding, Evaluation, Flops, Workload};
 use crate::model::token_grid;
-use crate::parts::cost::{Batch, Held};
+use crate::parts::cost::{Batch, Held, encoder_flops_per_pixel};
 use crate::parts::patches::PATCH;
 use crate::parts::timestep::TIME_FEATURES;
 use crate::{ModelError, ModelSource};
@@ -35,8 +35,9 @@ pub(super) fn held(key: &str, shape: &[usize]) -> u64 {
 
 /// What text encoder and autoencoder hold, counted off [`super::text_encoder`] and [`super::vae`].
 pub(super) fn encoding(source: &ModelSource) -> Result<Encoding, ModelError> {
-    let per_pixel = VaeConfig::read(source)?.numbers_per_pixel();
-    Ok(Encoding { per_pixel, ..TextEncoderConfig::read(source)?.encoding() })
+    let vae = VaeConfig::read(source)?;
+    let (per_pixel, flops_per_pixel) = (vae.numbers_per_pixel(), vae.flops_per_pixel());
+    Ok(Encoding { per_pixel, flops_per_pixel, ..TextEncoderConfig::read(source)?.encoding() })
 }
 
 impl TextEncoderConfig {
@@ -59,6 +60,7 @@ impl TextEncoderConfig {
             per_token_training: layers * kept + attention.max(mlp),
             per_pixel: 0,
             flops_per_token: 2 * matrices,
+            flops_per_pixel: 0,
         }
     }
 }
@@ -70,6 +72,17 @@ impl VaeConfig {
         match self {
             Self::AutoencoderKLQwenImage(config) => 6 * config.base_dim as u64,
             Self::PixelUnshuffle(_) => 3 * 3,
+        }
+    }
+
+    fn flops_per_pixel(&self) -> u64 {
+        match self {
+            Self::AutoencoderKLQwenImage(config) => {
+                let channels: Vec<usize> =
+                    config.dim_mult.iter().map(|times| times * config.base_dim).collect();
+                encoder_flops_per_pixel(&channels, config.num_res_blocks)
+            }
+            Self::PixelUnshuffle(_) => 0,
         }
     }
 }

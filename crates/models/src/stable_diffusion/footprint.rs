@@ -45,10 +45,13 @@ pub(super) fn evaluation(source: &ModelSource, workload: &Workload) -> Result<Ev
 /// What text encoders and autoencoder hold beside their weights.
 pub(super) fn encoding(source: &ModelSource, encoders: &[&'static str]) -> Result<Encoding, ModelError> {
     let vae = AutoencoderKlConfig::read(source)?;
-    // At full resolution: a residual block's input, its norm's parts and result, the activation, the convolution's input
-    // by rows, and its output.
-    let per_pixel = 6 * vae.block_out_channels[0] as u64;
-    let mut sum = Encoding { per_token: 0, per_token_training: 0, per_pixel, flops_per_token: 0 };
+    let mut sum = Encoding {
+        per_token: 0,
+        per_token_training: 0,
+        per_pixel: vae.numbers_per_pixel(),
+        flops_per_token: 0,
+        flops_per_pixel: vae.flops_per_pixel(),
+    };
     for name in encoders {
         let text = ClipTextConfig::read(source, name)?;
         let [width, inner, layers] =

@@ -372,8 +372,9 @@ impl family::Kind for Kind {
     }
 
     fn encoding(&self, source: &ModelSource) -> Result<Encoding, ModelError> {
-        let per_pixel = AutoencoderKlConfig::read(source)?.numbers_per_pixel();
-        Ok(Encoding { per_pixel, ..config::text_encoder(source)?.encoding() })
+        let vae = AutoencoderKlConfig::read(source)?;
+        let (per_pixel, flops_per_pixel) = (vae.numbers_per_pixel(), vae.flops_per_pixel());
+        Ok(Encoding { per_pixel, flops_per_pixel, ..config::text_encoder(source)?.encoding() })
     }
 
     fn load(&self, source: &ModelSource, options: &LoadOptions) -> Result<Model, ModelError> {

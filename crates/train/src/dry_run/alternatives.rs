@@ -94,6 +94,7 @@ fn half_the_side(facts: &Facts<'_>) -> Option<DataOutline> {
     }
     smaller.latents /= 4;
     smaller.encoded_latents /= 4;
+    smaller.encoded_pixels /= 4;
     smaller.largest_encoded /= 4;
     let fits = |bucket| footprint(facts.recipe, facts.source, &smaller, (bucket, 1)).is_ok();
     (!smaller.batches.is_empty() && smaller.batches.iter().all(fits)).then_some(smaller)

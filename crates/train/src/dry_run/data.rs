@@ -40,6 +40,9 @@ pub struct DataOutline {
     /// Of these, numbers of the latents that are encoded before the first step.
     #[serde(skip)]
     pub(super) encoded_latents: u64,
+    /// Pixels of all pictures that are encoded.
+    #[serde(skip)]
+    pub(super) encoded_pixels: u64,
     /// Pixels of the largest picture that is encoded.
     #[serde(skip)]
     pub(super) largest_encoded: u64,
@@ -212,6 +215,7 @@ impl DataOutline {
             self.stored_latents += 1;
         } else {
             self.encoded_latents += latents;
+            self.encoded_pixels += pixels;
             self.largest_encoded = self.largest_encoded.max(pixels);
         }
     }

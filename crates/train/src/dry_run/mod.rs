@@ -270,7 +270,12 @@ fn work(
 ) -> Result<Work, ModelError> {
     let preparation = match recipe.task.stage() {
         Stage::Train => 0.0,
-        _ => data.encoded_tokens as f64 * Footprint::of_encoding(source)?.flops_per_token as f64,
+        _ => {
+            let encoding = Footprint::of_encoding(source)?;
+            let per = |count: u64, flops: u64| count as f64 * flops as f64;
+            per(data.encoded_tokens, encoding.flops_per_token)
+                + per(data.encoded_pixels, encoding.flops_per_pixel)
+        }
     };
     let mut work = Work { preparation, step: 0.0, samples: 0.0, sheets: 0 };
     if recipe.task.stage() == Stage::DataProcess {

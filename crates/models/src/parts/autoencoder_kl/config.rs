@@ -4,6 +4,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::config_file::ConfigFile;
+use crate::parts::cost::encoder_flops_per_pixel;
 use crate::{ModelError, ModelSource, ranges};
 
 /// The class that diffusers names.
@@ -67,6 +68,11 @@ impl AutoencoderKlConfig {
     /// activation, the convolution's input by rows, and its output.
     pub(crate) fn numbers_per_pixel(&self) -> u64 {
         6 * self.block_out_channels[0] as u64
+    }
+
+    /// Operations for each pixel that becomes latents.
+    pub(crate) fn flops_per_pixel(&self) -> u64 {
+        encoder_flops_per_pixel(&self.block_out_channels, self.layers_per_block)
     }
 
     fn check(&self) -> Result<(), String> {
