@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use fewstep_models::{
-    LoadOptions, Model, ModelError, ModelSource, Pipeline, PipelineOptions, Request, WeightFiles, WeightType,
+    LoadOptions, Model, ModelError, ModelSource, Pipeline, Request, WeightFiles, WeightType,
     check_weights, expected_tensors, weights_hash,
 };
 use fewstep_testkit::{assert_close, golden, values};
