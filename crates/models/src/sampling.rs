@@ -104,8 +104,9 @@ fn states(
     guidance: &Guidance,
 ) -> impl Iterator<Item = Tensor<4>> {
     let mut stepper = Stepper::new(solver, grid);
+    let told = move |sigma| solver.told(sigma);
     grid.pairs().scan(noise, move |state, pair| {
-        let velocity = |noisy, sigma| guided_velocity(denoiser, noisy, sigma, guidance);
+        let velocity = |noisy, sigma| guided_velocity(denoiser, noisy, told(sigma), guidance);
         *state = denoiser.kept(stepper.step(state.clone(), pair, velocity));
         Some(state.clone())
     })

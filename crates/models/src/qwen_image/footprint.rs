@@ -64,11 +64,10 @@ impl TextEncoderConfig {
 }
 
 impl VaeConfig {
-    /// At full resolution: a residual block's input, its norm's square and result, the activation, the convolution's
-    /// input by rows, and its output; or the pixels and their new places.
+    /// Of the pixel autoencoder the pixels and their new places.
     fn numbers_per_pixel(&self) -> u64 {
         match self {
-            Self::AutoencoderKLQwenImage(config) => 6 * config.base_dim as u64,
+            Self::AutoencoderKLQwenImage(config) => config.numbers_per_pixel(),
             Self::PixelUnshuffle(_) => 3 * 3,
         }
     }
