@@ -292,10 +292,11 @@ impl Text {
 
 /// A kind of batches in words.
 fn kind(bucket: &Bucket) -> String {
-    let Bucket { width, height, num_inference_steps, cfg_scale, rows, largest_batch, .. } = bucket;
+    let Bucket { width, height, num_frames, num_inference_steps, cfg_scale, rows, largest_batch, .. } = bucket;
     let student = match num_inference_steps {
         0 => String::new(),
         steps => format!(", {steps} steps, guidance {cfg_scale}"),
     };
-    format!("{width}x{height} px{student}: {rows} rows by {largest_batch}")
+    let frames = if *num_frames == 1 { String::new() } else { format!(", {num_frames} frames") };
+    format!("{width}x{height} px{frames}{student}: {rows} rows by {largest_batch}")
 }

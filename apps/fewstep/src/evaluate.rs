@@ -13,7 +13,7 @@ use clap::Args;
 use fewstep_data::image::Picture;
 use fewstep_data::metadata::{ImageRow, Metadata, RandDevice};
 use fewstep_models::conventions::name_of;
-use fewstep_models::{DTYPES, Model, ModelSource, Pipeline, Request, Student as TrainedStudent, lora};
+use fewstep_models::{DTYPES, Extent, Model, ModelSource, Pipeline, Request, Student as TrainedStudent, lora};
 use fewstep_report::{
     Chart, Curve, Features, Grid, GridRow, Judge, Report, Row, Stage, kid, latent_mse, psnr_db, retrieval,
 };
@@ -55,6 +55,10 @@ pub struct EvaluateArgs {
     /// Picture width in pixels
     #[arg(long)]
     pub width: usize,
+    /// Frames, with a model that draws videos 4n + 1 of them; videos are compared by their latents, and by the frame in the
+    /// middle
+    #[arg(long, default_value_t = 1)]
+    pub num_frames: usize,
     /// Sampling steps of the teacher [default: the model's usual ones]
     #[arg(long)]
     pub teacher_num_inference_steps: Option<usize>,
@@ -99,6 +103,10 @@ impl EvaluateArgs {
             ("height", height.to_string().into()),
             ("width", width.to_string().into()),
         ])
+    }
+
+    fn extent(&self) -> Extent {
+        Extent { frames: self.num_frames, height: self.height, width: self.width }
     }
 }
 
@@ -222,7 +230,7 @@ fn contestants(
         students.extend(contestants_of(args, student, (source, &teacher), progress)?);
     }
     let trained = students.first().and_then(|first| first.student.as_ref());
-    let base = trained.map_or(USUAL_STEPS, |of| of.setting([args.height, args.width]).num_inference_steps);
+    let base = trained.map_or(USUAL_STEPS, |of| of.setting(args.extent()).num_inference_steps);
     let base = args.base_num_inference_steps.unwrap_or(base);
     let contestant = |name: &str, num_inference_steps, cfg_scale| Contestant {
         name: name.to_owned(),
@@ -255,7 +263,7 @@ fn contestants_of(
 ) -> Result<Vec<Contestant>> {
     let model = load_student(args, source, teacher, path)?;
     let found = Found::at(path)?;
-    let trained = found.as_ref().map(|found| found.student().setting([args.height, args.width]));
+    let trained = found.as_ref().map(|found| found.student().setting(args.extent()));
     let steps = match (&args.student_num_inference_steps, trained) {
         (Some(steps), _) => steps.clone(),
         (None, Some(trained)) => vec![trained.num_inference_steps],
@@ -289,9 +297,10 @@ fn tell(args: &EvaluateArgs, found: &Found, contestants: &[Contestant], progress
         embedded_guidance: None,
         rand_device: Some(RandDevice::Cpu),
         exponential_shift_mu: None,
-        size: [args.height, args.width],
+        solver: None,
+        extent: args.extent(),
     };
-    let trained = found.student().setting(asked.size).num_inference_steps;
+    let trained = found.student().setting(asked.extent).num_inference_steps;
     // Among others a student is shown at its own steps: that is what the flag is for.
     let shown = contestants.iter().find(|who| who.num_inference_steps == trained).or(contestants.first());
     let warning = shown.and_then(|who| {
@@ -336,6 +345,7 @@ fn draw(
             num_inference_steps: contestant.num_inference_steps,
             cfg_scale: contestant.cfg_scale,
             embedded_guidance: contestant.embedded_guidance,
+            num_frames: args.num_frames,
             ..Request::new(prompt, args.height, args.width)
         })
         .collect();
@@ -343,10 +353,10 @@ fn draw(
     for batch in requests.chunks(args.batch_size.max(1)) {
         let start = Instant::now();
         for generated in pipeline.generate_batch(batch)? {
+            pictures.push(generated.picture().clone());
             latents.extend(
                 generated.latents.into_data().try_into_vec::<f32>().expect("samplers compute in f32"),
             );
-            pictures.push(generated.picture);
         }
         secs += start.elapsed().as_secs_f64();
         progress.advance(batch.len() as u64);

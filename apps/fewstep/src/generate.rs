@@ -16,7 +16,7 @@ use fewstep_flow::Solver;
 use fewstep_models::conventions::{SOLVERS, name_of};
 use fewstep_models::student::noise_generator;
 use fewstep_models::{
-    Components, DTYPES, Generated, LoadOptions, LoraFile, Model, ModelSource, Pipeline, PipelineOptions,
+    Components, DTYPES, Extent, Generated, LoadOptions, LoraFile, Model, ModelSource, Pipeline, PipelineOptions,
     Request, WeightType, save_tensors, weights_hash,
 };
 use sha2::{Digest, Sha256};
@@ -71,7 +71,8 @@ pub struct GenerateArgs {
     /// with, otherwise the model's usual one]
     #[arg(long, value_parser = guidance)]
     pub embedded_guidance: Option<f32>,
-    /// Integrator: euler, heun or plms (PNDM's) [default: euler; plms of models whose scheduler is PNDM]
+    /// Integrator: euler, heun, plms (PNDM's) or unipc [default: euler; plms and unipc of models whose scheduler is PNDM or
+    /// UniPC; a few-step student is trained and drawn with euler]
     #[arg(long, value_parser = solver)]
     pub solver: Option<Solver>,
     /// Picture height in pixels
@@ -80,6 +81,9 @@ pub struct GenerateArgs {
     /// Picture width in pixels
     #[arg(long)]
     pub width: usize,
+    /// Frames, with a model that draws videos 4n + 1 of them; 1 is a picture
+    #[arg(long, default_value_t = 1)]
+    pub num_frames: usize,
     /// Shift of the schedule, the logarithm mu of its factor [default: a student's own sigma grid, otherwise the
     /// model's for the picture size]
     #[arg(long, value_name = "MU")]
@@ -124,6 +128,10 @@ impl GenerateArgs {
             ("width", width.to_string().into()),
         ])
     }
+
+    fn extent(&self) -> Extent {
+        Extent { frames: self.num_frames, height: self.height, width: self.width }
+    }
 }
 
 /// Draws what the flags ask for. Pictures that are there already from the same run are kept.
@@ -166,7 +174,8 @@ fn drawn_with(args: &GenerateArgs, source: &ModelSource, progress: &dyn Progress
         embedded_guidance: args.embedded_guidance,
         rand_device: args.rand_device,
         exponential_shift_mu: args.exponential_shift_mu,
-        size: [args.height, args.width],
+        solver: args.solver,
+        extent: args.extent(),
     };
     let options = LoadOptions { components: Components::Denoiser, ..args.load.options() };
     let usual = Model::outline(source, &options)?.defaults();
@@ -226,6 +235,7 @@ fn settings(args: &GenerateArgs, drawn_with: Settings) -> Result<Request> {
         input_image: args.input_image.as_deref().map(Picture::load).transpose()?,
         denoising_strength: args.denoising_strength,
         keep_trajectory: args.save_latents,
+        num_frames: args.num_frames,
         ..Request::new("", args.height, args.width)
     })
 }
@@ -270,7 +280,7 @@ fn provenance(
     requests: &[Request],
 ) -> Result<Provenance> {
     let first = &requests[0];
-    let student = pipeline.model.sigma_grid(args.student_num_inference_steps, args.height, args.width);
+    let student = pipeline.model.sigma_grid(args.student_num_inference_steps, args.extent());
     Ok(Provenance {
         teacher: source.to_string(),
         teacher_hash: weights_hash(source)?,
@@ -295,6 +305,7 @@ fn provenance(
         saves_latents: args.save_latents,
         height: args.height,
         width: args.width,
+        num_frames: args.extent().num_frames(),
         batch_size: args.batch_size,
         requests_hash: requests_hash(args, requests),
     })

@@ -71,7 +71,7 @@ pub fn weight_type(text: &str) -> Result<WeightType, String> {
 /// `euler`, `heun` or `plms`.
 pub fn solver(text: &str) -> Result<Solver, String> {
     let known = SOLVERS.iter().find(|(name, _)| *name == text);
-    known.map(|(_, solver)| *solver).ok_or_else(|| "expected euler, heun or plms".into())
+    known.map(|(_, solver)| *solver).ok_or_else(|| "expected euler, heun, plms or unipc".into())
 }
 
 /// `cpu`; other devices are named but not built in.

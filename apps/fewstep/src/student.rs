@@ -5,11 +5,13 @@ use std::path::Path;
 
 use anyhow::Result;
 use fewstep_data::metadata::RandDevice;
+use fewstep_flow::Solver;
+use fewstep_models::conventions::{SOLVERS, name_of};
 use fewstep_models::student::{TrainedGrid, noise_generator};
-use fewstep_models::{Defaults, LoraFile, ModelSource, Student};
+use fewstep_models::{Defaults, Extent, LoraFile, ModelSource, Student};
 
 /// What the flags ask for; `None` where they are not given.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Asked {
     /// Sampling steps.
     pub num_inference_steps: Option<usize>,
@@ -21,8 +23,10 @@ pub struct Asked {
     pub rand_device: Option<RandDevice>,
     /// Shift of the schedule.
     pub exponential_shift_mu: Option<f64>,
-    /// Height and width in px.
-    pub size: [usize; 2],
+    /// Integrator.
+    pub solver: Option<Solver>,
+    /// Size of what is drawn.
+    pub extent: Extent,
 }
 
 /// What is drawn with.
@@ -78,7 +82,7 @@ impl Found {
 
     /// The sentence that tells what was taken from the student; `None` where the flags said all.
     pub fn taken(&self, asked: &Asked) -> Option<String> {
-        let trained = self.student.setting(asked.size);
+        let trained = self.student.setting(asked.extent);
         let parts = [
             asked.num_inference_steps.is_none().then(|| steps(trained.num_inference_steps)),
             asked.cfg_scale.is_none().then(|| guidance(trained.cfg_scale)),
@@ -96,13 +100,15 @@ impl Found {
 
     /// The line that tells in what the settings are not those of training; `None` where they are.
     pub fn warning(&self, asked: &Asked, settings: &Settings) -> Option<String> {
-        let trained = self.student.setting(asked.size);
+        let trained = self.student.setting(asked.extent);
         let parts = [
             differs(settings.num_inference_steps, trained.num_inference_steps, steps),
             differs(settings.cfg_scale, trained.cfg_scale, guidance),
             self.other_told(settings.embedded_guidance, trained),
-            self.other_size(asked.size, trained),
+            differs(asked.extent, trained.extent(), size),
             self.other_noise(settings.rand_device),
+            (asked.solver.filter(|solver| *solver != Solver::Euler))
+                .map(|solver| format!("solver {} instead of euler", name_of(&SOLVERS, solver))),
             asked.exponential_shift_mu.map(|mu| format!("a shift of {mu} instead of its own sigma grid")),
             differs(self.alpha, 1.0, |alpha| format!("strength {alpha}")),
         ];
@@ -116,11 +122,6 @@ impl Found {
         differs(found?, trained.embedded_guidance?, told)
     }
 
-    fn other_size(&self, [height, width]: [usize; 2], trained: &TrainedGrid) -> Option<String> {
-        let size = |[height, width]: [usize; 2]| format!("{width}x{height} px");
-        differs([height, width], [trained.height, trained.width], size)
-    }
-
     fn other_noise(&self, device: RandDevice) -> Option<String> {
         let (found, trained) = (noise_generator(device), &self.student.noise_generators);
         let names: Vec<&str> = trained.iter().map(String::as_str).collect();
@@ -132,7 +133,7 @@ impl Found {
 impl Asked {
     /// The flags over what the student was trained with, that over the model's usual settings.
     pub fn settings(&self, student: Option<&Student>, usual: Defaults) -> Settings {
-        let trained = student.map(|student| student.setting(self.size));
+        let trained = student.map(|student| student.setting(self.extent));
         let of_student = trained.map(|trained| (trained.num_inference_steps, trained.cfg_scale));
         let (steps, cfg_scale) = of_student.unwrap_or((usual.num_inference_steps, usual.cfg_scale));
         let told = trained.and_then(|trained| trained.embedded_guidance);
@@ -148,6 +149,13 @@ impl Asked {
 /// `found instead of expected`, where they differ.
 fn differs<T: PartialEq>(found: T, expected: T, text: impl Fn(T) -> String) -> Option<String> {
     (found != expected).then(|| format!("{} instead of {}", text(found), text(expected)))
+}
+
+fn size(extent: Extent) -> String {
+    match extent.frames {
+        1 => format!("{} px", extent.size()),
+        frames => format!("{} px, {frames} frames", extent.size()),
+    }
 }
 
 fn steps(steps: usize) -> String {
@@ -175,6 +183,7 @@ mod tests {
             embedded_guidance: Some(3.5),
             height: 64,
             width: 32,
+            num_frames: None,
             sigmas: SigmaGrid::uniform(2).unwrap(),
         };
         let student =
@@ -188,7 +197,8 @@ mod tests {
         embedded_guidance: None,
         rand_device: None,
         exponential_shift_mu: None,
-        size: [64, 32],
+        solver: None,
+        extent: Extent { frames: 1, height: 64, width: 32 },
     };
 
     #[test]
@@ -226,7 +236,8 @@ mod tests {
             embedded_guidance: Some(1.0),
             rand_device: Some(RandDevice::Cpu),
             exponential_shift_mu: Some(0.5),
-            size: [48, 32],
+            solver: Some(Solver::UniPc),
+            extent: Extent { frames: 1, height: 48, width: 32 },
         };
         let usual = Defaults { num_inference_steps: 50, cfg_scale: 4.0, embedded_guidance: None };
         let settings = asked.settings(Some(found().student()), usual);
@@ -239,6 +250,7 @@ mod tests {
             "embedded guidance 1 instead of embedded guidance 3.5",
             "32x48 px instead of 32x64 px",
             "noise of torch-cpu instead of torch-cuda",
+            "solver unipc instead of euler",
             "a shift of 0.5",
             "strength 0.5 instead of strength 1",
         ] {

@@ -66,6 +66,9 @@ pub struct Provenance {
     pub height: usize,
     /// Picture width in pixels.
     pub width: usize,
+    /// Frames of each video; `None` for pictures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_frames: Option<usize>,
     /// Pictures drawn at once: a picture's last bits may depend on its batch.
     pub batch_size: usize,
     /// SHA-256 of all prompts, negative prompts of their own and seeds in order.

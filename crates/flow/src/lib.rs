@@ -32,6 +32,7 @@ pub mod oracle;
 pub mod path;
 pub mod sampler;
 pub mod schedule;
+mod unipc;
 
 pub use error::FlowError;
 pub use grid::{MAX_STEPS, SigmaGrid};

@@ -7,6 +7,7 @@
 use burn::tensor::Tensor;
 
 use crate::SigmaGrid;
+use crate::unipc::UniPc;
 
 /// How one step of the grid is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -21,6 +22,27 @@ pub enum Solver {
     /// Runge-Kutta warm-up): one velocity per step and two in the first, which remembers nothing. For sampling alone: a
     /// few-step student is trained on, and runs, Euler's steps. A step from pure noise is Euler's too.
     Plms,
+    /// UniPC, the multi-step predictor and corrector of second order (arXiv 2302.04867): one velocity per step. For
+    /// sampling alone, as [`Solver::Plms`].
+    UniPc,
+}
+
+/// Training timesteps from 0 to pure noise.
+const TRAINING_TIMESTEPS: f64 = 1000.0;
+
+impl Solver {
+    /// The sigma that a network is told at a state of `sigma`. UniPC's scheduler in the peer hands on whole training
+    /// timesteps, rounded down, while it computes with the sigma itself.
+    pub fn told(self, sigma: f32) -> f32 {
+        if self != Self::UniPc {
+            return sigma;
+        }
+        let timestep = f64::from(sigma) * TRAINING_TIMESTEPS;
+        let nearest = timestep.round();
+        // The peer computes the timestep in f64: what the sigma's rounding to f32 took away is none.
+        let whole = if (timestep - nearest).abs() < 1e-4 { nearest } else { timestep.floor() };
+        (whole / TRAINING_TIMESTEPS) as f32
+    }
 }
 
 /// Solves from `noise` to the picture at the end of the grid.
@@ -64,12 +86,14 @@ pub struct Stepper<const D: usize> {
     end: f32,
     /// The noise that the last steps have found in their states, the newest last. Of [`Solver::Plms`].
     noises: Vec<Tensor<D>>,
+    /// Of [`Solver::UniPc`].
+    unipc: UniPc<D>,
 }
 
 impl<const D: usize> Stepper<D> {
     /// A run that has not begun.
     pub fn new(solver: Solver, grid: &SigmaGrid) -> Self {
-        Self { solver, end: grid.end(), noises: Vec::new() }
+        Self { solver, end: grid.end(), noises: Vec::new(), unipc: UniPc::new() }
     }
 
     /// The next step, from a state at the first sigma of a pair of the grid to the second.
@@ -82,8 +106,11 @@ impl<const D: usize> Stepper<D> {
         (sigma, next): (f32, f32),
         mut velocity: impl FnMut(Tensor<D>, f32) -> Tensor<D>,
     ) -> Tensor<D> {
-        let slope = velocity(state.clone(), sigma);
         let is_last = next == self.end;
+        if self.solver == Solver::UniPc {
+            return self.unipc.step(state, (sigma, next), is_last, velocity);
+        }
+        let slope = velocity(state.clone(), sigma);
         let slope = match self.solver {
             Solver::Euler => slope,
             Solver::Heun if is_last => slope,
@@ -92,6 +119,7 @@ impl<const D: usize> Stepper<D> {
                 (slope + velocity(predicted, next)) * 0.5
             }
             Solver::Plms => self.multistep(&state, slope, (sigma, next), velocity),
+            Solver::UniPc => unreachable!("it makes its states by itself"),
         };
         state + slope * (next - sigma)
     }
@@ -185,6 +213,16 @@ mod tests {
         let picture = sample(Solver::Heun, &grid, noise, |x, sigma| x * sigma);
         // v = s·x. Slopes 1 and 0.5·0.5 give 1 − 0.25·1.25 = 0.6875; then Euler: 0.6875·(1 − 0.5·0.5).
         assert_close(&values(picture), &[0.515625], 0.0);
+    }
+
+    #[test]
+    fn unipc_tells_whole_timesteps_rounded_down() {
+        let told = |sigma| Solver::UniPc.told(sigma) * 1000.0;
+        // diffusers' of 4 steps with a shift of 3.
+        let found = [0.999_999, 0.900_119_96, 0.750_374_8, 0.500_998_97].map(told);
+        assert_close(&found, &[999.0, 900.0, 750.0, 500.0], 1e-4);
+        assert_close(&[told(0.667)], &[667.0], 1e-4);
+        assert_eq!(Solver::Euler.told(0.123_456), 0.123_456);
     }
 
     #[test]

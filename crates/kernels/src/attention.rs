@@ -66,63 +66,133 @@ pub fn attention(qkv: Tensor<5>, options: AttentionOptions) -> Tensor<3> {
     if !is_fused(&qkv) {
         return plain::attention(qkv, options);
     }
-    let attention = Attention { batch, heads, tokens, dim, options };
+    let attention = Attention { batch, heads, queries: tokens, keys: tokens, dim, options };
     operation([Input::new(qkv)], |[qkv], _| {
-        let (output, log_sums) = attention.forward(&qkv);
+        let (output, log_sums) = attention.forward(thirds(&qkv));
         let pullback: Pullback<1> = Box::new(move |gradient| {
-            let gradient = attention.backward(&qkv, &log_sums, &gradient);
-            [Some(Values::from_vec(gradient, &[3, batch, heads, tokens, dim]))]
+            let mut output = unwritten(qkv.len());
+            let (query, rest) = output.split_at_mut(qkv.len() / 3);
+            let (key, value) = rest.split_at_mut(qkv.len() / 3);
+            attention.backward(thirds(&qkv), &log_sums, &gradient, [query, key, value]);
+            [Some(Values::from_vec(output, &[3, batch, heads, tokens, dim]))]
         });
         (Values::from_vec(output, &[batch, tokens, heads * dim]), pullback)
+    })
+}
+
+fn thirds(qkv: &[f32]) -> [&[f32]; 3] {
+    [0, 1, 2].map(|part| &qkv[part * qkv.len() / 3..][..qkv.len() / 3])
+}
+
+/// `softmax(q kᵀ / √E) v`, the keys being of another sequence than the queries; all are visible.
+///
+/// # Shapes
+/// - `query`: `[batch, queries, heads · E]`
+/// - `key`, `value`: `[batch, keys, heads · E]`
+/// - returns: `[batch, queries, heads · E]`
+pub fn cross_attention(query: Tensor<3>, key: Tensor<3>, value: Tensor<3>, heads: usize) -> Tensor<3> {
+    let ([batch, queries, width], [_, keys, _]) = (query.dims(), key.dims());
+    assert_eq!((key.dims(), value.dims()), ([batch, keys, width], [batch, keys, width]), "keys and values");
+    assert!(width.is_multiple_of(heads), "{width} elements of {heads} heads");
+    if !is_fused(&query) {
+        return plain::cross_attention(query, key, value, heads);
+    }
+    let (dim, options) = (width / heads, AttentionOptions::default());
+    let attention = Attention { batch, heads, queries, keys, dim, options };
+    operation([query, key, value].map(Input::new), |[query, key, value], tracked| {
+        let apart = [query, key, value].map(|x| attention.apart(&x));
+        let (output, log_sums) = attention.forward(apart.each_ref().map(Vec::as_slice));
+        let pullback: Pullback<3> = Box::new(move |gradient| {
+            let mut found = apart.each_ref().map(|x| unwritten(x.len()));
+            let slices = found.each_mut().map(Vec::as_mut_slice);
+            attention.backward(apart.each_ref().map(Vec::as_slice), &log_sums, &gradient, slices);
+            let [query, key, value] = found;
+            [(query, tracked[0]), (key, tracked[1]), (value, tracked[2])].map(|(found, tracked)| {
+                let shape = [batch, found.len() / batch / width, width];
+                tracked.then(|| Values::from_vec(attention.joined(&found), &shape))
+            })
+        });
+        (Values::from_vec(output, &[batch, queries, width]), pullback)
     })
 }
 
 struct Attention {
     batch: usize,
     heads: usize,
-    tokens: usize,
+    queries: usize,
+    keys: usize,
     dim: usize,
     options: AttentionOptions,
 }
 
 impl Attention {
     /// The output, and the log-sum-exp of each query row as `[batch, tokens, heads]`.
-    fn forward(&self, qkv: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        let Self { batch, heads, tokens, dim, .. } = *self;
+    fn forward(&self, qkv: [&[f32]; 3]) -> (Vec<f32>, Vec<f32>) {
+        let Self { batch, heads, queries, keys, dim, .. } = *self;
         let width = heads * dim;
-        let units = parallel::units_of(batch, tokens, BLOCK);
-        let mut output = unwritten(batch * tokens * width);
-        let mut log_sums = unwritten(batch * tokens * heads);
+        let units = parallel::units_of(batch, queries, BLOCK);
+        let mut output = unwritten(batch * queries * width);
+        let mut log_sums = unwritten(batch * queries * heads);
         let outputs = parallel::pieces(&mut output, &units, width);
         let sums = parallel::pieces(&mut log_sums, &units, heads);
         units.par_iter().zip(outputs).zip(sums).for_each(|((unit, output), sums)| {
             let rows = unit.rows.len();
-            let mut scores = unwritten(rows * tokens);
+            let mut scores = unwritten(rows * keys);
             for head in 0..heads {
                 let [query, key, value] = self.slabs(qkv, unit.sample, head);
                 self.scores(&query[unit.rows.start * dim..], key, &mut scores);
                 self.softmax(unit, &mut scores, sums.iter_mut().skip(head).step_by(heads));
                 let target = MatrixMut::strided(&mut output[head * dim..], rows, dim, width);
-                let value = Matrix::new(value, tokens, dim);
-                let weights = Matrix::new(&scores, rows, tokens);
+                let value = Matrix::new(value, keys, dim);
+                let weights = Matrix::new(&scores, rows, keys);
                 multiply((target, Output::Overwrite), 1.0, weights, value, Cores::One);
             }
         });
         (output, log_sums)
     }
 
-    /// Query, key and value of one head, `[tokens, dim]` each.
-    fn slabs<'a>(&self, qkv: &'a [f32], sample: usize, head: usize) -> [&'a [f32]; 3] {
-        let size = self.tokens * self.dim;
-        [0, 1, 2].map(|part| &qkv[((part * self.batch + sample) * self.heads + head) * size..][..size])
+    /// Query, key and value of one head, `[tokens, dim]` each, of `[batch, heads, tokens, dim]`.
+    fn slabs<'a>(&self, qkv: [&'a [f32]; 3], sample: usize, head: usize) -> [&'a [f32]; 3] {
+        qkv.map(|part| {
+            let size = part.len() / (self.batch * self.heads);
+            &part[(sample * self.heads + head) * size..][..size]
+        })
+    }
+
+    /// `[batch, tokens, heads · dim]` to `[batch, heads, tokens, dim]`.
+    fn apart(&self, x: &[f32]) -> Vec<f32> {
+        let Self { batch, heads, dim, .. } = *self;
+        let tokens = x.len() / (batch * heads * dim);
+        let mut output = unwritten(x.len());
+        output.par_chunks_mut(tokens * dim).enumerate().for_each(|(slab, output)| {
+            let (sample, head) = (slab / heads, slab % heads);
+            for (token, output) in output.chunks_exact_mut(dim).enumerate() {
+                output.copy_from_slice(&x[((sample * tokens + token) * heads + head) * dim..][..dim]);
+            }
+        });
+        output
+    }
+
+    /// Inverse of [`Attention::apart`].
+    fn joined(&self, x: &[f32]) -> Vec<f32> {
+        let Self { batch, heads, dim, .. } = *self;
+        let tokens = x.len() / (batch * heads * dim);
+        let mut output = unwritten(x.len());
+        output.par_chunks_mut(heads * dim).enumerate().for_each(|(row, output)| {
+            let (sample, token) = (row / tokens, row % tokens);
+            for (head, output) in output.chunks_exact_mut(dim).enumerate() {
+                output.copy_from_slice(&x[((sample * heads + head) * tokens + token) * dim..][..dim]);
+            }
+        });
+        output
     }
 
     /// `query keyᵀ / √E` for as many query rows as `scores` has room for.
     fn scores(&self, query: &[f32], key: &[f32], scores: &mut [f32]) {
-        let rows = scores.len() / self.tokens;
+        let rows = scores.len() / self.keys;
         let query = Matrix::new(query, rows, self.dim);
-        let key = Matrix::new(key, self.tokens, self.dim).transposed();
-        let scores = MatrixMut::new(scores, rows, self.tokens);
+        let key = Matrix::new(key, self.keys, self.dim).transposed();
+        let scores = MatrixMut::new(scores, rows, self.keys);
         multiply((scores, Output::Overwrite), self.scale(), query, key, Cores::One);
     }
 
@@ -133,7 +203,7 @@ impl Attention {
     /// The keys that one query sees: those before the padding and those after it.
     #[inline(always)]
     fn visible(&self, sample: usize, query: usize) -> [Range<usize>; 2] {
-        let end = if self.options.causal { query + 1 } else { self.tokens };
+        let end = if self.options.causal { query + 1 } else { self.keys };
         match &self.options.keys {
             None => [0..end, end..end],
             Some(keys) => {
@@ -150,7 +220,7 @@ impl Attention {
         scores: &mut [f32],
         sums: impl Iterator<Item = &'a mut f32>,
     ) {
-        let rows = scores.chunks_exact_mut(self.tokens).zip(unit.rows.clone()).zip(sums);
+        let rows = scores.chunks_exact_mut(self.keys).zip(unit.rows.clone()).zip(sums);
         simd::vectorized(
             #[inline(always)]
             || {
@@ -161,27 +231,23 @@ impl Attention {
         );
     }
 
-    /// The gradient of `qkv`.
-    fn backward(&self, qkv: &[f32], log_sums: &[f32], gradient: &[f32]) -> Vec<f32> {
-        let Self { batch, heads, tokens, dim, .. } = *self;
-        let slab = tokens * dim;
-        let mut output = unwritten(qkv.len());
-        let (queries, rest) = output.split_at_mut(batch * heads * slab);
-        let (keys, values) = rest.split_at_mut(batch * heads * slab);
-        let slabs =
-            queries.par_chunks_mut(slab).zip(keys.par_chunks_mut(slab)).zip(values.par_chunks_mut(slab));
-        slabs.enumerate().for_each(|(index, ((query, key), value))| {
+    /// Writes the gradients of query, key and value, in the layout of these.
+    fn backward(&self, qkv: [&[f32]; 3], log_sums: &[f32], gradient: &[f32], output: [&mut [f32]; 3]) {
+        let Self { heads, queries, keys, dim, .. } = *self;
+        let [query, key, value] = output;
+        let (of_query, of_key) = (queries * dim, keys * dim);
+        let slabs = query.par_chunks_mut(of_query).zip(key.par_chunks_mut(of_key));
+        slabs.zip(value.par_chunks_mut(of_key)).enumerate().for_each(|(index, ((query, key), value))| {
             let (sample, head) = (index / heads, index % heads);
             let head = Head {
                 attention: self,
                 sample,
                 qkv: self.slabs(qkv, sample, head),
-                gradient: &gradient[sample * heads * slab + head * dim..],
-                log_sums: &log_sums[sample * tokens * heads + head..],
+                gradient: &gradient[sample * heads * of_query + head * dim..],
+                log_sums: &log_sums[sample * queries * heads + head..],
             };
             head.backward(query, key, value);
         });
-        output
     }
 }
 
@@ -226,22 +292,22 @@ struct Head<'a> {
 impl Head<'_> {
     /// Writes the gradients of query, key and value.
     fn backward(&self, query: &mut [f32], key: &mut [f32], value: &mut [f32]) {
-        let (tokens, dim) = (self.attention.tokens, self.attention.dim);
-        let mut scratch = (unwritten(BLOCK.min(tokens) * tokens), unwritten(BLOCK.min(tokens) * tokens));
+        let Attention { queries: all, keys: seen, dim, .. } = *self.attention;
+        let mut scratch = (unwritten(BLOCK.min(all) * seen), unwritten(BLOCK.min(all) * seen));
         let mut mode = Output::Overwrite;
-        for start in (0..tokens).step_by(BLOCK) {
-            let rows = start..tokens.min(start + BLOCK);
+        for start in (0..all).step_by(BLOCK) {
+            let rows = start..all.min(start + BLOCK);
             let count = rows.len();
-            let (weights, scores) = (&mut scratch.0[..count * tokens], &mut scratch.1[..count * tokens]);
+            let (weights, scores) = (&mut scratch.0[..count * seen], &mut scratch.1[..count * seen]);
             self.score_gradients(rows, weights, scores);
-            let (weights, scores) = (Matrix::new(weights, count, tokens), Matrix::new(scores, count, tokens));
+            let (weights, scores) = (Matrix::new(weights, count, seen), Matrix::new(scores, count, seen));
             let queries = Matrix::new(&self.qkv[0][start * dim..], count, dim);
-            let keys = Matrix::new(self.qkv[1], tokens, dim);
+            let keys = Matrix::new(self.qkv[1], seen, dim);
             let into = MatrixMut::new(&mut query[start * dim..], count, dim);
             multiply((into, Output::Overwrite), 1.0, scores, keys, Cores::One);
-            let into = MatrixMut::new(key, tokens, dim);
+            let into = MatrixMut::new(key, seen, dim);
             multiply((into, mode), 1.0, scores.transposed(), queries, Cores::One);
-            let into = MatrixMut::new(value, tokens, dim);
+            let into = MatrixMut::new(value, seen, dim);
             multiply((into, mode), 1.0, weights.transposed(), self.output_gradient(start, count), Cores::One);
             mode = Output::Accumulate;
         }
@@ -254,11 +320,11 @@ impl Head<'_> {
 
     /// The weights again, and the gradient of the unscaled scores `q kᵀ`.
     fn score_gradients(&self, rows: Range<usize>, weights: &mut [f32], scores: &mut [f32]) {
-        let Attention { heads, tokens, dim, .. } = *self.attention;
+        let Attention { heads, keys, dim, .. } = *self.attention;
         let scale = self.attention.scale();
         self.attention.scores(&self.qkv[0][rows.start * dim..], self.qkv[1], weights);
-        let value = Matrix::new(self.qkv[2], tokens, dim).transposed();
-        let into = MatrixMut::new(scores, rows.len(), tokens);
+        let value = Matrix::new(self.qkv[2], keys, dim).transposed();
+        let into = MatrixMut::new(scores, rows.len(), keys);
         multiply(
             (into, Output::Overwrite),
             1.0,
@@ -266,7 +332,7 @@ impl Head<'_> {
             value,
             Cores::One,
         );
-        let lines = weights.chunks_exact_mut(tokens).zip(scores.chunks_exact_mut(tokens)).zip(rows);
+        let lines = weights.chunks_exact_mut(keys).zip(scores.chunks_exact_mut(keys)).zip(rows);
         simd::vectorized(
             #[inline(always)]
             || {
@@ -346,6 +412,37 @@ mod tests {
             let fused = run(attention, [3, 2, 12, 8], &options);
             assert_agree(&fused, &run(plain::attention, [3, 2, 12, 8], &options), TOLERANCE);
         }
+    }
+
+    #[test]
+    fn cross_attention_agrees_with_its_twin_whatever_is_tracked() {
+        for ([batch, queries, keys], [heads, dim]) in
+            [([2, 7, 5], [3, 8]), ([1, 1, 1], [1, 5]), ([1, 300, 33], [2, 7]), ([2, 3, 140], [2, 16])]
+        {
+            for tracked in 1..8 {
+                let run = |operation: fn(Tensor<3>, Tensor<3>, Tensor<3>, usize) -> Tensor<3>| {
+                    let mut probe = Probe::new();
+                    let mut input = |tokens, bit: u32| {
+                        probe.input([batch, tokens, heads * dim], tracked >> bit & 1 == 1)
+                    };
+                    let (query, key, value) = (input(queries, 0), input(keys, 1), input(keys, 2));
+                    let output = operation(query, key, value, heads);
+                    probe.finish(output)
+                };
+                assert_agree(&run(cross_attention), &run(plain::cross_attention), TOLERANCE);
+            }
+        }
+    }
+
+    #[test]
+    fn cross_attention_gradients_are_the_slopes_of_the_values() {
+        let (queries, keys, heads, dim) = (3, 5, 2, 4);
+        assert_derivative((queries + 2 * keys) * heads * dim, |flat| {
+            let mut cut = crate::testing::Cutter::new(flat);
+            let mut next = |tokens| cut.next([1, tokens, heads * dim]);
+            let (query, key, value) = (next(queries), next(keys), next(keys));
+            cross_attention(query, key, value, heads)
+        });
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub use activation::{Gelu, gelu};
 pub use adamw::{AdamW, AdamWStep, Moments, added, lerp_in_place, squared_norm};
 pub use adamw8bit::Moments8bit;
 pub use allocator::tune_allocator;
-pub use attention::{AttentionOptions, KeyMask, attention};
+pub use attention::{AttentionOptions, KeyMask, attention, cross_attention};
 pub use channel_norm::{After, channel_norm};
 pub use conv::{ConvShape, conv2d};
 pub use extension::{updated, with_values};

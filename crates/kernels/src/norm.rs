@@ -234,8 +234,9 @@ pub(crate) fn rms_row(x: &[f32], weight: &[f32], epsilon: f32, output: &mut [f32
     }
 }
 
+/// 1 / √(mean(x²) + epsilon).
 #[inline(always)]
-fn inverse_rms(x: &[f32], epsilon: f32) -> f32 {
+pub(crate) fn inverse_rms(x: &[f32], epsilon: f32) -> f32 {
     1.0 / (simd::dot(x, x) / x.len() as f32 + epsilon).sqrt()
 }
 

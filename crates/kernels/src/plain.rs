@@ -112,16 +112,16 @@ pub fn joint_qkv(
 fn split_heads(stream: QkvStream, heads: usize, epsilon: f32) -> [Tensor<4>; 3] {
     let [batch, tokens, width] = stream.qkv.dims();
     let dim = width / 3 / heads;
-    let part = |index: usize| -> Tensor<4> {
+    let part = |index: usize| -> Tensor<3> {
         let columns = index * heads * dim..(index + 1) * heads * dim;
-        let part = stream.qkv.clone().slice([0..batch, 0..tokens, columns]);
-        part.reshape([batch, tokens, heads, dim]).swap_dims(1, 2)
+        stream.qkv.clone().slice([0..batch, 0..tokens, columns])
     };
-    [
-        rms_norm(part(0), stream.norm_q.clone(), epsilon),
-        rms_norm(part(1), stream.norm_k.clone(), epsilon),
-        part(2),
-    ]
+    let by_heads = |part: Tensor<3>| part.reshape([batch, tokens, heads, dim]).swap_dims(1, 2);
+    let normalised = |index: usize, norm: &Tensor<1>| match norm.dims() == [dim] {
+        true => rms_norm(by_heads(part(index)), norm.clone(), epsilon),
+        false => by_heads(rms_norm(part(index), norm.clone(), epsilon)),
+    };
+    [normalised(0, &stream.norm_q), normalised(1, &stream.norm_k), by_heads(part(2))]
 }
 
 fn join(text: [Tensor<4>; 3], image: [Tensor<4>; 3]) -> [Tensor<4>; 3] {
@@ -154,6 +154,18 @@ pub fn attention(qkv: Tensor<5>, options: AttentionOptions) -> Tensor<3> {
         }
     };
     weights.matmul(value).swap_dims(1, 2).reshape([batch, tokens, heads * dim])
+}
+
+/// See [`crate::cross_attention`].
+pub fn cross_attention(query: Tensor<3>, key: Tensor<3>, value: Tensor<3>, heads: usize) -> Tensor<3> {
+    let [batch, queries, width] = query.dims();
+    let dim = width / heads;
+    let by_heads = |x: Tensor<3>| -> Tensor<4> {
+        let [batch, tokens, _] = x.dims();
+        x.reshape([batch, tokens, heads, dim]).swap_dims(1, 2)
+    };
+    let scores = by_heads(query).matmul(by_heads(key).swap_dims(2, 3)).div_scalar((dim as f32).sqrt());
+    softmax(scores, 3).matmul(by_heads(value)).swap_dims(1, 2).reshape([batch, queries, width])
 }
 
 /// `[B, 1, T, T]`, true where a query must not look; nothing if it may look everywhere.

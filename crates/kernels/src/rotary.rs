@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
-use crate::norm::{chunk, rms_row, rms_row_backward};
+use crate::norm::{chunk, inverse_rms, rms_row, rms_row_backward};
 use crate::{parallel, plain, simd};
 
 /// Cosines and sines of every position's rotation angles. Cloning copies nothing.
@@ -48,13 +48,13 @@ impl RotaryTable {
 pub struct QkvStream {
     /// `[batch, tokens, 3 · heads · E]`, query, key and value side by side.
     pub qkv: Tensor<3>,
-    /// `[E]`
+    /// `[E]`: each head is normalised by itself; or `[heads · E]`: all heads of a token together.
     pub norm_q: Tensor<1>,
-    /// `[E]`
+    /// As [`Self::norm_q`].
     pub norm_k: Tensor<1>,
 }
 
-/// Normalises and rotates queries and keys head by head and joins both streams, text first.
+/// Normalises queries and keys, rotates them head by head and joins both streams, text first.
 ///
 /// # Shapes
 /// - `rotary`: at least as many positions as both streams have tokens, position 0 being the first text token
@@ -87,6 +87,8 @@ struct Joint {
     batch: usize,
     heads: usize,
     dim: usize,
+    /// Elements that are normalised together: those of one head, or of all.
+    normed: usize,
     /// Tokens of the text and of the image.
     tokens: [usize; 2],
     rotary: RotaryTable,
@@ -105,17 +107,16 @@ impl Joint {
         assert_eq!((batch, width), (image_batch, image_width), "batch and width of text and image");
         let dim = width / 3 / heads;
         assert_eq!(3 * heads * dim, width, "query, key and value of {heads} heads");
-        for stream in [text, image] {
-            assert_eq!(
-                (stream.norm_q.dims(), stream.norm_k.dims()),
-                ([dim], [dim]),
-                "norm weights of a head"
-            );
+        let [normed] = text.norm_q.dims();
+        assert!([dim, heads * dim].contains(&normed), "norm weights {normed} of a head, or of all");
+        for norm in [&text.norm_k, &image.norm_q, &image.norm_k] {
+            assert_eq!(norm.dims(), [normed], "norm weights");
         }
-        let tokens = text_tokens + image_tokens;
         assert_eq!(rotary.pairs * 2, dim, "rotary pairs of a head");
-        assert!(rotary.positions() >= tokens, "{tokens} tokens have {} positions", rotary.positions());
-        Self { batch, heads, dim, tokens: [text_tokens, image_tokens], rotary: rotary.clone(), epsilon }
+        let (total, positions) = (text_tokens + image_tokens, rotary.positions());
+        assert!(positions >= total, "{total} tokens have {positions} positions");
+        let tokens = [text_tokens, image_tokens];
+        Self { batch, heads, dim, normed, tokens, rotary: rotary.clone(), epsilon }
     }
 
     fn total(&self) -> usize {
@@ -153,10 +154,19 @@ impl Joint {
             let x = chunk(values[QKV], (row * 3 + part) * self.heads + head, self.dim);
             if part == 2 {
                 output.copy_from_slice(x);
-            } else {
-                rms_row(x, values[NORM_Q + part], self.epsilon, output);
-                self.rotary.rotate(first_position + token, output, 1.0);
+                continue;
             }
+            let norm = values[NORM_Q + part];
+            if self.normed == self.dim {
+                rms_row(x, norm, self.epsilon, output);
+            } else {
+                let inverse = inverse_rms(chunk(values[QKV], row * 3 + part, self.normed), self.epsilon);
+                let weights = chunk(norm, head, self.dim);
+                for ((output, x), weight) in output.iter_mut().zip(x).zip(weights) {
+                    *output = x * inverse * weight;
+                }
+            }
+            self.rotary.rotate(first_position + token, output, 1.0);
         }
     }
 
@@ -169,11 +179,11 @@ impl Joint {
             }
             let (qkv, norms) = self.stream_backward(stream, &values[range.clone()], gradient);
             let shape = [self.batch, self.tokens[stream], 3 * self.heads * self.dim];
-            let (norm_q, norm_k) = norms.split_at(self.dim);
+            let (norm_q, norm_k) = norms.split_at(self.normed);
             let found = [
                 Values::from_vec(qkv, &shape),
-                Values::from_vec(norm_q.to_vec(), &[self.dim]),
-                Values::from_vec(norm_k.to_vec(), &[self.dim]),
+                Values::from_vec(norm_q.to_vec(), &[self.normed]),
+                Values::from_vec(norm_k.to_vec(), &[self.normed]),
             ];
             for (index, found) in range.zip(found) {
                 gradients[index] = tracked[index].then_some(found);
@@ -187,9 +197,9 @@ impl Joint {
         let width = 3 * self.heads * self.dim;
         let units = parallel::units(self.batch, self.tokens[stream], width);
         let mut output = unwritten(self.batch * self.tokens[stream] * width);
-        let mut norms = vec![0.0; units.len() * 2 * self.dim];
+        let mut norms = vec![0.0; units.len() * 2 * self.normed];
         let pieces = parallel::pieces(&mut output, &units, width);
-        let work = units.par_iter().zip(pieces).zip(norms.par_chunks_mut(2 * self.dim));
+        let work = units.par_iter().zip(pieces).zip(norms.par_chunks_mut(2 * self.normed));
         work.for_each(|((unit, output), norms)| {
             simd::vectorized(
                 #[inline(always)]
@@ -200,7 +210,7 @@ impl Joint {
                 },
             );
         });
-        (output, parallel::sum_rows(&norms, 2 * self.dim))
+        (output, parallel::sum_rows(&norms, 2 * self.normed))
     }
 
     /// `at` is stream, sample and token.
@@ -222,15 +232,15 @@ impl Joint {
             output.copy_from_slice(chunk(gradient, slab * self.total() + position, self.dim));
             if part < 2 {
                 self.rotary.rotate(position, output, -1.0);
-                let norm = &mut norms[part * self.dim..][..self.dim];
-                rms_row_backward(
-                    chunk(x, index, self.dim),
-                    values[NORM_Q + part],
-                    self.epsilon,
-                    output,
-                    norm,
-                );
             }
+        }
+        let queries_and_keys = 2 * self.heads * self.dim;
+        let rows = output[..queries_and_keys].chunks_exact_mut(self.normed);
+        for (index, output) in rows.enumerate() {
+            let part = index * self.normed / (self.heads * self.dim);
+            let norm = &mut norms[part * self.normed..][..self.normed];
+            let x = chunk(x, index, self.normed);
+            rms_row_backward(x, values[NORM_Q + part], self.epsilon, output, norm);
         }
     }
 }
@@ -255,14 +265,14 @@ mod tests {
     fn run(
         operation: Operation,
         [batch, text, image]: [usize; 3],
-        [heads, dim]: [usize; 2],
+        ([heads, dim], normed): ([usize; 2], usize),
         tracked: u32,
     ) -> Outcome {
         let mut probe = Probe::new();
         let mut stream = |tokens, bits: u32| QkvStream {
             qkv: probe.input([batch, tokens, 3 * heads * dim], bits & 1 != 0),
-            norm_q: probe.input([dim], bits & 2 != 0),
-            norm_k: probe.input([dim], bits & 4 != 0),
+            norm_q: probe.input([normed], bits & 2 != 0),
+            norm_k: probe.input([normed], bits & 4 != 0),
         };
         let (text_stream, image_stream) = (stream(text, tracked), stream(image, tracked >> 3));
         let output = operation(text_stream, image_stream, heads, &table(text + image, dim / 2), 1e-6);
@@ -274,17 +284,21 @@ mod tests {
         for (sizes, heads) in
             [([2, 7, 5], [3, 8]), ([1, 16, 64], [4, 64]), ([3, 1, 2], [1, 2]), ([2, 3, 9], [2, 22])]
         {
-            let fused = run(joint_qkv, sizes, heads, 0b111_111);
-            // The norm weights' gradients sum over batch, tokens and heads.
-            assert_agree(&fused, &run(plain::joint_qkv, sizes, heads, 0b111_111), 5e-6);
+            for normed in [heads[1], heads[0] * heads[1]] {
+                let fused = run(joint_qkv, sizes, (heads, normed), 0b111_111);
+                // The norm weights' gradients sum over batch, tokens and heads.
+                assert_agree(&fused, &run(plain::joint_qkv, sizes, (heads, normed), 0b111_111), 5e-6);
+            }
         }
     }
 
     #[test]
     fn untracked_inputs_get_no_gradient() {
         for tracked in [0b000_001, 0b001_000, 0b010_100, 0b110_001] {
-            let fused = run(joint_qkv, [2, 7, 5], [3, 8], tracked);
-            assert_agree(&fused, &run(plain::joint_qkv, [2, 7, 5], [3, 8], tracked), 5e-6);
+            for heads in [([3, 8], 8), ([3, 8], 24)] {
+                let fused = run(joint_qkv, [2, 7, 5], heads, tracked);
+                assert_agree(&fused, &run(plain::joint_qkv, [2, 7, 5], heads, tracked), 5e-6);
+            }
         }
     }
 
@@ -292,16 +306,18 @@ mod tests {
     fn gradients_are_the_slopes_of_the_values() {
         let (text, image, heads, dim) = (2, 3, 2, 4);
         let width = 3 * heads * dim;
-        assert_derivative((text + image) * width + 4 * dim, |flat| {
-            let mut cut = Cutter::new(flat);
-            let mut stream = |tokens| QkvStream {
-                qkv: cut.next([1, tokens, width]),
-                norm_q: cut.next([dim]),
-                norm_k: cut.next([dim]),
-            };
-            let (text_stream, image_stream) = (stream(text), stream(image));
-            joint_qkv(text_stream, image_stream, heads, &table(text + image, dim / 2), 1e-5)
-        });
+        for normed in [dim, heads * dim] {
+            assert_derivative((text + image) * width + 4 * normed, |flat| {
+                let mut cut = Cutter::new(flat);
+                let mut stream = |tokens| QkvStream {
+                    qkv: cut.next([1, tokens, width]),
+                    norm_q: cut.next([normed]),
+                    norm_k: cut.next([normed]),
+                };
+                let (text_stream, image_stream) = (stream(text), stream(image));
+                joint_qkv(text_stream, image_stream, heads, &table(text + image, dim / 2), 1e-5)
+            });
+        }
     }
 
     #[test]

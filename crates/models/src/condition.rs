@@ -13,6 +13,8 @@ pub struct Condition {
     pub pooled: Option<Tensor<2>>,
     /// The guidance scale that the denoiser is told, where the family's takes one; `None` leaves it to the model.
     pub embedded_guidance: Option<f32>,
+    /// Frames of what is drawn; not yet said of states that an encoder gave. A family of videos refuses to guess.
+    pub frames: Option<usize>,
 }
 
 /// How long a prompt is, in tokens without the template's dropped ones.
@@ -38,7 +40,7 @@ impl PromptLength {
 impl Condition {
     /// Text states `[B, S, J]` alone.
     pub fn new(text: Tensor<3>, lengths: Vec<usize>) -> Self {
-        Self { text, lengths, pooled: None, embedded_guidance: None }
+        Self { text, lengths, pooled: None, embedded_guidance: None, frames: None }
     }
 
     /// With pooled states `[B, P]`.
@@ -51,11 +53,16 @@ impl Condition {
         Self { embedded_guidance, ..self }
     }
 
+    /// Of so many frames; 1 is a picture.
+    pub fn with_frames(self, frames: usize) -> Self {
+        Self { frames: Some(frames), ..self }
+    }
+
     /// Joins conditions along the batch, padding with zeros to the longest.
     ///
     /// # Panics
     /// If `parts` is empty, the text widths differ, some have pooled states and others none, or the denoiser is to be told
-    /// different scales.
+    /// different scales or numbers of frames.
     pub fn stack(parts: &[Condition]) -> Condition {
         let longest = parts.iter().map(|part| part.text.dims()[1]).max().expect("at least one condition");
         let text = parts.iter().map(|part| pad_tokens(part.text.clone(), longest)).collect();
@@ -66,11 +73,14 @@ impl Condition {
             parts.iter().all(|part| part.embedded_guidance == embedded_guidance),
             "conditions of different embedded guidance"
         );
+        let frames = parts[0].frames;
+        assert!(parts.iter().all(|part| part.frames == frames), "conditions of different numbers of frames");
         Condition {
             text: Tensor::cat(text, 0),
             lengths: parts.iter().flat_map(|part| part.lengths.iter().copied()).collect(),
             pooled: (!pooled.is_empty()).then(|| Tensor::cat(pooled, 0)),
             embedded_guidance,
+            frames,
         }
     }
 
@@ -83,6 +93,7 @@ impl Condition {
             lengths: vec![length],
             pooled: self.pooled.clone().map(|pooled| pooled.narrow(0, index, 1)),
             embedded_guidance: self.embedded_guidance,
+            frames: self.frames,
         }
     }
 
@@ -117,14 +128,15 @@ mod tests {
             let lengths = vec![text.len()];
             let text = Tensor::from_data(TensorData::new(text.to_vec(), [1, text.len(), 1]), &device);
             let pooled = Tensor::from_data(TensorData::new(pooled.to_vec(), [1, 2]), &device);
-            Condition::new(text, lengths).with_pooled(pooled).with_embedded_guidance(Some(3.5))
+            let condition = Condition::new(text, lengths).with_pooled(pooled);
+            condition.with_embedded_guidance(Some(3.5)).with_frames(5)
         };
         let stacked = Condition::stack(&[of(&[1.0], [2.0, 3.0]), of(&[4.0, 5.0], [6.0, 7.0])]);
-        assert_eq!((stacked.text.dims(), stacked.embedded_guidance), ([2, 2, 1], Some(3.5)));
+        assert_eq!((stacked.text.dims(), stacked.embedded_guidance, stacked.frames), ([2, 2, 1], Some(3.5), Some(5)));
         let (first, second) = (stacked.row(0), stacked.row(1));
         assert_close(&values(first.text), &[1.0], 0.0);
         assert_close(&values(second.text), &[4.0, 5.0], 0.0);
         assert_close(&values(second.pooled.unwrap()), &[6.0, 7.0], 0.0);
-        assert_eq!(first.embedded_guidance, Some(3.5));
+        assert_eq!((first.embedded_guidance, first.frames), (Some(3.5), Some(5)));
     }
 }

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use fewstep_data::image::MAX_SIDE_PX;
 
+use crate::family::MAX_FRAMES;
+
 /// Errors of loading, saving and running models.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -188,6 +190,14 @@ pub enum ModelError {
         /// The division factor of the family.
         factor: usize,
     },
+    /// A number of frames the family cannot make.
+    #[error("num_frames is {found}, expected {}\nhint: {}", frames_rule(*frames_per_latent), frames_near(*found, *frames_per_latent))]
+    Frames {
+        /// The number asked for.
+        found: usize,
+        /// Frames per latent frame after the first; `None` where the family draws pictures alone.
+        frames_per_latent: Option<usize>,
+    },
     /// A picture size nobody has the memory for.
     #[error("{axis} {found} px, expected at most {MAX_SIDE_PX}")]
     TooLarge {
@@ -284,6 +294,23 @@ fn sizes_near(found: usize, factor: usize) -> String {
     match found / factor {
         0 => format!("the smallest size is {factor}"),
         below => format!("the nearest sizes are {} and {}", below * factor, (below + 1) * factor),
+    }
+}
+
+fn frames_rule(frames_per_latent: Option<usize>) -> String {
+    match frames_per_latent {
+        None => "1: the model draws pictures, no videos".into(),
+        Some(step) => format!("{step}n + 1, at most {MAX_FRAMES}"),
+    }
+}
+
+fn frames_near(found: usize, frames_per_latent: Option<usize>) -> String {
+    match frames_per_latent {
+        None => "leave num_frames out, or take a model that draws videos".into(),
+        Some(step) => {
+            let below = found.clamp(1, MAX_FRAMES).saturating_sub(1) / step * step + 1;
+            format!("the nearest numbers are {below} and {}", below + step)
+        }
     }
 }
 

@@ -24,6 +24,9 @@ use crate::{
 /// has its files from where it was loaded.
 pub const AUTOENCODER: &str = "vae";
 
+/// The most frames of a video: positions that published models know are as many, of latent frames.
+pub const MAX_FRAMES: usize = 4 * 1023 + 1;
+
 /// What a model is usually run with where nobody says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Defaults {
@@ -75,9 +78,39 @@ pub(crate) trait Kind: Sync + Debug {
     /// The layers of the denoiser that the peers' recipes give adapters, as [`crate::lora::LoraConfig`] names them.
     fn lora_targets(&self) -> &'static [&'static str];
 
+    /// What DiffSynth-Studio calls a tensor of the denoiser, by its key in weight files of diffusers; `None` where it is the
+    /// same.
+    fn diffsynth_key(&self, _key: &str) -> Option<String> {
+        None
+    }
+
+    /// The same of a layer, where no other family has a layer of that name.
+    fn diffsynth_layer(&self, _layer: &str) -> Option<String> {
+        None
+    }
+
     /// Parameters that are tables whose rows are looked up, and not matrices that something is multiplied by.
     fn tables(&self) -> &'static [&'static str] {
         &[]
+    }
+
+    /// Frames per latent frame after the first, which has one of its own; `None` where the family draws pictures alone.
+    fn frames_per_latent(&self) -> Option<usize> {
+        None
+    }
+
+    /// Latent frames of so many frames.
+    ///
+    /// # Errors
+    /// If the family cannot draw so many.
+    fn latent_frames(&self, frames: usize) -> Result<usize, ModelError> {
+        let frames_per_latent = self.frames_per_latent();
+        let step = frames_per_latent.unwrap_or(MAX_FRAMES);
+        let most = if frames_per_latent.is_some() { MAX_FRAMES } else { 1 };
+        match (1..=most).contains(&frames) && (frames - 1).is_multiple_of(step) {
+            true => Ok((frames - 1) / step + 1),
+            false => Err(ModelError::Frames { found: frames, frames_per_latent }),
+        }
     }
 
     /// How weight files call the parameters of a component with weights.
@@ -210,11 +243,13 @@ pub(crate) trait Family: Debug {
         None
     }
 
-    /// Pictures `[B, 3, height, width]` in [−1, 1] to latents `[B, C, H, W]`.
-    fn encode_images(&self, pixels: Tensor<4>) -> Tensor<4>;
+    /// Pictures `[B, 3, frames · height, width]` in [−1, 1] to latents `[B, C, latent frames · H, W]`. Other than one
+    /// frame only where [`Kind::frames_per_latent`] allows for them.
+    fn encode_images(&self, pixels: Tensor<4>, frames: usize) -> Tensor<4>;
 
-    /// Latents `[B, C, H, W]` to pictures `[B, 3, height, width]`, not clamped.
-    fn decode_latents(&self, latents: Tensor<4>) -> Tensor<4>;
+    /// Latents `[B, C, latent frames · H, W]` to pictures `[B, 3, frames · height, width]`, not clamped; frames as in
+    /// [`Family::encode_images`].
+    fn decode_latents(&self, latents: Tensor<4>, frames: usize) -> Tensor<4>;
 
     /// C.
     fn latent_channels(&self) -> usize;

@@ -17,6 +17,8 @@ pub struct Workload {
     pub height: usize,
     /// Picture width in pixels.
     pub width: usize,
+    /// Frames; 1 is a picture.
+    pub frames: usize,
     /// Pictures at once.
     pub batch_size: usize,
     /// Tokens of each prompt's states.
@@ -34,7 +36,7 @@ pub struct Encoding {
     pub per_token: u64,
     /// The same with a graph, everything the backward needs kept.
     pub per_token_training: u64,
-    /// For each pixel of the pictures encoded together.
+    /// For each pixel of the pictures encoded together; of a video, of the frames that are in a chunk.
     pub per_pixel: u64,
     /// Floating point operations for each token.
     pub flops_per_token: u64,
@@ -113,6 +115,7 @@ impl Footprint {
     /// that size.
     pub fn of(source: &ModelSource, workload: &Workload) -> Result<Self, ModelError> {
         let kind = kind_of(source)?;
+        kind.latent_frames(workload.frames)?;
         let Evaluation { image_tokens, activations, flops } = kind.evaluation(source, workload)?;
         let parameters = Self::counted(source, workload.components)?;
         let trained = match workload.lora_rank {

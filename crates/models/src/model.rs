@@ -16,11 +16,12 @@ use crate::load_options::{rounded, store_weights};
 use crate::qwen_image::{self, QwenImage};
 use crate::stable_diffusion::{self, StableDiffusion};
 use crate::student::SigmaRule;
+use crate::wan::{self, Wan};
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
 use crate::z_image::{self, ZImage};
 use crate::{
-    Components, Condition, Conventions, DecodeRange, Linear, LoadOptions, ModelError, ModelSource, Peer,
-    PromptLength, model_folder,
+    Components, Condition, Conventions, DecodeRange, Extent, Linear, LoadOptions, ModelError, ModelSource, Peer,
+    PromptLength, lora, model_folder,
 };
 
 /// Predicts velocities: all that methods and samplers know of a model.
@@ -64,13 +65,21 @@ pub enum Model {
     QwenImage(QwenImage),
     /// See [`crate::stable_diffusion`].
     StableDiffusion(StableDiffusion),
+    /// See [`crate::wan`].
+    Wan(Wan),
     /// See [`crate::z_image`].
     ZImage(ZImage),
 }
 
 /// Every family there is code for.
-pub(crate) static KINDS: [&dyn Kind; 5] =
-    [&flux::Kind, &qwen_image::Kind, &stable_diffusion::BASE, &stable_diffusion::XL, &z_image::Kind];
+pub(crate) static KINDS: [&dyn Kind; 6] = [
+    &flux::Kind,
+    &qwen_image::Kind,
+    &stable_diffusion::BASE,
+    &stable_diffusion::XL,
+    &wan::Kind,
+    &z_image::Kind,
+];
 
 impl Model {
     fn family(&self) -> &dyn Family {
@@ -78,6 +87,7 @@ impl Model {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
+            Self::Wan(model) => model,
             Self::ZImage(model) => model,
         }
     }
@@ -87,6 +97,7 @@ impl Model {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
+            Self::Wan(model) => model,
             Self::ZImage(model) => model,
         }
     }
@@ -215,24 +226,38 @@ impl Model {
         self.family().defaults()
     }
 
-    /// Pictures to latents.
+    /// Pictures, or videos of so many frames, to latents.
     ///
     /// # Shapes
-    /// - `pixels`: `[B, 3, height, width]` in [−1, 1]; output `[B, C, H, W]`
-    pub fn encode_images(&self, pixels: Tensor<4>) -> Tensor<4> {
-        let latents = self.family().encode_images(rounded(pixels, self.dtype()));
+    /// - `pixels`: `[B, 3, frames · height, width]` in [−1, 1]; output `[B, C, latent frames · H, W]`
+    ///
+    /// # Panics
+    /// If the family has no such videos, as [`Model::latent_shape`] would have said.
+    pub fn encode_images(&self, pixels: Tensor<4>, frames: usize) -> Tensor<4> {
+        self.assert_frames(frames);
+        let latents = self.family().encode_images(rounded(pixels, self.dtype()), frames);
         rounded(latents, self.dtype())
     }
 
-    /// Latents to pictures, in the range of [`Conventions::decode`].
+    /// Latents to pictures, or to videos of so many frames, in the range of [`Conventions::decode`].
     ///
     /// # Shapes
-    /// - `latents`: `[B, C, H, W]`; output `[B, 3, height, width]`
-    pub fn decode_latents(&self, latents: Tensor<4>) -> Tensor<4> {
-        let pixels = rounded(self.family().decode_latents(latents), self.dtype());
+    /// - `latents`: `[B, C, latent frames · H, W]`; output `[B, 3, frames · height, width]`
+    ///
+    /// # Panics
+    /// As [`Model::encode_images`].
+    pub fn decode_latents(&self, latents: Tensor<4>, frames: usize) -> Tensor<4> {
+        self.assert_frames(frames);
+        let pixels = rounded(self.family().decode_latents(latents, frames), self.dtype());
         match self.conventions().decode {
             DecodeRange::Unbounded => pixels,
             DecodeRange::Clamped => pixels.clamp(-1.0, 1.0),
+        }
+    }
+
+    fn assert_frames(&self, frames: usize) {
+        if let Err(error) = self.kind().latent_frames(frames) {
+            panic!("{error}");
         }
     }
 
@@ -248,14 +273,21 @@ impl Model {
 }
 
 impl Model {
-    /// `[C, H, W]` of the latents of a picture size in pixels.
+    /// `[C, latent frames · H, W]` of the latents of a picture or a video.
     ///
     /// # Errors
-    /// If a side is no multiple of [`Model::division_factor`], or longer than pictures are.
-    pub fn latent_shape(&self, height: usize, width: usize) -> Result<[usize; 3], ModelError> {
+    /// If a side is no multiple of [`Model::division_factor`], or longer than pictures are, or the family cannot draw so
+    /// many frames.
+    pub fn latent_shape(&self, extent: impl Into<Extent>) -> Result<[usize; 3], ModelError> {
+        let Extent { frames, height, width } = extent.into();
         token_grid([height, width], self.division_factor())?;
-        let scale = self.family().latent_factor();
-        Ok([self.family().latent_channels(), height / scale, width / scale])
+        let (frames, scale) = (self.kind().latent_frames(frames)?, self.family().latent_factor());
+        Ok([self.family().latent_channels(), frames * (height / scale), width / scale])
+    }
+
+    /// Frames per latent frame after the first, which has one of its own; `None` where the family draws pictures alone.
+    pub fn frames_per_latent(&self) -> Option<usize> {
+        self.kind().frames_per_latent()
     }
 
     /// Picture sides are multiples of this many pixels.
@@ -270,16 +302,16 @@ impl Model {
     pub fn sigma_grid(
         &self,
         num_inference_steps: usize,
-        height: usize,
-        width: usize,
+        extent: impl Into<Extent>,
     ) -> Result<SigmaGrid, ModelError> {
-        self.grid(&self.grid_request(num_inference_steps, height, width))
+        self.grid(&self.grid_request(num_inference_steps, extent))
     }
 
-    /// A run of pictures of a size from pure noise on the model's own schedule.
-    pub fn grid_request(&self, num_inference_steps: usize, height: usize, width: usize) -> GridRequest {
-        let factor = self.division_factor();
-        let image_tokens = (height / factor).saturating_mul(width / factor);
+    /// A run from pure noise on the model's own schedule.
+    pub fn grid_request(&self, num_inference_steps: usize, extent: impl Into<Extent>) -> GridRequest {
+        let Extent { frames, height, width } = extent.into();
+        let (factor, frames) = (self.division_factor(), self.kind().latent_frames(frames).unwrap_or(1));
+        let image_tokens = frames.saturating_mul(height / factor).saturating_mul(width / factor);
         let rounding = self.conventions().sigma_rounding;
         GridRequest { rounding, ..GridRequest::new(num_inference_steps, image_tokens) }
     }
@@ -306,7 +338,9 @@ impl Model {
     pub fn training_levels(&self, request: &GridRequest) -> Result<TrainingLevels, ModelError> {
         match self.scheduler() {
             SchedulerConfig::Diffusion(config) => Ok(config.training_levels()),
-            SchedulerConfig::FlowMatching(_) => Ok(TrainingLevels::of(&self.grid(request)?)),
+            SchedulerConfig::FlowMatching(_) | SchedulerConfig::UniPc(_) => {
+                Ok(TrainingLevels::of(&self.grid(request)?))
+            }
         }
     }
 
@@ -315,7 +349,7 @@ impl Model {
     pub fn loss_weight(&self, sigma: f32) -> f32 {
         match self.scheduler() {
             SchedulerConfig::Diffusion(config) => config.prediction_type.loss_weight(sigma),
-            SchedulerConfig::FlowMatching(_) => 1.0,
+            SchedulerConfig::FlowMatching(_) | SchedulerConfig::UniPc(_) => 1.0,
         }
     }
 
@@ -323,7 +357,7 @@ impl Model {
     pub fn highest_sigma(&self) -> f32 {
         match self.scheduler() {
             SchedulerConfig::Diffusion(config) => config.table().highest(),
-            SchedulerConfig::FlowMatching(_) => 1.0,
+            SchedulerConfig::FlowMatching(_) | SchedulerConfig::UniPc(_) => 1.0,
         }
     }
 
@@ -377,6 +411,23 @@ impl Model {
     /// The layers of the denoiser that the peers' recipes give adapters, as [`crate::lora::LoraConfig`] names them.
     pub fn lora_targets(&self) -> &'static [&'static str] {
         self.kind().lora_targets()
+    }
+
+    /// A key of the denoiser's weights or adapters as [`Model::weight_key`] has it, whichever spelling a file has.
+    pub fn canonical_key(&self, key: &str) -> String {
+        let plain = key.strip_prefix("pipe.dit.").unwrap_or(key);
+        lora::canonical_key(key).unwrap_or_else(|| self.denoiser_keys().canonical(plain))
+    }
+
+    /// What DiffSynth-Studio calls a tensor of the denoiser, by its key of [`Model::weight_key`].
+    pub fn diffsynth_key(&self, key: &str) -> String {
+        let adapter = lora::LoraFormat::Diffsynth.respelled(key);
+        adapter.or_else(|| self.kind().diffsynth_key(key)).unwrap_or_else(|| key.to_owned())
+    }
+
+    /// What DiffSynth-Studio calls a layer of the denoiser, where it has a name of its own there.
+    pub(crate) fn diffsynth_layer(&self, layer: &str) -> Option<String> {
+        self.kind().diffsynth_layer(layer)
     }
 
     /// The component that denoises: the one adapters belong to.

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use fewstep_data::image::{Picture, Size};
+use fewstep_data::image::{Picture, Rounding, Size};
 use fewstep_flow::noise::{NoiseSource, RandDevice};
 use fewstep_flow::path::noisy;
 use fewstep_flow::schedule::{GridRequest, ShiftOverride};
 use fewstep_flow::{SigmaGrid, Solver};
 
 use crate::sampling::{Guidance, sample_latents, sample_trajectory};
-use crate::{Condition, Denoiser, LoadOptions, Model, ModelError, ModelSource, Student, lora};
+use crate::{Condition, Denoiser, Extent, LoadOptions, Model, ModelError, ModelSource, Student, lora};
 
 /// A LoRA file and how strongly it is applied.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,7 +30,7 @@ pub struct PipelineOptions {
     pub lora: Option<LoraFile>,
 }
 
-/// One picture to draw.
+/// One picture or video to draw.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// What to draw.
@@ -51,11 +51,13 @@ pub struct Request {
     pub height: usize,
     /// Picture width in pixels.
     pub width: usize,
+    /// Frames; 1 is a picture.
+    pub num_frames: usize,
     /// Integrator; `None` is the published pipeline's, and Euler's of a few-step student.
     pub solver: Option<Solver>,
     /// μ of the schedule's shift in place of the one for the picture's size (the peers' name).
     pub exponential_shift_mu: Option<f64>,
-    /// A picture to start from; another size is resized and cut in the middle.
+    /// A picture to start from, of which each frame of a video is a copy; another size is resized and cut in the middle.
     pub input_image: Option<Picture>,
     /// How much of the input picture is drawn anew, in (0, 1]: lowers the first sigma. At 1 nothing of it is left.
     pub denoising_strength: f64,
@@ -76,6 +78,7 @@ impl Request {
             embedded_guidance: None,
             height,
             width,
+            num_frames: 1,
             solver: None,
             exponential_shift_mu: None,
             input_image: None,
@@ -83,33 +86,43 @@ impl Request {
             keep_trajectory: false,
         }
     }
+
+    /// Size of what is drawn.
+    pub fn extent(&self) -> Extent {
+        Extent { frames: self.num_frames, height: self.height, width: self.width }
+    }
 }
 
-/// A drawn picture and what it was decoded from.
+/// A drawn picture or video and what it was decoded from.
 #[derive(Clone, Debug)]
 pub struct Generated {
-    /// The picture, pixels rounded as [`crate::Conventions::rounding`] says.
-    pub picture: Picture,
-    /// What the seed gave, `[1, C, H, W]`.
+    /// The frames, at least one, pixels rounded as [`crate::Conventions::rounding`] says.
+    pub frames: Vec<Picture>,
+    /// What the seed gave, `[1, C, F · H, W]`.
     pub noise: Tensor<4>,
     /// The sigma of every state of a trajectory, the final 0 included.
     pub sigmas: SigmaGrid,
-    /// Every state `[steps + 1, C, H, W]`, from the first (the noise, or an input picture mixed with it) to the final
+    /// Every state `[steps + 1, C, F · H, W]`, from the first (the noise, or an input picture mixed with it) to the final
     /// latents; where [`Request::keep_trajectory`] asked for it.
     pub trajectory: Option<Tensor<4>>,
-    /// Final latents `[1, C, H, W]`.
+    /// Final latents `[1, C, F · H, W]`.
     pub latents: Tensor<4>,
     /// The prompt's text states, one unpadded sample.
     pub condition: Condition,
 }
 
 impl Generated {
-    /// Writes the picture as PNG.
+    /// The picture; of a video the frame in the middle.
+    pub fn picture(&self) -> &Picture {
+        &self.frames[self.frames.len() / 2]
+    }
+
+    /// Writes the picture as PNG; of a video the frame in the middle.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), ModelError> {
-        Ok(self.picture.save_png(path.as_ref())?)
+        Ok(self.picture().save_png(path.as_ref())?)
     }
 }
 
@@ -192,7 +205,8 @@ impl Pipeline {
             true => sample_trajectory(&self.model, self.solver(first), &grid, start, &guidance),
             false => vec![sample_latents(&self.model, self.solver(first), &grid, start, &guidance)],
         };
-        Ok(self.pictures(Drawn { grid, noise, states, condition: guidance.condition }))
+        let frames = first.num_frames;
+        Ok(self.pictures(Drawn { grid, noise, states, frames, condition: guidance.condition }))
     }
 
     /// The sigma grid of a request: a student's own, unless the request changes the schedule or starts from a picture.
@@ -200,14 +214,12 @@ impl Pipeline {
     /// # Errors
     /// If the size does not fit the family or the schedule has no such grid.
     pub fn grid(&self, request: &Request) -> Result<SigmaGrid, ModelError> {
-        self.model.latent_shape(request.height, request.width)?;
-        let plain = self.model.grid_request(request.num_inference_steps, request.height, request.width);
+        self.model.latent_shape(request.extent())?;
+        let plain = self.model.grid_request(request.num_inference_steps, request.extent());
         if let (Some(student), None) = (&self.student, request.exponential_shift_mu)
             && request.denoising_strength == 1.0
         {
-            if let Some(grid) =
-                student.trained_grid(request.num_inference_steps, [request.height, request.width])
-            {
+            if let Some(grid) = student.trained_grid(request.num_inference_steps, request.extent()) {
                 return Ok(grid);
             }
             // A file without a rule leaves it to the model's own schedule, the best guess.
@@ -230,8 +242,10 @@ impl Pipeline {
 
     fn guidance(&self, requests: &[Request]) -> Result<Guidance, ModelError> {
         let prompts: Vec<String> = requests.iter().map(|request| request.prompt.clone()).collect();
-        let Request { cfg_scale, embedded_guidance, .. } = requests[0];
-        let told = |condition: Condition| condition.with_embedded_guidance(embedded_guidance);
+        let Request { cfg_scale, embedded_guidance, num_frames, .. } = requests[0];
+        let told = |condition: Condition| {
+            condition.with_embedded_guidance(embedded_guidance).with_frames(num_frames)
+        };
         let condition = told(self.model.encode_prompts(&prompts)?);
         if cfg_scale == 1.0 {
             return Ok(Guidance::off(condition));
@@ -243,7 +257,7 @@ impl Pipeline {
 
     /// `[B, C, H, W]`, one seed per sample.
     fn noise(&self, requests: &[Request]) -> Result<Tensor<4>, ModelError> {
-        let [channels, height, width] = self.model.latent_shape(requests[0].height, requests[0].width)?;
+        let [channels, height, width] = self.model.latent_shape(requests[0].extent())?;
         let shape = [1, channels, height, width];
         let dtype = self.model.dtype().into();
         let draw = |request: &Request| {
@@ -260,11 +274,12 @@ impl Pipeline {
         if inputs.is_empty() {
             return self.model.kept(self.model.start(noise, grid));
         }
-        let (height, width) = (requests[0].height, requests[0].width);
+        let Extent { frames, height, width } = requests[0].extent();
         let pixels =
             inputs.into_iter().flat_map(|picture| fitted(picture, Size { height, width }).to_pixels());
         let pixels = TensorData::new(pixels.collect(), [requests.len(), 3, height, width]);
-        let clean = self.model.encode_images(Tensor::from_data(pixels, &self.device));
+        let pixels = Tensor::<4>::from_data(pixels, &self.device).repeat_dim(2, frames);
+        let clean = self.model.encode_images(pixels, frames);
         let sigma = Tensor::full([requests.len()], grid.as_slice()[0], &self.device);
         self.model.kept(noisy(clean, noise, sigma))
     }
@@ -273,15 +288,15 @@ impl Pipeline {
     fn pictures(&self, drawn: Drawn) -> Vec<Generated> {
         let last = drawn.states.last().expect("the final latents are always there").clone();
         let latents = self.model.finish(last, &drawn.grid);
-        let pixels = self.model.decode_latents(latents.clone());
-        let [_, _, height, width] = pixels.dims();
+        let pixels = self.model.decode_latents(latents.clone(), drawn.frames);
+        let [_, _, rows, width] = pixels.dims();
         let values = crate::weights::values(pixels);
         let rounding = self.model.conventions().rounding;
-        let pixels = values.chunks_exact(3 * height * width);
+        let pixels = values.chunks_exact(3 * rows * width);
         pixels
             .enumerate()
             .map(|(row, pixels)| Generated {
-                picture: Picture::from_pixels(pixels, width, height, rounding),
+                frames: frames_of(pixels, [drawn.frames, rows / drawn.frames, width], rounding),
                 noise: sample(&drawn.noise, row),
                 sigmas: drawn.grid.clone(),
                 trajectory: drawn.trajectory(row),
@@ -298,6 +313,7 @@ struct Drawn {
     noise: Tensor<4>,
     /// All states, or the last alone where no trajectory is kept.
     states: Vec<Tensor<4>>,
+    frames: usize,
     condition: Condition,
 }
 
@@ -313,6 +329,16 @@ fn sample(batch: &Tensor<4>, row: usize) -> Tensor<4> {
     batch.clone().narrow(0, row, 1)
 }
 
+/// The pictures of `[3, F · height, width]` numbers in [−1, 1].
+fn frames_of(pixels: &[f32], [frames, height, width]: [usize; 3], rounding: Rounding) -> Vec<Picture> {
+    let area = height * width;
+    let of_frame = |frame: usize| {
+        let channel = |channel: usize| &pixels[(channel * frames + frame) * area..][..area];
+        Picture::from_pixels(&[0, 1, 2].map(channel).concat(), width, height, rounding)
+    };
+    (0..frames).map(of_frame).collect()
+}
+
 /// A picture as it is where it has the size, otherwise resized and cut.
 fn fitted(picture: &Picture, size: Size) -> Picture {
     if picture.size() == size { picture.clone() } else { picture.crop_and_resize(size) }
@@ -320,7 +346,7 @@ fn fitted(picture: &Picture, size: Size) -> Picture {
 
 /// Whether two requests can share a batch.
 fn alike(a: &Request, b: &Request) -> bool {
-    let sampling = |r: &Request| (r.num_inference_steps, r.cfg_scale.to_bits(), r.height, r.width, r.solver);
+    let sampling = |r: &Request| (r.num_inference_steps, r.cfg_scale.to_bits(), r.extent(), r.solver);
     let told = |r: &Request| r.embedded_guidance.map(f32::to_bits);
     let schedule = |r: &Request| (r.exponential_shift_mu.map(f64::to_bits), r.denoising_strength.to_bits());
     let kinds = |r: &Request| (r.input_image.is_some(), r.keep_trajectory);

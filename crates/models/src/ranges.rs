@@ -27,3 +27,11 @@ pub(crate) fn check_positive(values: &[(&str, f32)]) -> Result<(), String> {
         None => Ok(()),
     }
 }
+
+/// Checks numbers that may have either sign.
+pub(crate) fn check_finite(name: &str, values: &[f32]) -> Result<(), String> {
+    match values.iter().find(|value| !value.is_finite()) {
+        Some(found) => Err(format!("one of {name} is {found}, expected a finite number")),
+        None => Ok(()),
+    }
+}

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::kind_of;
 use crate::source::Info;
 use crate::weights::read_info;
-use crate::{LoraFile, ModelError, ModelSource};
+use crate::{Extent, LoraFile, ModelError, ModelSource};
 
 /// The grids trained on, as JSON: a list of [`TrainedGrid`]. It makes weights those of a student.
 const GRIDS: &str = "fewstep.sigma_grids";
@@ -52,8 +52,18 @@ pub struct TrainedGrid {
     pub height: usize,
     /// Picture width in px.
     pub width: usize,
+    /// Frames of a video; `None` is a picture.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_frames: Option<usize>,
     /// The sigma of every state, the final 0 included.
     pub sigmas: SigmaGrid,
+}
+
+impl TrainedGrid {
+    /// Size of what was drawn.
+    pub fn extent(&self) -> Extent {
+        Extent { frames: self.num_frames.unwrap_or(1), height: self.height, width: self.width }
+    }
 }
 
 /// How the grid of a number of steps and a picture size is computed.
@@ -142,17 +152,16 @@ impl Student {
         info
     }
 
-    /// What it was trained to do for pictures of `[height, width]` px; for sizes it has not seen, for its first.
-    pub fn setting(&self, [height, width]: [usize; 2]) -> &TrainedGrid {
-        let of_size = |grid: &&TrainedGrid| (grid.height, grid.width) == (height, width);
-        self.grids.iter().find(of_size).unwrap_or(&self.grids[0])
+    /// What it was trained to do for pictures or videos of a size; for sizes it has not seen, for its first.
+    pub fn setting(&self, extent: impl Into<Extent>) -> &TrainedGrid {
+        let extent = extent.into();
+        self.grids.iter().find(|grid| grid.extent() == extent).unwrap_or(&self.grids[0])
     }
 
-    /// The grid trained on, to the bit; `None` for pictures of `[height, width]` px in steps it was not trained for.
-    pub fn trained_grid(&self, num_inference_steps: usize, [height, width]: [usize; 2]) -> Option<SigmaGrid> {
-        let trained = |grid: &&TrainedGrid| {
-            (grid.height, grid.width, grid.num_inference_steps) == (height, width, num_inference_steps)
-        };
+    /// The grid trained on, to the bit; `None` for a size in steps it was not trained for.
+    pub fn trained_grid(&self, num_inference_steps: usize, extent: impl Into<Extent>) -> Option<SigmaGrid> {
+        let asked = (extent.into(), num_inference_steps);
+        let trained = |grid: &&TrainedGrid| (grid.extent(), grid.num_inference_steps) == asked;
         Some(self.grids.iter().find(trained)?.sigmas.clone())
     }
 
@@ -202,6 +211,7 @@ mod tests {
             embedded_guidance: Some(3.5),
             height: side,
             width: side,
+            num_frames: None,
             sigmas,
         }
     }
@@ -222,6 +232,18 @@ mod tests {
         assert_eq!(info["fewstep.num_inference_steps"], "2,3");
         assert_eq!(Student::of_info(Path::new("x"), &info).unwrap(), Some(student()));
         assert_eq!(Student::of_info(Path::new("x"), &Info::new()).unwrap(), None);
+    }
+
+    #[test]
+    fn videos_of_a_size_are_not_its_pictures_and_files_of_pictures_do_not_tell_frames() {
+        let info = student().to_info();
+        assert!(!info[GRIDS].contains("num_frames"), "{}", info[GRIDS]);
+        let mut student = student();
+        student.grids[0].num_frames = Some(5);
+        assert_eq!(student.trained_grid(2, [64, 64]), None);
+        let video = Extent { frames: 5, height: 64, width: 64 };
+        assert_eq!(student.trained_grid(2, video).unwrap().as_slice(), [1.0, 0.7, 0.0]);
+        assert_eq!(Student::of_info(Path::new("x"), &student.to_info()).unwrap(), Some(student));
     }
 
     #[test]

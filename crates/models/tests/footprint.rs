@@ -16,6 +16,7 @@ fn teacher() -> PathBuf {
 const WORKLOAD: Workload = Workload {
     height: 192,
     width: 192,
+    frames: 1,
     batch_size: 2,
     text_tokens: 32,
     lora_rank: None,

@@ -27,6 +27,7 @@ fn activations_are_those_measured() {
     let workload = Workload {
         height: 256,
         width: 256,
+        frames: 1,
         batch_size: 4,
         text_tokens: 32,
         lora_rank: None,
@@ -34,7 +35,7 @@ fn activations_are_those_measured() {
     };
     let footprint = Footprint::of(&ModelSource::from(&teacher), &workload).unwrap();
     let model = Model::random(&ModelSource::from(&teacher), 1, &device).unwrap().train();
-    let [channels, height, width] = model.latent_shape(256, 256).unwrap();
+    let [channels, height, width] = model.latent_shape([256, 256]).unwrap();
     let condition = Condition::new(random([4, 32, 256], 2, &device).autodiff(), vec![32; 4]);
     let noisy = random([4, channels, height, width], 1, &device).autodiff();
     let sigma = random::<1>([4], 3, &device).abs().autodiff();

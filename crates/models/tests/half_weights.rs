@@ -44,7 +44,7 @@ fn stored_bytes(model: &Model) -> usize {
 /// Text states of a prompt, and a velocity.
 fn outputs(model: &Model) -> [Vec<f32>; 2] {
     let condition: Condition = model.encode_prompts(&["a red apple".to_owned()]).expect("a prompt");
-    let [channels, height, width] = model.latent_shape(64, 64).expect("a size of the model");
+    let [channels, height, width] = model.latent_shape([64, 64]).expect("a size of the model");
     let noisy = random([1, channels, height, width], 3, &Device::flex());
     let sigma = Tensor::from_floats([0.7], &Device::flex());
     let velocity = model.velocity(noisy, sigma, &condition);

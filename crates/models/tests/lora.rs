@@ -62,7 +62,7 @@ impl Base {
 
 /// The golden pipelines' final latents: 64×64 px, 4 steps, no guidance, seed 9.
 fn draw(model: &Model) -> Tensor<4> {
-    let grid = model.sigma_grid(4, 64, 64).unwrap();
+    let grid = model.sigma_grid(4, [64, 64]).unwrap();
     let noise = latent_noise(9, [1, 16, 8, 8], &Device::flex());
     let guidance = Guidance::off(model.encode_prompts(&[PROMPT.into()]).unwrap());
     sample_latents(model, Solver::Euler, &grid, noise, &guidance)

@@ -77,7 +77,7 @@ impl Run {
 
     /// Pixels in [−1, 1] as the peer has them before they become 8 bits.
     fn decoded(&self) -> Vec<f32> {
-        values(self.pipeline.model.decode_latents(self.generated.latents.clone()))
+        values(self.pipeline.model.decode_latents(self.generated.latents.clone(), 1))
     }
 
     /// Noise bit for bit, sigmas, every state and the decoded pixels.
@@ -104,7 +104,7 @@ impl Run {
     /// levels may fall to either.
     fn assert_picture_equals(&self, file: &str) {
         let expected = Picture::load(&golden("qwen_image").join(file)).expect("golden is there");
-        let found = &self.generated.picture;
+        let found = self.generated.picture();
         assert_eq!(found.size(), expected.size(), "{file}");
         let decoded = self.decoded();
         let area = found.width * found.height;
@@ -174,7 +174,7 @@ fn an_input_picture_of_another_size_is_cut_to_the_requests() {
     let fitted = doubled.crop_and_resize(input.size());
     let drawn = |picture: &Picture| {
         let request = Request { input_image: Some(picture.clone()), ..whole.clone() };
-        pipeline.generate(&request).expect("is drawn").picture
+        pipeline.generate(&request).expect("is drawn").picture().clone()
     };
     assert_eq!(drawn(&doubled), drawn(&fitted));
     assert_ne!(drawn(&doubled), drawn(&input));
@@ -227,7 +227,7 @@ fn bf16_is_nearer_to_the_peers_bf16_than_that_is_to_f32() {
     let noise = values(run.generated.noise.clone());
     assert_close(&noise, &goldens.f32s(&run.key("latents"))[..noise.len()], 0.0);
     let peers = |name| [run.key(name), format!("s4_cfg1.diffsynth.{name}")].map(|key| goldens.f32s(&key));
-    let picture: Vec<f32> = run.generated.picture.rgb.iter().map(|level| f32::from(*level)).collect();
+    let picture: Vec<f32> = run.generated.picture().rgb.iter().map(|level| f32::from(*level)).collect();
     let pictures = ["s4_cfg1_diffsynth_bf16.png", "s4_cfg1_diffsynth.png"].map(levels);
     // Measured: 0.23 over all states, 0.50 of the pixels and 0.54 of the levels.
     // What is left are the peer's roundings inside the network and the autoencoder, where arithmetic here is f32.

@@ -235,6 +235,6 @@ fn a_model_from_given_files_is_saved_as_a_complete_folder() {
     let load =
         |name: &str| Model::from_pretrained(&ModelSource::from(&path(name)), &Default::default()).unwrap();
     assert_eq!(fingerprint(&load("copy")), fingerprint(&first));
-    let grid = |model: &Model| model.sigma_grid(4, 8, 8).unwrap().as_slice().to_vec();
+    let grid = |model: &Model| model.sigma_grid(4, [8, 8]).unwrap().as_slice().to_vec();
     assert_eq!(grid(&load("copy")), grid(&load("folder")));
 }

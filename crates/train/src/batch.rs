@@ -179,7 +179,10 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// If a prompt cannot be encoded.
     pub fn condition(&self, model: &Model, dropped: &[bool]) -> Result<Condition, TrainError> {
-        let told = |condition: Condition| condition.with_embedded_guidance(self.group().embedded_guidance());
+        let group = self.group();
+        let told = |condition: Condition| {
+            condition.with_embedded_guidance(group.embedded_guidance()).with_frames(group.extent.frames)
+        };
         let rows = dropped.iter().enumerate();
         let Some(empty) = self.texts.len().checked_sub(1) else {
             let prompts =

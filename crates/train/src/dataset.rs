@@ -9,9 +9,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
-use fewstep_data::image::{Resize, Size};
+use fewstep_data::image::Resize;
 use fewstep_flow::noise::RandDevice;
-use fewstep_models::{Model, ModelSource};
+use fewstep_models::{Extent, Model, ModelSource};
 
 use crate::host::HostTensor;
 use crate::place::Place;
@@ -58,10 +58,10 @@ pub(crate) struct Sample {
 /// What all samples of a batch agree in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Group {
-    /// `[C, H, W]` of the latents.
+    /// `[C, H, W]` of the latents; of a video `[C, F · H, W]`, as everywhere in training.
     pub latent_shape: [usize; 3],
-    /// Picture size in px.
-    pub size: Size,
+    /// Size of the picture or video in px and frames.
+    pub extent: Extent,
     /// The student's sampling steps; 0 where the task has none.
     pub num_inference_steps: usize,
     /// Bits of the student's guidance, since floats are not [`Eq`].
@@ -75,21 +75,21 @@ impl Group {
     ///
     /// # Errors
     /// If the size does not fit the model.
-    pub(crate) fn new(row: &SourceRow, size: Size, model: &Model) -> Result<Self, TrainError> {
-        let latent_shape = model.latent_shape(size.height, size.width)?;
+    pub(crate) fn new(row: &SourceRow, extent: Extent, model: &Model) -> Result<Self, TrainError> {
+        let latent_shape = model.latent_shape(extent)?;
         let drawn = (row.num_inference_steps, row.cfg_scale, row.embedded_guidance);
-        Ok(Self::of(latent_shape, size, drawn))
+        Ok(Self::of(latent_shape, extent, drawn))
     }
 
     /// A group of its sizes and the student's sampling steps, guidance, and scale that the denoiser is told.
     pub(crate) fn of(
         latent_shape: [usize; 3],
-        size: Size,
+        extent: Extent,
         (num_inference_steps, cfg_scale, embedded_guidance): (usize, f32, Option<f32>),
     ) -> Self {
         let (cfg_scale_bits, embedded_guidance_bits) =
             (cfg_scale.to_bits(), embedded_guidance.map(f32::to_bits));
-        Self { latent_shape, size, num_inference_steps, cfg_scale_bits, embedded_guidance_bits }
+        Self { latent_shape, extent, num_inference_steps, cfg_scale_bits, embedded_guidance_bits }
     }
 
     /// The student's guidance; 1 is off.
@@ -166,14 +166,14 @@ impl<'a> Survey<'a> {
         let stored = Stored::beside(row.picture.as_ref(), self.with.base)?;
         let placed =
             row.picture.as_ref().map(|source| self.pictures.add(source, stored.as_ref())).transpose()?;
-        let size =
-            placed.map(|(_, size)| size).or(row.size).expect("a row without a picture has the run's size");
+        let extent = placed.map(|(_, extent)| extent).or(row.extent);
+        let extent = extent.expect("a row without a picture has the run's size");
         Ok(Sample {
             picture: placed.map(|(index, _)| index),
             prompt: self.prompts.add(&row.prompt, stored.as_ref())?,
             noise_seed: row.seed,
             rand_device: row.rand_device,
-            group: Group::new(row, size, self.with.model)?,
+            group: Group::new(row, extent, self.with.model)?,
         })
     }
 
@@ -297,7 +297,7 @@ pub(crate) fn check_shapes(
         }
     };
     for group in samples.iter().map(|sample| sample.group) {
-        let expected = model.latent_shape(group.size.height, group.size.width)?;
+        let expected = model.latent_shape(group.extent)?;
         check("latents", &group.latent_shape, expected.to_vec())?;
     }
     let widths = TextWidths::of(model);

@@ -73,7 +73,7 @@ impl Origin<'_> {
     /// What the student was trained to run.
     fn student(&self, model: &Model) -> Result<Student, TrainError> {
         let grid = |group: &Group| -> Result<TrainedGrid, TrainError> {
-            let (steps, size) = (group.num_inference_steps, group.size);
+            let (steps, extent) = (group.num_inference_steps, group.extent);
             Ok(TrainedGrid {
                 num_inference_steps: steps,
                 cfg_scale: self.recipe.student_guidance.scale(group.cfg_scale()),
@@ -81,9 +81,10 @@ impl Origin<'_> {
                     .defaults()
                     .embedded_guidance
                     .map(|usual| group.embedded_guidance().unwrap_or(usual)),
-                height: size.height,
-                width: size.width,
-                sigmas: self.recipe.training_grid.sigmas(model, steps, size)?,
+                height: extent.height,
+                width: extent.width,
+                num_frames: extent.num_frames(),
+                sigmas: self.recipe.training_grid.sigmas(model, steps, extent)?,
             })
         };
         Ok(Student {

@@ -48,7 +48,10 @@ impl PeerFile<'_> {
         {
             return key;
         }
-        let component = if component == self.model.denoiser_name() { "dit" } else { component };
+        let (component, key) = match component == self.model.denoiser_name() {
+            true => ("dit", self.model.diffsynth_key(&key)),
+            false => (component, key),
+        };
         let full = format!("pipe.{component}.{key}");
         full.strip_prefix(&self.recipe.remove_prefix_in_ckpt).map_or(full.clone(), str::to_owned)
     }

@@ -10,9 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fewstep_data::atomic;
-use fewstep_data::image::Size;
 use fewstep_flow::noise::RandDevice;
-use fewstep_models::{ModelError, ModelSource, WeightFiles, WeightType, save_streamed, weights_hash};
+use fewstep_models::{Extent, ModelError, ModelSource, WeightFiles, WeightType, save_streamed, weights_hash};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
@@ -52,6 +51,9 @@ struct ProcessedRow {
     prompt: usize,
     height: usize,
     width: usize,
+    /// Of a video.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    num_frames: Option<usize>,
     seed: Option<u64>,
     rand_device: RandDevice,
     num_inference_steps: usize,
@@ -184,8 +186,9 @@ fn row(sample: &Sample) -> ProcessedRow {
     ProcessedRow {
         latents: sample.picture.expect("a split task has pictures"),
         prompt: sample.prompt,
-        height: sample.group.size.height,
-        width: sample.group.size.width,
+        height: sample.group.extent.height,
+        width: sample.group.extent.width,
+        num_frames: sample.group.extent.num_frames(),
         seed: sample.noise_seed,
         rand_device: sample.rand_device,
         num_inference_steps: sample.group.num_inference_steps,
@@ -195,13 +198,13 @@ fn row(sample: &Sample) -> ProcessedRow {
 }
 
 fn sample(row: &ProcessedRow, latent_shape: [usize; 3]) -> Sample {
-    let size = Size { height: row.height, width: row.width };
+    let extent = Extent { frames: row.num_frames.unwrap_or(1), height: row.height, width: row.width };
     Sample {
         picture: Some(row.latents),
         prompt: row.prompt,
         noise_seed: row.seed,
         rand_device: row.rand_device,
-        group: Group::of(latent_shape, size, (row.num_inference_steps, row.cfg_scale, row.embedded_guidance)),
+        group: Group::of(latent_shape, extent, (row.num_inference_steps, row.cfg_scale, row.embedded_guidance)),
     }
 }
 

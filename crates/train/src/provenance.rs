@@ -4,10 +4,9 @@
 use std::path::PathBuf;
 
 use fewstep_data::emoji::CONCEPTS_FILE;
-use fewstep_data::image::Size;
 use fewstep_data::provenance::{FILE_NAME, Provenance, TORCH_CPU, TORCH_CUDA};
 use fewstep_models::conventions::name_of;
-use fewstep_models::{Conventions, DTYPES, Model, ModelSource, weights_hash};
+use fewstep_models::{Conventions, DTYPES, Extent, Model, ModelSource, weights_hash};
 use sha2::{Digest, Sha256};
 
 use crate::recipe::{Recipe, Stage};
@@ -73,8 +72,8 @@ pub(crate) fn differences(
             differences.push(TrainError::Provenance { path, what, found, expected, hint });
         }
     };
-    let size = Size { height: data.height, width: data.width };
-    let grid = recipe.training_grid.sigmas(model, data.student_num_inference_steps, size)?;
+    let extent = Extent { frames: data.num_frames.unwrap_or(1), height: data.height, width: data.width };
+    let grid = recipe.training_grid.sigmas(model, data.student_num_inference_steps, extent)?;
     if !grid.agrees_with(&data.student_sigmas) {
         compare(
             "the student's sigma grid",

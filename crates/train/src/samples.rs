@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use fewstep_data::image::{Picture, Size};
+use fewstep_data::image::Picture;
 use fewstep_data::provenance::Provenance;
 use fewstep_models::{Defaults, Model, Pipeline, Request};
 use fewstep_report::grid::contact_sheet;
@@ -49,7 +49,8 @@ impl Samples {
             num_inference_steps,
             cfg_scale,
             embedded_guidance: group.embedded_guidance().filter(|_| distils),
-            ..Request::new(prompt, group.size.height, group.size.width)
+            num_frames: group.extent.frames,
+            ..Request::new(prompt, group.extent.height, group.extent.width)
         };
         let student: Vec<Request> = prompts.iter().map(request).collect();
         Ok(Some(Self {
@@ -121,13 +122,12 @@ impl Samples {
             let generated = match grid {
                 None => pipeline.generate_batch(batch)?,
                 Some(grid) => {
-                    let Request { num_inference_steps, height, width, .. } = batch[0];
-                    let size = Size { height, width };
-                    let sigmas = grid.sigmas(&pipeline.model, num_inference_steps, size)?;
+                    let (steps, extent) = (batch[0].num_inference_steps, batch[0].extent());
+                    let sigmas = grid.sigmas(&pipeline.model, steps, extent)?;
                     pipeline.generate_on_grid(batch, sigmas)?
                 }
             };
-            pictures.extend(generated.into_iter().map(|generated| generated.picture));
+            pictures.extend(generated.iter().map(|generated| generated.picture().clone()));
         }
         let folder = self.folder.join(name);
         describe(requests).write(&folder, &pictures).map_err(TrainError::io(&folder))?;

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use fewstep_data::DataError;
 use fewstep_data::emoji::{CONCEPTS_FILE, EmojiSet, Item};
-use fewstep_data::image::{Picture, Resize, Size, refuse_resize};
+use fewstep_data::image::{Picture, Resize, refuse_resize};
 use fewstep_data::metadata::{Metadata, RandDevice, Row};
+
+use fewstep_models::Extent;
 
 use crate::TrainError;
 use crate::recipe::{Objective, Recipe, ResizedTargets};
@@ -29,8 +31,8 @@ pub(crate) struct SourceRow {
     pub(crate) cfg_scale: f32,
     /// The guidance scale that the denoiser is told, where it takes one; `None` leaves it to the model.
     pub(crate) embedded_guidance: Option<f32>,
-    /// Picture size of rows without a picture.
-    pub(crate) size: Option<Size>,
+    /// Size of what rows without a picture stand for.
+    pub(crate) extent: Option<Extent>,
 }
 
 /// A picture that is not loaded yet, or that the data set holds in memory.
@@ -51,20 +53,28 @@ impl PictureSource {
         }
     }
 
-    /// The picture itself.
-    pub(crate) fn load(&self) -> Result<Picture, TrainError> {
-        match self {
-            Self::File(path) => Ok(Picture::load(path)?),
-            Self::Bundled(_, picture) => Ok(Picture::clone(picture)),
-        }
+    /// The picture itself, scaled and cut to a size where it has another.
+    pub(crate) fn load(&self, extent: Extent) -> Result<Picture, TrainError> {
+        let picture = match self {
+            Self::File(path) => Picture::load(path)?,
+            Self::Bundled(_, picture) => Picture::clone(picture),
+        };
+        let size = extent.size();
+        Ok(if size == picture.size() { picture } else { picture.crop_and_resize(size) })
     }
 
     /// Its size, from the header alone.
-    pub(crate) fn size(&self) -> Result<Size, TrainError> {
+    pub(crate) fn extent(&self) -> Result<Extent, TrainError> {
         match self {
-            Self::File(path) => Ok(Picture::size_of(path)?),
-            Self::Bundled(_, picture) => Ok(picture.size()),
+            Self::File(path) => Ok(Picture::size_of(path)?.into()),
+            Self::Bundled(_, picture) => Ok(picture.size().into()),
         }
+    }
+
+    /// The size it is trained at.
+    pub(crate) fn target(&self, resize: Resize) -> Result<Extent, TrainError> {
+        let found = self.extent()?;
+        Ok(Extent::of_frames(resize.target_size(found.size())?, found.frames))
     }
 }
 
@@ -151,7 +161,7 @@ fn with_picture(picture: PictureSource, prompt: &str) -> SourceRow {
         num_inference_steps: 0,
         cfg_scale: 1.0,
         embedded_guidance: Some(UNGUIDED),
-        size: None,
+        extent: None,
     }
 }
 
@@ -167,7 +177,7 @@ fn distill_row(row: &Row, recipe: &Recipe) -> Result<SourceRow, TrainError> {
         num_inference_steps: row.num_inference_steps,
         cfg_scale: row.cfg_scale,
         embedded_guidance,
-        size: None,
+        extent: None,
     })
 }
 
@@ -193,7 +203,7 @@ fn online_row(prompt: String, seed: Option<u64>, recipe: &Recipe) -> Result<Sour
         num_inference_steps: recipe.num_inference_steps,
         cfg_scale: recipe.cfg_scale as f32,
         embedded_guidance: recipe.embedded_guidance.map(|scale| scale as f32),
-        size: Some(Size { height, width }),
+        extent: Some(Extent { frames: recipe.num_frames.unwrap_or(1), height, width }),
     })
 }
 

@@ -5,7 +5,6 @@ use std::path::Path;
 
 use burn::module::Param;
 use burn::tensor::Tensor;
-use fewstep_models::lora::LoraFormat;
 use fewstep_models::{Model, ModelError, NamedVisitor, TensorEntry, WeightFiles, visit_named};
 
 use crate::TrainError;
@@ -56,9 +55,7 @@ fn names(
     let entries = files.entries();
     let count = entries.len();
     for TensorEntry { key, shape: found, .. } in entries {
-        let plain = key.strip_prefix("pipe.dit.").unwrap_or(&key);
-        let plain = LoraFormat::Diffsynth.respelled(&key).unwrap_or_else(|| plain.to_owned());
-        match trained.by_key.get(&plain) {
+        match trained.by_key.get(&model.canonical_key(&key)) {
             Some((_, expected)) if found != *expected => {
                 let expected = expected.clone();
                 return Err(ModelError::Shape { path: path(), key, found, expected }.into());

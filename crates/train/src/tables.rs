@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Tensor, TensorData};
 use fewstep_data::check_inside;
-use fewstep_data::image::Size;
-use fewstep_models::{Condition, Model, WeightFiles};
+use fewstep_models::{Condition, Extent, Model, WeightFiles};
 use sha2::{Digest, Sha256};
 
 use crate::dataset::Preparation;
@@ -117,7 +116,7 @@ pub(crate) struct PictureTable<'a> {
 
 struct Entry {
     /// After resizing.
-    size: Size,
+    extent: Extent,
     latents: Latents,
 }
 
@@ -138,25 +137,25 @@ impl<'a> PictureTable<'a> {
         &mut self,
         source: &PictureSource,
         stored: Option<&Stored>,
-    ) -> Result<(usize, Size), TrainError> {
+    ) -> Result<(usize, Extent), TrainError> {
         if let Some(index) = self.index.get(source.name().as_ref()) {
-            return Ok((*index, self.entries[*index].size));
+            return Ok((*index, self.entries[*index].extent));
         }
         let entry = self.entry(source, stored)?;
-        let (index, size) = (self.entries.len(), entry.size);
+        let (index, extent) = (self.entries.len(), entry.extent);
         self.index.insert(source.name().into_owned(), index);
         self.entries.push(entry);
-        Ok((index, size))
+        Ok((index, extent))
     }
 
     fn entry(&self, source: &PictureSource, stored: Option<&Stored>) -> Result<Entry, TrainError> {
-        let size = source.size()?;
         let Some(stored) = stored else {
-            let size = self.with.resize.target_size(size)?;
-            return Ok(Entry { size, latents: Latents::Encoded(source.clone()) });
+            let extent = source.target(self.with.resize)?;
+            return Ok(Entry { extent, latents: Latents::Encoded(source.clone()) });
         };
-        let expected = self.with.model.latent_shape(size.height, size.width)?;
-        Ok(Entry { size, latents: Latents::Stored(stored.latents(expected)?) })
+        let extent = source.extent()?;
+        let expected = self.with.model.latent_shape(extent)?;
+        Ok(Entry { extent, latents: Latents::Stored(stored.latents(expected)?) })
     }
 
     /// The latents of every picture; those not stored go through the VAE. `None` when asked to stop.
@@ -177,16 +176,16 @@ impl<'a> PictureTable<'a> {
                 return Ok(None);
             }
             workers.fill(&mut readings);
-            let latents = self.latents(&workers.take()?[0]);
+            let latents = self.latents(&workers.take()?[0], self.entries[*at].extent.frames);
             places[*at] = Some(shelf.put(*at, latents)?);
         }
         Ok(places.into_iter().collect())
     }
 
-    fn latents(&self, pixels: &HostTensor) -> HostTensor {
-        let [channels, height, width] = [pixels.shape[0], pixels.shape[1], pixels.shape[2]];
-        let data = TensorData::new(pixels.values.clone(), [1, channels, height, width]);
-        let latents = self.with.model.encode_images(Tensor::from_data(data, self.with.device));
+    fn latents(&self, pixels: &HostTensor, frames: usize) -> HostTensor {
+        let [channels, rows, width] = [pixels.shape[0], pixels.shape[1], pixels.shape[2]];
+        let data = TensorData::new(pixels.values.clone(), [1, channels, rows, width]);
+        let latents = self.with.model.encode_images(Tensor::from_data(data, self.with.device), frames);
         HostTensor { shape: latents.dims()[1..].to_vec(), values: to_vec(latents) }
     }
 
@@ -194,28 +193,26 @@ impl<'a> PictureTable<'a> {
     fn shelf(&self) -> Result<Shelf, TrainError> {
         let encoded = self.entries.iter().filter_map(|entry| match &entry.latents {
             Latents::Stored(_) => None,
-            Latents::Encoded(source) => Some((source, entry.size)),
+            Latents::Encoded(source) => Some((source, entry.extent)),
         });
         let mut values = 0;
-        for (_, size) in encoded.clone() {
-            values += self.with.model.latent_shape(size.height, size.width)?.iter().product::<usize>();
+        for (_, extent) in encoded.clone() {
+            values += self.with.model.latent_shape(extent)?.iter().product::<usize>();
         }
         shelf(self.with, "latents", values, &mut |key| {
-            encoded.clone().for_each(|(source, size)| key.add_picture(source, size));
+            encoded.clone().for_each(|(source, extent)| key.add_picture(source, extent));
         })
     }
 }
 
 impl Entry {
-    /// Decodes the picture to pixels `[3, height, width]`, if it is to be encoded.
+    /// Decodes picture or video to pixels `[3, frames · height, width]`, if it is to be encoded.
     fn reading(&self) -> Option<Reading> {
-        let (Latents::Encoded(source), size) = (&self.latents, self.size) else { return None };
+        let (Latents::Encoded(source), extent) = (&self.latents, self.extent) else { return None };
         let source = source.clone();
         Some(Box::new(move || {
-            let picture = source.load()?;
-            let picture = if size == picture.size() { picture } else { picture.crop_and_resize(size) };
-            let shape = vec![3, size.height, size.width];
-            Ok(vec![HostTensor { shape, values: picture.to_pixels() }])
+            let shape = vec![3, extent.frames * extent.height, extent.width];
+            Ok(vec![HostTensor { shape, values: source.load(extent)?.to_pixels() }])
         }))
     }
 }
@@ -409,8 +406,8 @@ impl ShelfKey {
         self.0.update(text);
     }
 
-    fn add_picture(&mut self, source: &PictureSource, size: Size) {
-        self.add(&format!("{} {size:?}", source.name()));
+    fn add_picture(&mut self, source: &PictureSource, extent: Extent) {
+        self.add(&format!("{} {extent:?}", source.name()));
         if let PictureSource::File(path) = source {
             self.add_file(path);
         }

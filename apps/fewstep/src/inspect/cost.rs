@@ -22,6 +22,7 @@ pub(super) fn model(path: &Path, args: &InspectArgs) -> Result<Value> {
         &Workload {
             height: args.height,
             width: args.width,
+            frames: args.num_frames,
             batch_size: args.batch_size,
             text_tokens: args.text_tokens,
             lora_rank: args.lora_rank,
@@ -41,6 +42,7 @@ pub(super) fn model(path: &Path, args: &InspectArgs) -> Result<Value> {
         "workload": {
             "height": args.height,
             "width": args.width,
+            "num_frames": args.num_frames,
             "batch_size": args.batch_size,
             "image_tokens": footprint.image_tokens,
             "text_tokens": args.text_tokens,

@@ -30,6 +30,9 @@ pub struct InspectArgs {
     /// Model folder: picture width in pixels
     #[arg(long, default_value_t = 1024)]
     pub width: usize,
+    /// Model folder: frames, of models that draw videos; 1 is a picture
+    #[arg(long, default_value_t = 1)]
+    pub num_frames: usize,
     /// Model folder: pictures at once
     #[arg(long, default_value_t = 1)]
     pub batch_size: usize,

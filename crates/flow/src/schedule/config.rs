@@ -192,7 +192,7 @@ const FIXED: [(&str, Allowed); 7] = [
     ("stochastic_sampling", Allowed::False),
 ];
 
-fn refused(field: &str, found: impl ToString, expected: &str) -> FlowError {
+pub(super) fn refused(field: &str, found: impl ToString, expected: &str) -> FlowError {
     FlowError::Field { field: field.to_string(), found: found.to_string(), expected: expected.to_string() }
 }
 

@@ -13,11 +13,13 @@ mod request;
 mod scheduler;
 mod templates;
 mod training;
+mod unipc;
 
 pub use config::FlowMatchConfig;
 pub use request::{GridRequest, ShiftOverride, SigmaRounding, StrengthRule};
 pub use scheduler::SchedulerConfig;
 pub use training::TrainingLevels;
+pub use unipc::UniPcConfig;
 
 use crate::{FlowError, SigmaGrid};
 
@@ -43,6 +45,8 @@ pub enum Spacing {
     ToOneStep,
     /// n − 1 steps end at this sigma, and a last one at 0.
     To(f64),
+    /// n steps would end at this sigma, but the last one goes on to 0.
+    Towards(f64),
 }
 
 /// The factor f of the shift s' = f·s / (1 + (f − 1)·s), often written as f = e^μ.
@@ -149,6 +153,7 @@ impl Spacing {
             Self::ToZero => (0.0, steps + 1),
             Self::ToOneStep => (1.0 / steps as f64, steps),
             Self::To(lowest) => (lowest, steps),
+            Self::Towards(lowest) => (lowest, steps + 1),
         };
         let first = lowest + (1.0 - lowest) * start;
         match (rounding, self) {
@@ -156,7 +161,11 @@ impl Spacing {
                 linspace(first as f32, lowest as f32, count).take(steps).collect()
             }
             (SigmaRounding::Diffusers, Self::ToZero) => numpy_linspace(first, first / steps as f64, steps),
-            (SigmaRounding::Diffusers, _) => numpy_linspace(first, lowest, steps),
+            (SigmaRounding::Diffusers, _) => {
+                let mut levels = numpy_linspace(first, lowest, count);
+                levels.truncate(steps);
+                levels
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::config::CLASS;
-use super::{FlowMatchConfig, GridRequest};
+use super::{FlowMatchConfig, GridRequest, UniPcConfig, unipc};
 use crate::diffusion::DiffusionConfig;
 use crate::{FlowError, SigmaGrid, Solver};
 
@@ -14,6 +14,8 @@ use crate::{FlowError, SigmaGrid, Solver};
 pub enum SchedulerConfig {
     /// Of a model that was trained by flow matching.
     FlowMatching(FlowMatchConfig),
+    /// Of a model that was trained by flow matching, for a multi-step solver.
+    UniPc(UniPcConfig),
     /// Of a model that was trained on variance-preserving noise.
     Diffusion(DiffusionConfig),
 }
@@ -35,7 +37,10 @@ impl TryFrom<Value> for SchedulerConfig {
         if DiffusionConfig::CLASSES.contains(&class) {
             return DiffusionConfig::from_value(value).map(Self::Diffusion);
         }
-        Err(other_class(class, format!("{CLASS}, {}", DiffusionConfig::CLASSES.join(", "))))
+        if class == unipc::CLASS {
+            return UniPcConfig::from_value(value).map(Self::UniPc);
+        }
+        Err(other_class(class, format!("{CLASS}, {}, {}", unipc::CLASS, DiffusionConfig::CLASSES.join(", "))))
     }
 }
 
@@ -56,6 +61,7 @@ impl SchedulerConfig {
     pub fn flow_matching(&self) -> Result<&FlowMatchConfig, FlowError> {
         match self {
             Self::FlowMatching(config) => Ok(config),
+            Self::UniPc(_) => Err(other_class(unipc::CLASS, CLASS.into())),
             Self::Diffusion(config) => Err(other_class(config.class_name(), CLASS.into())),
         }
     }
@@ -68,6 +74,7 @@ impl SchedulerConfig {
         match self {
             Self::Diffusion(config) => Ok(config),
             Self::FlowMatching(_) => Err(other_class(CLASS, DiffusionConfig::CLASSES.join(", "))),
+            Self::UniPc(_) => Err(other_class(unipc::CLASS, DiffusionConfig::CLASSES.join(", "))),
         }
     }
 
@@ -78,6 +85,7 @@ impl SchedulerConfig {
     pub fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, FlowError> {
         match self {
             Self::FlowMatching(config) => config.grid(request),
+            Self::UniPc(config) => config.grid(request),
             Self::Diffusion(config) => config.grid(request),
         }
     }
@@ -86,6 +94,7 @@ impl SchedulerConfig {
     pub fn solver(&self) -> Solver {
         match self {
             Self::FlowMatching(_) => Solver::Euler,
+            Self::UniPc(_) => Solver::UniPc,
             Self::Diffusion(config) => config.solver(),
         }
     }
@@ -106,6 +115,8 @@ mod tests {
                 "_diffusers_version":"0.36.0.dev0"}"#,
             r#"{"_class_name":"PNDMScheduler","skip_prk_steps":true,"steps_offset":1,
                 "_diffusers_version":"0.6.0"}"#,
+            r#"{"_class_name":"UniPCMultistepScheduler","flow_shift":3.0,"use_flow_sigmas":true,
+                "prediction_type":"flow_prediction","_diffusers_version":"0.33.0.dev0"}"#,
         ] {
             let config = SchedulerConfig::from_json(text).unwrap();
             let written = serde_json::to_string(&config).unwrap();

@@ -277,11 +277,11 @@ impl Family for Flux {
         Some(self.sizes.pooled_width)
     }
 
-    fn encode_images(&self, pixels: Tensor<4>) -> Tensor<4> {
+    fn encode_images(&self, pixels: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.autoencoder().encode(pixels)
     }
 
-    fn decode_latents(&self, latents: Tensor<4>) -> Tensor<4> {
+    fn decode_latents(&self, latents: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.autoencoder().decode(latents)
     }
 

@@ -42,7 +42,11 @@ pub(super) fn component_of(files: &WeightFiles) -> Option<&'static str> {
     {
         return Some(DENOISER);
     }
-    if all(&["encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"]) {
+    // Positions in a second layer are UMT5's.
+    let positions = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight";
+    if all(&["encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"])
+        && !files.contains(positions)
+    {
         return Some(TEXT_ENCODER_2);
     }
     // With a projection it is a larger CLIP, which this family does not have.

@@ -12,7 +12,7 @@ use fewstep_data::atomic::NewFolder;
 use super::{BASE_HASH, LoraWeights, check_base};
 use crate::model::kind_of;
 use crate::weights::{
-    Shards, TensorEntry, WeightFiles, component_files, copy_tree, file_hash, is_weights, read_info, values,
+    KeyMap, Shards, TensorEntry, WeightFiles, component_files, copy_tree, file_hash, is_weights, read_info, values,
     weights_hash, write_shards,
 };
 use crate::{LoraFile, ModelError, ModelSource, WeightType};
@@ -53,8 +53,9 @@ const FUSED: &str = "fewstep.fused";
 /// If an adapter does not fit the base or was trained on another one, the output holds something else, or a file
 /// cannot be read or written. Nothing is left at the output then.
 pub fn fuse(fusion: &Fusion) -> Result<(), ModelError> {
-    let denoiser = kind_of(&fusion.base())?.denoiser();
-    let source = Source::open(fusion, denoiser)?;
+    let kind = kind_of(&fusion.base())?;
+    let denoiser = kind.denoiser();
+    let source = Source::open(fusion, denoiser, kind.keys(denoiser).expect("a denoiser has weights"))?;
     let record = source.record(fusion)?;
     if taken(&fusion.output) {
         return match found_record(&fusion.output.join(denoiser)) {
@@ -84,13 +85,15 @@ struct Source {
     base: WeightFiles,
     /// Adapters with their alphas.
     loras: Vec<(LoraWeights, f32)>,
+    keys: &'static KeyMap,
 }
 
 impl Source {
     /// Opens all files and checks that they fit each other.
-    fn open(fusion: &Fusion, denoiser: &str) -> Result<Self, ModelError> {
+    fn open(fusion: &Fusion, denoiser: &str, keys: &'static KeyMap) -> Result<Self, ModelError> {
         let base = WeightFiles::open(&fusion.model.join(denoiser))?;
-        let shapes: BTreeMap<String, [usize; 2]> = base.entries().iter().filter_map(layer_shape).collect();
+        let shape = |entry: &TensorEntry| layer_shape(entry, keys);
+        let shapes: BTreeMap<String, [usize; 2]> = base.entries().iter().filter_map(shape).collect();
         let available: Vec<String> = shapes.keys().cloned().collect();
         let mut loras = Vec::new();
         for file in &fusion.loras {
@@ -102,7 +105,7 @@ impl Source {
             }
             loras.push((lora, file.alpha));
         }
-        Ok(Self { base, loras })
+        Ok(Self { base, loras, keys })
     }
 
     /// What makes this fusion the same as another, as JSON.
@@ -128,7 +131,8 @@ impl Source {
 
     /// The bytes of a tensor of the fused model.
     fn fused(&self, entry: &TensorEntry) -> Result<Cow<'_, [u8]>, ModelError> {
-        let layer = entry.key.strip_suffix(".weight").unwrap_or(&entry.key);
+        let key = self.keys.canonical(&entry.key);
+        let layer = key.strip_suffix(".weight").unwrap_or(&key);
         let updates: Vec<&(LoraWeights, f32)> =
             self.loras.iter().filter(|(lora, _)| lora.layers().contains_key(layer)).collect();
         let bytes = self.base.bytes(&entry.key)?;
@@ -160,8 +164,9 @@ fn update(lora: &LoraWeights, name: &str, alpha: f32) -> Result<Vec<f32>, ModelE
 }
 
 /// Layer and `[out, in]` of a projection's weight.
-fn layer_shape(entry: &TensorEntry) -> Option<(String, [usize; 2])> {
-    Some((entry.key.strip_suffix(".weight")?.to_owned(), entry.shape.as_slice().try_into().ok()?))
+fn layer_shape(entry: &TensorEntry, keys: &KeyMap) -> Option<(String, [usize; 2])> {
+    let key = keys.canonical(&entry.key);
+    Some((key.strip_suffix(".weight")?.to_owned(), entry.shape.as_slice().try_into().ok()?))
 }
 
 /// The entry a tensor gets in the fused model.

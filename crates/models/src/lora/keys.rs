@@ -2,11 +2,17 @@
 //!
 //! A key is a prefix, a layer and a part: `transformer.` `transformer_blocks.0.attn.to_q` `.lora_A.weight`. Read are
 //! the spellings of DiffSynth-Studio, PEFT and diffusers, ComfyUI, and kohya's scripts.
+//!
+//! Inside the program a layer is called as in diffusers. Where a family's layers have other names at their authors and in
+//! DiffSynth-Studio, those are read, and written in its format.
+
+use crate::model::KINDS;
 
 /// The spellings that are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LoraFormat {
-    /// DiffSynth-Studio's: `transformer_blocks.0.attn.to_q.lora_A.default.weight`. diffusers reads it too.
+    /// DiffSynth-Studio's: `transformer_blocks.0.attn.to_q.lora_A.default.weight`. diffusers reads it too, unless the layers
+    /// have names of their own there.
     #[default]
     Diffsynth,
     /// PEFT's in a diffusers pipeline: `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`.
@@ -40,9 +46,22 @@ impl LoraFormat {
             Half::Up => 'B',
         };
         match self {
-            Self::Diffsynth => format!("{layer}.lora_{letter}.default.weight"),
+            Self::Diffsynth => {
+                let named = KINDS.iter().find_map(|kind| kind.diffsynth_layer(layer));
+                format!("{}.lora_{letter}.default.weight", named.as_deref().unwrap_or(layer))
+            }
             Self::Diffusers => format!("{}.{layer}.lora_{letter}.weight", component(layer)),
         }
+    }
+}
+
+/// A key of an adapter with its layer as diffusers calls it, `layer.lora_A.default.weight`, whichever spelling it has;
+/// `None` for keys of another kind.
+pub(crate) fn canonical_key(key: &str) -> Option<String> {
+    match split(key)? {
+        (layer, Part::Half(Half::Down)) => Some(format!("{layer}.lora_A.default.weight")),
+        (layer, Part::Half(Half::Up)) => Some(format!("{layer}.lora_B.default.weight")),
+        (_, Part::Alpha) => None,
     }
 }
 
@@ -98,9 +117,17 @@ pub(super) fn split(key: &str) -> Option<(String, Part)> {
 fn layer(name: &str) -> String {
     let name = without_prefixes(name);
     match name.strip_prefix(FLAT_PREFIX) {
-        Some(flat) => without_prefixes(&dotted(flat)).to_owned(),
-        None => name.to_owned(),
+        Some(flat) => canonical(without_prefixes(&dotted(flat))),
+        None => canonical(name),
     }
+}
+
+/// A layer as diffusers calls it, where a family's weight files have other names for it.
+fn canonical(layer: &str) -> String {
+    let ended = format!("{layer}.");
+    let respelled = KINDS.iter().filter_map(|kind| Some(kind.keys(kind.denoiser())?.canonical(&ended)));
+    let found = respelled.into_iter().find(|found| *found != ended);
+    found.map_or_else(|| layer.to_owned(), |found| found.trim_end_matches('.').to_owned())
 }
 
 fn without_prefixes(mut name: &str) -> &str {
@@ -111,7 +138,7 @@ fn without_prefixes(mut name: &str) -> &str {
 }
 
 /// Parts of layer names with an underscore of their own, a longer one before its beginning.
-const COMPOUNDS: [&str; 28] = [
+const COMPOUNDS: [&str; 36] = [
     "single_transformer_blocks",
     "transformer_blocks",
     "add_q_proj",
@@ -140,6 +167,14 @@ const COMPOUNDS: [&str; 28] = [
     "x_embedder",
     "guidance_embedder",
     "text_embedder",
+    "time_embedder",
+    "time_proj",
+    "condition_embedder",
+    "self_attn",
+    "cross_attn",
+    "text_embedding",
+    "time_embedding",
+    "time_projection",
 ];
 
 /// Turns the underscores that were dots back into dots.
@@ -176,6 +211,33 @@ mod tests {
             let expected = ("transformer_blocks.0.img_mlp.net.0.proj".to_owned(), Part::Half(Half::Down));
             assert_eq!(split(key), Some(expected), "{key}");
         }
+    }
+
+    #[test]
+    fn layers_with_other_names_at_their_authors_are_called_as_in_diffusers_and_written_as_there() {
+        for (theirs, ours) in [
+            ("blocks.29.self_attn.q", "blocks.29.attn1.to_q"),
+            ("blocks.0.self_attn.o", "blocks.0.attn1.to_out.0"),
+            ("blocks.0.cross_attn.v", "blocks.0.attn2.to_v"),
+            ("blocks.7.ffn.0", "blocks.7.ffn.net.0.proj"),
+            ("blocks.7.ffn.2", "blocks.7.ffn.net.2"),
+        ] {
+            let expected = Some((ours.to_owned(), Part::Half(Half::Up)));
+            for key in [
+                format!("{theirs}.lora_B.default.weight"),
+                format!("diffusion_model.{theirs}.lora_up.weight"),
+                format!("lora_unet_{}.lora_up.weight", theirs.replace('.', "_")),
+                format!("transformer.{ours}.lora_B.weight"),
+                format!("{ours}.lora_B.default.weight"),
+            ] {
+                assert_eq!(split(&key), expected, "{key}");
+            }
+            assert_eq!(LoraFormat::Diffsynth.key(ours, Half::Up), format!("{theirs}.lora_B.default.weight"));
+            assert_eq!(LoraFormat::Diffusers.key(ours, Half::Up), format!("transformer.{ours}.lora_B.weight"));
+        }
+        assert_eq!(split("head.head.lora_A.weight"), Some(("proj_out".to_owned(), Part::Half(Half::Down))));
+        let unet = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q";
+        assert_eq!(LoraFormat::Diffsynth.key(unet, Half::Up), format!("{unet}.lora_B.default.weight"));
     }
 
     #[test]

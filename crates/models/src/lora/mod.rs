@@ -21,6 +21,7 @@ pub use convert::convert;
 pub use file::{LoraLayer, LoraWeights};
 pub use fuse::{Fusion, MAX_SHARD_BYTES, fuse};
 pub use keys::LoraFormat;
+pub(crate) use keys::canonical_key;
 
 use crate::load_options::widened;
 use crate::weights::{WeightType, read_info, save_tensors, values, weights_hash};
@@ -34,7 +35,8 @@ pub struct LoraConfig {
     pub rank: usize,
     /// The update is scaled by alpha / rank.
     pub alpha: f32,
-    /// Names as in weight files; a layer matches if its name is one of them or ends with `.` and it.
+    /// Names as in weight files, or as DiffSynth-Studio has them; a layer matches if its name is one of them or ends with `.`
+    /// and it.
     pub target_modules: Vec<String>,
 }
 
@@ -65,13 +67,17 @@ pub fn attach(mut model: Model, config: &LoraConfig, seed: u64) -> Result<(Model
 pub fn targets(model: &Model, config: &LoraConfig) -> Result<Vec<(String, [usize; 2])>, ModelError> {
     let all = layers(model);
     let asked = config.target_modules.iter();
+    let is_named = |layer: &str, target: &str| {
+        let theirs = model.diffsynth_layer(layer);
+        matches(layer, target) || theirs.is_some_and(|theirs| matches(&theirs, target))
+    };
     let unmatched: Vec<String> = asked
         .clone()
-        .filter(|target| !all.iter().any(|(layer, _)| matches(layer, target)))
+        .filter(|target| !all.iter().any(|(layer, _)| is_named(layer, target)))
         .cloned()
         .collect();
     let chosen: Vec<(String, [usize; 2])> =
-        all.iter().filter(|(layer, _)| asked.clone().any(|target| matches(layer, target))).cloned().collect();
+        all.iter().filter(|(layer, _)| asked.clone().any(|target| is_named(layer, target))).cloned().collect();
     match unmatched.is_empty() && !chosen.is_empty() {
         true => Ok(chosen),
         false => Err(ModelError::NoTarget { targets: unmatched, available: short_names(&all) }),

@@ -1,7 +1,6 @@
 //! Parts that families share.
 
 pub(crate) mod activation;
-pub(crate) mod attention;
 pub(crate) mod autoencoder_kl;
 pub(crate) mod clip;
 pub(crate) mod conv;
@@ -16,3 +15,4 @@ pub(crate) mod rotary;
 pub(crate) mod single_stream;
 pub(crate) mod t5;
 pub(crate) mod timestep;
+pub(crate) mod video_autoencoder;

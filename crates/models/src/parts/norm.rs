@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_kernels::{Modulation, norm_modulate};
 
 use crate::weights::unfilled;
@@ -62,4 +62,9 @@ impl GroupNorm {
     pub(crate) fn forward_silu(&self, x: Tensor<4>) -> Tensor<4> {
         silu(self.forward(x))
     }
+}
+
+/// One number per channel, `[1, C, 1, 1]`.
+pub(crate) fn per_channel(values: &[f32], device: &Device) -> Tensor<4> {
+    Tensor::from_data(TensorData::new(values.to_vec(), [1, values.len(), 1, 1]), device)
 }

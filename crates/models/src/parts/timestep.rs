@@ -3,13 +3,14 @@
 use burn::module::Module;
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
+use fewstep_kernels::{Gelu, gelu};
 
 use crate::parts::linear::Linear;
 
 /// Width of the sinusoidal time features.
 pub(crate) const TIME_FEATURES: usize = 256;
 
-/// Linear, SiLU, linear.
+/// Two linear layers with an activation between them.
 #[derive(Module, Debug)]
 pub(crate) struct TwoLayers {
     pub(crate) linear_1: Linear,
@@ -24,9 +25,14 @@ impl TwoLayers {
         }
     }
 
-    /// `[B, input]` to `[B, D]`.
+    /// Linear, SiLU, linear: `[B, input]` to `[B, D]`.
     pub(crate) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         self.linear_2.forward(silu(self.linear_1.forward(x)))
+    }
+
+    /// Linear, GELU, linear: `[B, S, input]` to `[B, S, D]`.
+    pub(crate) fn forward_gelu(&self, x: Tensor<3>) -> Tensor<3> {
+        self.linear_2.forward(gelu(self.linear_1.forward(x), Gelu::Tanh))
     }
 }
 

@@ -4,7 +4,7 @@ use super::config::{TextEncoderConfig, TransformerConfig};
 use super::vae::{Vae, VaeConfig};
 use crate::footprint::{Encoding, Evaluation, Flops, Workload};
 use crate::model::token_grid;
-use crate::parts::cost::{Batch, Held, encoder_flops_per_pixel};
+use crate::parts::cost::{Batch, Held};
 use crate::parts::patches::PATCH;
 use crate::parts::timestep::TIME_FEATURES;
 use crate::{ModelError, ModelSource};
@@ -66,22 +66,17 @@ impl TextEncoderConfig {
 }
 
 impl VaeConfig {
-    /// At full resolution: a residual block's input, its norm's square and result, the activation, the convolution's
-    /// input by rows, and its output; or the pixels and their new places.
+    /// Of the pixel autoencoder the pixels and their new places.
     fn numbers_per_pixel(&self) -> u64 {
         match self {
-            Self::AutoencoderKLQwenImage(config) => 6 * config.base_dim as u64,
+            Self::AutoencoderKLQwenImage(config) => config.numbers_per_pixel(),
             Self::PixelUnshuffle(_) => 3 * 3,
         }
     }
 
     fn flops_per_pixel(&self) -> u64 {
         match self {
-            Self::AutoencoderKLQwenImage(config) => {
-                let channels: Vec<usize> =
-                    config.dim_mult.iter().map(|times| times * config.base_dim).collect();
-                encoder_flops_per_pixel(&channels, config.num_res_blocks)
-            }
+            Self::AutoencoderKLQwenImage(config) => config.flops_per_pixel(),
             Self::PixelUnshuffle(_) => 0,
         }
     }

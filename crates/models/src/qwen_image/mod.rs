@@ -28,7 +28,7 @@ pub(crate) use text_encoder::KEYS as TEXT_KEYS;
 pub use text_encoder::TextEncoder;
 pub use tokenizer::{PromptTokenizer, PromptTokens};
 pub use transformer::Transformer;
-pub use vae::{Autoencoder, AutoencoderConfig, PixelUnshuffle, PixelUnshuffleConfig, Vae, VaeConfig};
+pub use vae::{PixelUnshuffle, PixelUnshuffleConfig, Vae, VaeConfig};
 
 use self::config::Configs;
 use crate::config_file::ConfigFile;
@@ -36,7 +36,7 @@ use crate::family::{self, AUTOENCODER, Defaults, Family, Settings};
 use crate::footprint::{Evaluation, Workload};
 use crate::load_options::{rounded, store_weights};
 use crate::model_folder::SCHEDULER_FILE;
-use crate::parts::patches;
+use crate::parts::{patches, video_autoencoder};
 use crate::weights::{KeyMap, TensorShapes, WeightFiles, WeightType, expected, initialize};
 use crate::{
     Components, Condition, Conventions, Encoding, GuidanceRule, Linear, LoadOptions, Model, ModelError,
@@ -248,11 +248,11 @@ impl Family for QwenImage {
         }
     }
 
-    fn encode_images(&self, pixels: Tensor<4>) -> Tensor<4> {
+    fn encode_images(&self, pixels: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.vae.encode(pixels)
     }
 
-    fn decode_latents(&self, latents: Tensor<4>) -> Tensor<4> {
+    fn decode_latents(&self, latents: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.vae.decode(latents)
     }
 
@@ -331,7 +331,7 @@ impl family::Kind for Kind {
         match component {
             DENOISER => Some(&transformer::KEYS),
             TEXT_ENCODER => Some(&text_encoder::KEYS),
-            AUTOENCODER => Some(&vae::KEYS),
+            AUTOENCODER => Some(&video_autoencoder::KEYS),
             _ => None,
         }
     }

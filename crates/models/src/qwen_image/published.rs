@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::parts::video_autoencoder;
 use crate::weights::WeightFiles;
 use crate::{ModelError, ModelSource};
 
@@ -65,27 +66,6 @@ pub(super) fn text_encoder_defaults() -> Value {
     })
 }
 
-/// The same of `vae/config.json`: diffusers' defaults, which are the published model's.
-pub(super) fn vae_defaults() -> Value {
-    json!({
-        "base_dim": 96,
-        "z_dim": 16,
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "attn_scales": [],
-        "temperal_downsample": [false, true, true],
-        "input_channels": 3,
-        "latents_mean": [
-            -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-        ],
-        "latents_std": [
-            2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-        ],
-    })
-}
-
 /// The component that weight files hold, by the keys only it has; `None` for other weights.
 ///
 /// DiffSynth-Studio compares a hash of all keys and shapes instead, which knows published sizes alone.
@@ -99,11 +79,8 @@ pub(super) fn component_of(files: &WeightFiles) -> Option<&'static str> {
     if any("embed_tokens.weight") && any("layers.0.self_attn.q_proj.bias") {
         return Some("text_encoder");
     }
-    // Wan's VAE has the same keys in diffusers' format.
-    if all(&["quant_conv.weight", "decoder.conv_in.weight", "decoder.norm_out.gamma"]) {
-        return Some("vae");
-    }
-    None
+    // Wan's has the same keys.
+    video_autoencoder::is_of(files).then_some("vae")
 }
 
 /// The published config of a component, for weights of its size that came without one, as DiffSynth-Studio's scripts

@@ -153,11 +153,12 @@ impl Count {
         let tokens = (6 + 12) * width * width * pixels + 2 * joint * width * text;
         self.weights += 2 * width * width * pixels + depth * tokens;
         self.attention += depth * 2 * width * pixels * (pixels + text);
-        self.drawing = self.drawing.max((10 * width + heads * text) * pixels);
+        self.drawing = self.drawing.max(10 * width * pixels);
         // The stream and norms (6), query, key and value as they are and packed (6), the query to the text and both
-        // outputs (3), the MLP's halves, gate and product (16); keys and values of the text; its scores.
+        // outputs (3), the MLP's halves, gate and product (16); keys and values of the text, as they are and by heads; a number
+        // for each head.
         let adapted = self.rank.map_or(0, |rank| 8 * rank as u64);
-        let kept = (31 * width + adapted + heads * text) * pixels + 2 * width * text;
+        let kept = (32 * width + adapted + heads) * pixels + 4 * width * text;
         self.kept += depth * kept;
     }
 }
@@ -194,6 +195,7 @@ mod tests {
             let workload = Workload {
                 height: 512,
                 width: 512,
+                frames: 1,
                 batch_size: 2,
                 text_tokens: 77,
                 lora_rank,

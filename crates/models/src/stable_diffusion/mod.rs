@@ -261,11 +261,11 @@ impl Family for StableDiffusion {
         }
     }
 
-    fn encode_images(&self, pixels: Tensor<4>) -> Tensor<4> {
+    fn encode_images(&self, pixels: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.vae().encode(pixels)
     }
 
-    fn decode_latents(&self, latents: Tensor<4>) -> Tensor<4> {
+    fn decode_latents(&self, latents: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.vae().decode(latents)
     }
 

@@ -3,10 +3,9 @@
 use burn::module::Module;
 use burn::tensor::activation::gelu;
 use burn::tensor::{Device, Tensor};
-use fewstep_kernels::{AttentionOptions, attention, linear_concat};
+use fewstep_kernels::{AttentionOptions, attention, cross_attention, linear_concat};
 
 use super::config::UnetConfig;
-use crate::parts::attention::cross_attention;
 use crate::parts::conv::Conv2d;
 use crate::parts::linear::Linear;
 use crate::parts::norm::{GroupNorm, LayerNorm};

@@ -36,13 +36,16 @@ pub(crate) struct KeyMap {
     pub(crate) rules: &'static [(&'static str, &'static str)],
     /// Other spellings: `(prefix of a key in some files, the prefix meant)`, the first that fits counts.
     pub(crate) aliases: &'static [(&'static str, &'static str)],
+    /// Other spellings inside a key: `(part of a key in some files, the part meant)`, all of which are replaced, once each
+    /// and in their order. No key in the spelling of [`KeyMap::key`] has any of the left sides.
+    pub(crate) respelled: &'static [(&'static str, &'static str)],
     /// Prefixes of keys the files may hold and the model does not use.
     pub(crate) ignored: &'static [&'static str],
 }
 
 impl KeyMap {
     /// Keys equal names.
-    pub(crate) const PLAIN: KeyMap = KeyMap { prefix: "", rules: &[], aliases: &[], ignored: &[] };
+    pub(crate) const PLAIN: KeyMap = KeyMap { prefix: "", rules: &[], aliases: &[], respelled: &[], ignored: &[] };
 
     /// The file's key of a parameter's name.
     pub(crate) fn key(&self, name: &str) -> String {
@@ -54,7 +57,21 @@ impl KeyMap {
     /// A file's key in the spelling of [`KeyMap::key`].
     pub(crate) fn canonical(&self, key: &str) -> String {
         let alias = self.aliases.iter().find_map(|(from, to)| Some((key.strip_prefix(from)?, to)));
-        alias.map_or_else(|| key.to_owned(), |(rest, to)| format!("{to}{rest}"))
+        let key = alias.map_or_else(|| key.to_owned(), |(rest, to)| format!("{to}{rest}"));
+        self.respelled.iter().fold(key, |key, (from, to)| match key.contains(from) {
+            true => key.replacen(from, to, 1),
+            false => key,
+        })
+    }
+
+    /// A key of [`KeyMap::key`] in the other spelling: the first alias that fits, otherwise the first part that does.
+    pub(crate) fn respelled_back(&self, key: &str) -> String {
+        let alias = self.aliases.iter().find_map(|(theirs, ours)| Some((theirs, key.strip_prefix(ours)?)));
+        if let Some((theirs, rest)) = alias {
+            return format!("{theirs}{rest}");
+        }
+        let rule = self.respelled.iter().find(|(_, ours)| key.contains(ours));
+        rule.map_or_else(|| key.to_owned(), |(theirs, ours)| key.replacen(ours, theirs, 1))
     }
 
     /// Whether the model has no use for a key in that spelling.

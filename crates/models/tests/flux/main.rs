@@ -157,11 +157,11 @@ fn assert_equals_run(golden: &Golden, name: &str, pipeline: &Pipeline, generated
     assert_close(generated.sigmas.as_slice(), &golden.f32s(&format!("{name}.sigmas")), 0.0);
     let states = packed(generated.trajectory.clone().unwrap().slice_dim(0, 1..));
     assert_close(&values(states), &golden.f32s(&format!("{name}.latents")), PIPELINE_TOLERANCE);
-    let decoded = pipeline.model.decode_latents(generated.latents.clone());
+    let decoded = pipeline.model.decode_latents(generated.latents.clone(), 1);
     let image: Tensor<4> = golden.tensor(&format!("{name}.image01"), &Device::flex()); // [1, H, W, 3]
     assert_tensors_close(decoded, image.permute([0, 3, 1, 2]) * 2.0 - 1.0, PIPELINE_TOLERANCE);
     let expected = Picture::load(&golden_picture(name)).unwrap();
-    let differ = generated.picture.rgb.iter().zip(&expected.rgb).filter(|(found, peer)| found != peer);
+    let differ = generated.picture().rgb.iter().zip(&expected.rgb).filter(|(found, peer)| found != peer);
     let steps: Vec<u8> = differ.map(|(found, peer)| found.abs_diff(*peer)).collect();
     assert!(steps.len() <= 2 && steps.iter().all(|step| *step == 1), "{name}: {steps:?}");
 }

@@ -23,8 +23,8 @@ fn outputs(model: &Model) -> [Vec<f32>; 3] {
     let condition = model.encode_prompts(&["a cat".into(), "一只猫".into()]).expect("tokenises");
     let pixels: Tensor<4> =
         Golden::open(golden("qwen_image/vae.safetensors")).tensor("layers.pixels", &Device::flex());
-    let latents = model.encode_images(pixels);
-    let pixels = model.decode_latents(latents.clone());
+    let latents = model.encode_images(pixels, 1);
+    let pixels = model.decode_latents(latents.clone(), 1);
     [values(condition.text), values(latents), values(pixels)]
 }
 
@@ -377,6 +377,6 @@ fn the_part_of_the_files_that_one_frame_needs_is_kept() {
     save_tensors(&file, scrambled, WeightType::F32, &BTreeMap::new()).expect("writes");
     let pixels: Tensor<4> =
         Golden::open(golden("qwen_image/vae.safetensors")).tensor("64x96.pixels", &Device::flex());
-    let encode = |folder: &Path| load(folder).expect("loads").encode_images(pixels.clone());
+    let encode = |folder: &Path| load(folder).expect("loads").encode_images(pixels.clone(), 1);
     assert_tensors_close(encode(copy.path()), encode(&folder()), 0.0);
 }

@@ -1,7 +1,8 @@
 //! The autoencoder against diffusers and DiffSynth-Studio (goldens/qwen_image/vae.safetensors).
 
 use burn::tensor::{Device, Tensor};
-use fewstep_models::qwen_image::{Autoencoder, AutoencoderConfig, Vae};
+use fewstep_models::qwen_image::Vae;
+use fewstep_models::{VideoAutoencoder, VideoAutoencoderConfig};
 use fewstep_testkit::{Golden, assert_tensors_close, golden, values};
 
 use crate::{TOLERANCE, assert_relatively_close, edit_json, folder, model_copy, source};
@@ -12,14 +13,14 @@ fn numbers() -> Golden {
     Golden::open(golden("qwen_image/vae.safetensors"))
 }
 
-fn autoencoder() -> Autoencoder {
+fn autoencoder() -> VideoAutoencoder {
     match Vae::from_pretrained(&source(), &Device::flex()).expect("the golden VAE loads") {
         Vae::Autoencoder(vae) => vae,
         _ => panic!("the golden VAE has weights"),
     }
 }
 
-fn config() -> AutoencoderConfig {
+fn config() -> VideoAutoencoderConfig {
     let text = std::fs::read_to_string(folder().join("vae/config.json")).expect("golden is there");
     serde_json::from_str(&text).expect("the golden config parses")
 }
@@ -33,13 +34,13 @@ fn per_channel(values: &[f32]) -> Tensor<4> {
 fn encoding_and_decoding_equal_the_peer_on_square_tall_and_wide_pictures() {
     let (golden, vae, device) = (numbers(), autoencoder(), Device::flex());
     for size in SIZES {
-        let latents = vae.encode(golden.tensor(&format!("{size}.pixels"), &device));
+        let latents = vae.encode(golden.tensor(&format!("{size}.pixels"), &device), 1);
         assert_tensors_close(
             latents,
             golden.tensor(&format!("{size}.diffsynth_latents"), &device),
             TOLERANCE,
         );
-        let pixels = vae.decode(golden.tensor(&format!("{size}.z"), &device));
+        let pixels = vae.decode(golden.tensor(&format!("{size}.z"), &device), 1);
         assert_tensors_close(pixels, golden.tensor(&format!("{size}.diffsynth_decoded"), &device), TOLERANCE);
     }
 }
@@ -86,7 +87,7 @@ fn decoding_applies_mean_and_deviation_of_the_config_and_does_not_clamp() {
         let normalised = (raw - per_channel(&config.latents_mean)) / per_channel(&config.latents_std);
         // The peer's own class takes raw latents and clamps.
         let expected: Tensor<4> = golden.tensor(&format!("{size}.decoded_no_denorm"), &device);
-        let pixels = vae.decode(normalised);
+        let pixels = vae.decode(normalised, 1);
         assert_tensors_close(pixels.clone().clamp(-1.0, 1.0), expected, TOLERANCE);
         assert!(values(pixels).iter().any(|value| value.abs() > 1.0), "no pixel of {size} needs the clamp");
     }
@@ -97,14 +98,14 @@ fn a_batch_is_its_pictures() {
     let (golden, vae, device) = (numbers(), autoencoder(), Device::flex());
     let first: Tensor<4> = golden.tensor("64x64.pixels", &device);
     let second = first.clone().flip([3]);
-    let batch = vae.encode(Tensor::cat(vec![first.clone(), second.clone()], 0));
+    let batch = vae.encode(Tensor::cat(vec![first.clone(), second.clone()], 0), 1);
     assert_tensors_close(
         batch.clone(),
-        Tensor::cat(vec![vae.encode(first), vae.encode(second)], 0),
+        Tensor::cat(vec![vae.encode(first, 1), vae.encode(second, 1)], 0),
         TOLERANCE,
     );
-    let one_by_one = batch.clone().chunk(2, 0).into_iter().map(|latents| vae.decode(latents)).collect();
-    assert_tensors_close(vae.decode(batch), Tensor::cat(one_by_one, 0), TOLERANCE);
+    let one_by_one = batch.clone().chunk(2, 0).into_iter().map(|latents| vae.decode(latents, 1)).collect();
+    assert_tensors_close(vae.decode(batch, 1), Tensor::cat(one_by_one, 0), TOLERANCE);
 }
 
 #[test]

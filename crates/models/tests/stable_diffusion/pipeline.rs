@@ -59,9 +59,9 @@ fn assert_run(golden: &Golden, (family, name): (&str, &str), found: &Generated, 
 fn assert_picture(golden: &Golden, (family, name): (&str, &str), found: &Generated) {
     const TIE: f32 = 1e-3;
     let png = crate::golden_picture(&format!("{family}/{name}.png"));
-    assert_eq!(found.picture.size(), png.size(), "{name}");
+    assert_eq!(found.picture().size(), png.size(), "{name}");
     let values = golden.f32s(&format!("{name}.image01"));
-    for ((level, peer), value) in found.picture.rgb.iter().zip(&png.rgb).zip(values) {
+    for ((level, peer), value) in found.picture().rgb.iter().zip(&png.rgb).zip(values) {
         let scaled = value * 255.0;
         let tie = level.abs_diff(*peer) == 1 && (scaled - scaled.floor() - 0.5).abs() < TIE;
         assert!(level == peer || tie, "{name}: found {level}, expected {peer}, from {scaled}");

@@ -70,6 +70,8 @@ pub struct Bucket {
     pub width: usize,
     /// Picture height in px.
     pub height: usize,
+    /// Frames; 1 is a picture.
+    pub num_frames: usize,
     /// The student's sampling steps; 0 where the task has none.
     pub num_inference_steps: usize,
     /// The student's guidance; 1 is off.
@@ -160,14 +162,14 @@ impl Counted<'_> {
     fn add(&mut self, row: &SourceRow) -> Result<(), TrainError> {
         let stored = Stored::beside(row.picture.as_ref(), &self.recipe.dataset_base_path)?;
         let latents = stored.as_ref().map(|stored| stored.shape("latents")).transpose()?.flatten();
-        let size = match (&row.picture, row.size) {
+        let extent = match (&row.picture, row.extent) {
             // Stored latents are taken as they are.
-            (Some(picture), _) if latents.is_some() => picture.size()?,
-            (Some(picture), _) => self.resize.target_size(picture.size()?)?,
-            (None, size) => size.expect("a row without a picture has the run's size"),
+            (Some(picture), _) if latents.is_some() => picture.extent()?,
+            (Some(picture), _) => picture.target(self.resize)?,
+            (None, extent) => extent.expect("a row without a picture has the run's size"),
         };
         let Some(model) = self.model else { return self.prompt(&row.prompt, None) };
-        let group = Group::new(row, size, model)?;
+        let group = Group::new(row, extent, model)?;
         if let (Some(stored), Some(found)) = (&stored, latents.clone()) {
             stored.check("latents", found, &group.latent_shape)?;
         }
@@ -210,12 +212,12 @@ impl DataOutline {
         self.pictures += 1;
         let latents = group.latent_shape.iter().product::<usize>() as u64;
         self.latents += latents;
-        let pixels = (group.size.height * group.size.width) as u64;
+        let pixels = (group.extent.height * group.extent.width) as u64;
         if stored {
             self.stored_latents += 1;
         } else {
             self.encoded_latents += latents;
-            self.encoded_pixels += pixels;
+            self.encoded_pixels += pixels * group.extent.frames as u64;
             self.largest_encoded = self.largest_encoded.max(pixels);
         }
     }
@@ -233,8 +235,9 @@ fn buckets(recipe: &Recipe, groups: &[Group]) -> Vec<Bucket> {
         *rows.entry(at).or_default() += recipe.dataset_repeat;
     }
     let bucket = |(at, group): (usize, &Group)| Bucket {
-        width: group.size.width,
-        height: group.size.height,
+        width: group.extent.width,
+        height: group.extent.height,
+        num_frames: group.extent.frames,
         num_inference_steps: group.num_inference_steps,
         cfg_scale: group.cfg_scale(),
         rows: rows[&at],

@@ -275,6 +275,7 @@ pub(super) fn footprint(
     let workload = Workload {
         height: bucket.height,
         width: bucket.width,
+        frames: bucket.num_frames,
         batch_size,
         text_tokens: data.longest_prompt_tokens,
         lora_rank: recipe.lora_base_model.as_ref().map(|_| recipe.lora_rank),

@@ -123,7 +123,7 @@ impl Direct {
             Some(teacher) => teacher.latents(noise.clone(), batch)?,
             None => batch.latents(),
         };
-        let grid = self.training_grid.sigmas(model, group.num_inference_steps, group.size)?;
+        let grid = self.training_grid.sigmas(model, group.num_inference_steps, group.extent)?;
         let start = self.start(model, noise, &target, &grid);
         Ok(Problem { guidance, start: model.kept(start), grid, target })
     }
@@ -174,8 +174,7 @@ fn loss_gradient(
 impl OnlineTeacher {
     /// The teacher's own ODE solution from the noise.
     fn latents(&self, noise: Tensor<4>, batch: &Batch<'_>) -> Result<Tensor<4>, TrainError> {
-        let size = batch.group().size;
-        let grid = self.model.sigma_grid(self.num_inference_steps, size.height, size.width)?;
+        let grid = self.model.sigma_grid(self.num_inference_steps, batch.group().extent)?;
         // The teacher is told what it usually is, whatever its student is told.
         let guidance = batch.guidance(&self.model, self.cfg_scale)?.told(None);
         Ok(latents_from_noise(&self.model, &grid, noise, &guidance))

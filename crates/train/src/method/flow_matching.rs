@@ -44,7 +44,7 @@ impl FlowMatching {
         sum: &mut GradientSum,
     ) -> Result<f64, TrainError> {
         let clean = batch.latents(); // [B, C, H, W]
-        let levels = self.training_grid.levels(model, batch.group().size)?;
+        let levels = self.training_grid.levels(model, batch.group().extent)?;
         let drawn = self.draw(batch, model, &levels);
         let device = clean.device();
         let per_sample =

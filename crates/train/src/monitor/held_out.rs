@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use fewstep_data::buckets;
-use fewstep_data::image::{Resize, Size};
+use fewstep_data::image::Resize;
+use fewstep_models::Extent;
 
 use crate::batch::{Batch, Planned};
 use crate::dataset::{Dataset, Group, Preparation, Sample, Survey};
@@ -56,7 +57,7 @@ impl HeldOut {
         let batches = buckets::batches(&groups(&data), &order, PICTURES_PER_BATCH);
         let planned = |positions| Planned { positions, generators: None, step: 0, epoch: 0 };
         let batches = batches.into_iter().map(planned).collect();
-        let kin = |sample: &Sample| (distills.then_some(sample.prompt), sample.group.size);
+        let kin = |sample: &Sample| (distills.then_some(sample.prompt), sample.group.extent);
         let kinds: Vec<_> = data.samples().iter().map(kin).collect();
         let kin = buckets::batches(&kinds, &order, data.len());
         Ok(Some(Self { data, batches, kin, seed: recipe.seed }))
@@ -187,7 +188,7 @@ fn with_more_seeds(
         let more = SourceRow {
             picture: None,
             seed: None,
-            size: Some(size_of(&rows[0], resize)?),
+            extent: Some(extent_of(&rows[0], resize)?),
             ..rows[0].clone()
         };
         rows.resize(rows.len().max(recipe.monitor_seeds), more);
@@ -200,10 +201,10 @@ fn with_more_seeds(
 }
 
 /// The size a row is drawn at.
-fn size_of(row: &SourceRow, resize: Resize) -> Result<Size, TrainError> {
+fn extent_of(row: &SourceRow, resize: Resize) -> Result<Extent, TrainError> {
     match &row.picture {
-        Some(picture) => Ok(resize.target_size(picture.size()?)?),
-        None => Ok(row.size.expect("a row without a picture has the run's size")),
+        Some(picture) => picture.target(resize),
+        None => Ok(row.extent.expect("a row without a picture has the run's size")),
     }
 }
 

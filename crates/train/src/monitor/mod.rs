@@ -131,18 +131,18 @@ impl<'a> Monitor<'a> {
         let (recipe, group) = (self.recipe, batch.group());
         let (grid, cfg_scale) = match recipe.task.objective() {
             Objective::Distillation => (
-                recipe.training_grid.sigmas(model, group.num_inference_steps, group.size)?,
+                recipe.training_grid.sigmas(model, group.num_inference_steps, group.extent)?,
                 recipe.student_guidance.scale(group.cfg_scale()),
             ),
             Objective::FlowMatching => {
                 let (steps, cfg_scale) = samples::settings(recipe, group, model.defaults());
-                (model.sigma_grid(steps, group.size.height, group.size.width)?, cfg_scale)
+                (model.sigma_grid(steps, group.extent)?, cfg_scale)
             }
         };
         let guidance = batch.guidance(model, cfg_scale)?;
         let noise = batch.initial_noise(model.dtype().into());
         let latents = latents_from_noise(model, &grid, noise, &guidance);
-        let pictures = pictures(model, latents.clone());
+        let pictures = pictures(model, latents.clone(), group.extent.frames);
         Ok(HostTensor::rows(latents).into_iter().zip(pictures).collect())
     }
 
@@ -181,9 +181,11 @@ fn ratio(found: f64, expected: f64) -> f32 {
     storable((found + FLOOR) / (expected + FLOOR))
 }
 
-/// Latents `[B, C, H, W]` as pictures.
-fn pictures(model: &Model, latents: Tensor<4>) -> Vec<Picture> {
-    let pixels = model.decode_latents(latents);
+/// Latents `[B, C, F · H, W]` as pictures; of videos the frames in the middle.
+fn pictures(model: &Model, latents: Tensor<4>, frames: usize) -> Vec<Picture> {
+    let pixels = model.decode_latents(latents, frames);
+    let height = pixels.dims()[2] / frames;
+    let pixels = pixels.narrow(2, frames / 2 * height, height);
     let [_, channels, height, width] = pixels.dims();
     let rounding = model.conventions().rounding;
     let values = to_vec(pixels);

@@ -43,7 +43,8 @@ impl Reference {
         })?;
         let pictures = rows.per_row(|batch| {
             let latents: Vec<&HostTensor> = batch.rows().into_iter().map(|row| &latents[row]).collect();
-            Ok(pictures(teacher, HostTensor::stack(&latents, rows.data.device())))
+            let stacked = HostTensor::stack(&latents, rows.data.device());
+            Ok(pictures(teacher, stacked, batch.group().extent.frames))
         })?;
         Ok(Self {
             appearance: Appearance::of(&pictures).expect("a monitor has rows"),
@@ -144,8 +145,9 @@ fn request(settings: &Request, rows: &HeldOut, row: usize) -> Request {
         prompt: rows.data.prompts()[sample.prompt].clone(),
         seed: sample.noise_seed.expect("rows without a stored picture have been given a seed"),
         rand_device: sample.rand_device,
-        height: sample.group.size.height,
-        width: sample.group.size.width,
+        height: sample.group.extent.height,
+        width: sample.group.extent.width,
+        num_frames: sample.group.extent.frames,
         ..settings.clone()
     }
 }
@@ -154,5 +156,5 @@ fn request(settings: &Request, rows: &HeldOut, row: usize) -> Request {
 fn key(rows: &HeldOut, row: usize) -> String {
     let sample = rows.data.sample_at(row);
     let (seed, prompt) = (sample.noise_seed.unwrap_or_default(), &rows.data.prompts()[sample.prompt]);
-    format!("{} px, {:?} seed {seed}: {prompt}", sample.group.size, sample.rand_device)
+    format!("{} px, {:?} seed {seed}: {prompt}", sample.group.extent, sample.rand_device)
 }

@@ -3,6 +3,7 @@
 
 use fewstep_data::image::MAX_SIDE_PX;
 use fewstep_flow::MAX_STEPS;
+use fewstep_models::MAX_FRAMES;
 
 use super::Recipe;
 use crate::TrainError;
@@ -58,6 +59,7 @@ impl Recipe {
             ("lora_rank", self.lora_rank, 1 << 16),
             ("height", self.height.unwrap_or(0), MAX_SIDE_PX),
             ("width", self.width.unwrap_or(0), MAX_SIDE_PX),
+            ("num_frames", self.num_frames.unwrap_or(1), MAX_FRAMES),
             ("num_inference_steps", self.num_inference_steps, MAX_STEPS),
             ("teacher_num_inference_steps", self.teacher_num_inference_steps.unwrap_or(1), MAX_STEPS),
             ("recorded_steps", self.recorded_steps, MAX_STEPS),

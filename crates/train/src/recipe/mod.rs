@@ -101,6 +101,9 @@ pub struct Recipe {
     /// Picture width in px
     #[arg(long, help_heading = "Data")]
     pub width: Option<usize>,
+    /// Frames of a video: those that an online teacher draws, otherwise the most that are read of each video
+    #[arg(long, help_heading = "Data")]
+    pub num_frames: Option<usize>,
     /// Without height and width: largest picture area in px; larger pictures are scaled down
     #[arg(long, default_value_t = 1024 * 1024, help_heading = "Data")]
     pub max_pixels: usize,

@@ -136,8 +136,6 @@ pub struct PeerFlags {
     #[arg(long, hide = true)]
     zero_cond_t: bool,
     #[arg(long, hide = true)]
-    num_frames: Option<String>,
-    #[arg(long, hide = true)]
     enable_model_cpu_offload: bool,
     #[arg(long, hide = true)]
     max_timestep_boundary: Option<String>,
@@ -172,10 +170,10 @@ impl PeerFlags {
         }
     }
 
-    fn given(&self) -> [(&'static str, bool, &'static str); 17] {
+    fn given(&self) -> [(&'static str, bool, &'static str); 16] {
         const OFFLOAD: &str = "weights stay where they are; dtype bf16 halves the memory of frozen ones";
         const EDIT: &str = "picture editing models are not supported";
-        const VIDEO: &str = "video models are not supported";
+        const VIDEO: &str = "models of two denoisers are not supported";
         const LOGS: &str = "loss.csv and the TensorBoard file are always written; nothing is sent anywhere";
         const QUANTISED: &str = "weights are kept in f32, bf16 or f16";
         [
@@ -190,7 +188,6 @@ impl PeerFlags {
             ("enable_lora_hot_loading", self.enable_lora_hot_loading, "template models are not supported"),
             ("processor_path", self.processor_path.is_some(), EDIT),
             ("zero_cond_t", self.zero_cond_t, EDIT),
-            ("num_frames", self.num_frames.is_some(), VIDEO),
             ("enable_model_cpu_offload", self.enable_model_cpu_offload, OFFLOAD),
             ("max_timestep_boundary", self.max_timestep_boundary.is_some(), VIDEO),
             ("enable_optimizer_cpu_offload", self.enable_optimizer_cpu_offload, OFFLOAD),

@@ -278,7 +278,7 @@ fn stored_latents_of_another_model_are_refused() {
 }
 
 fn provenance(bench: &Bench) -> Provenance {
-    let grid = |steps| bench.model().sigma_grid(steps, SIDE_PX, SIDE_PX).unwrap().as_slice().to_vec();
+    let grid = |steps| bench.model().sigma_grid(steps, [SIDE_PX; 2]).unwrap().as_slice().to_vec();
     Provenance {
         teacher: "model".into(),
         teacher_hash: fewstep_models::weights_hash(&(&bench.path("model")).into()).unwrap(),

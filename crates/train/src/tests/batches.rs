@@ -108,7 +108,7 @@ fn batches_of_mixed_sizes_equal_their_samples_one_by_one() {
         let step = Plan::new(&recipe, &trained.data).step(0);
         let batches: Vec<Vec<usize>> = step.into_iter().map(|planned| planned.positions).collect();
         let sizes = |batch: &Vec<usize>| -> Vec<_> {
-            batch.iter().map(|position| trained.data.sample_at(*position).group.size).collect()
+            batch.iter().map(|position| trained.data.sample_at(*position).group.extent).collect()
         };
         assert!(batches.iter().all(|batch| sizes(batch).windows(2).all(|pair| pair[0] == pair[1])));
         assert!(batches.iter().any(|batch| sizes(batch)[0] != sizes(&batches[0])[0]), "{name}: one size");

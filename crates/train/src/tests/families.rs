@@ -155,7 +155,7 @@ fn a_roll_out_of_a_unet_passes_the_peers_states_on_its_timesteps() {
         let bench = Bench::new(&peer.recipe);
         let model = burn::module::Module::valid(&bench.model);
         let size = Size { height: SIDE_PX, width: SIDE_PX };
-        let grid = peer.recipe.training_grid.sigmas(&model, 4, size).unwrap();
+        let grid = peer.recipe.training_grid.sigmas(&model, 4, size.into()).unwrap();
         let batch = bench.batch(0, None);
         let guidance = Guidance::off(batch.condition(&model, &[false]).unwrap());
         let first = grid.as_slice()[0];

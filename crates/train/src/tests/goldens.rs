@@ -269,7 +269,7 @@ fn a_roll_out_passes_the_peers_states_on_its_grid() {
             let noise = latent_noise(3 + row as u64, LATENTS, &device);
             assert_tensors_close(noise.clone(), golden("noise"), 0.0);
             let size = Size { height: SIDE_PX, width: SIDE_PX };
-            let grid = peer.recipe.training_grid.sigmas(&model, 4, size).unwrap();
+            let grid = peer.recipe.training_grid.sigmas(&model, 4, size.into()).unwrap();
             let sigmas: Vec<f32> = peer
                 .numbers(&format!("distill_full.sample{row}"), "sigmas")
                 .iter()

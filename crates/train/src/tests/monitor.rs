@@ -201,7 +201,7 @@ fn a_look_compares_the_students_pictures_with_the_teachers_of_the_same_noise() {
     });
     let expected = errors.sum::<f64>() / seeds.len() as f64;
     let [sharpness, reference] = [student, teacher].map(|drawn| {
-        let pictures: Vec<Picture> = drawn.into_iter().map(|drawn| drawn.picture).collect();
+        let pictures: Vec<Picture> = drawn.into_iter().map(|drawn| drawn.picture().clone()).collect();
         Appearance::of(&pictures).unwrap().sharpness
     });
     let first = looks(&recipe)[0].clone();
@@ -303,7 +303,7 @@ fn without_a_teacher_the_error_is_that_of_the_velocity_on_held_out_pictures() {
     let model = bench.model();
     let picture = Picture::load(&bench.path(&format!("data/{held_out}.png"))).unwrap();
     let pixels = Tensor::<1>::from_floats(picture.to_pixels().as_slice(), &Device::flex());
-    let clean = model.encode_images(pixels.reshape([1, 3, picture.height, picture.width]));
+    let clean = model.encode_images(pixels.reshape([1, 3, picture.height, picture.width]), 1);
     let shape = clean.dims();
     let seed = Draw { seed: recipe.seed, epoch: 0, row: 0 }.seed(Purpose::Picture);
     let noise = fewstep_flow::noise::latent_noise(seed, shape, &Device::flex());

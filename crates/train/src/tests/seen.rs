@@ -62,7 +62,7 @@ fn a_student_draws_as_it_is_trained_and_the_teacher_once_with_its_first_weights(
     let start = Pipeline::new(bench.model(), Device::flex());
     let by_start = |num_inference_steps, cfg_scale| {
         let request = Request { num_inference_steps, cfg_scale, ..request.clone() };
-        start.generate(&request).unwrap().picture
+        start.generate(&request).unwrap().picture().clone()
     };
     assert_eq!(picture("teacher/000.png"), by_start(7, 2.0));
     assert_eq!(picture("step-00000000/000.png"), by_start(STUDENT_STEPS, 1.0));

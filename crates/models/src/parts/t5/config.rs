@@ -46,7 +46,14 @@ impl T5Config {
     /// # Errors
     /// If it is missing, damaged, or of another model.
     pub(crate) fn read(source: &ModelSource, component: &'static str) -> Result<Self, ModelError> {
-        let file = ConfigFile::of_component(source, component)?;
+        Self::of(&ConfigFile::of_component(source, component)?, component)
+    }
+
+    /// As [`T5Config::read`], of a file.
+    ///
+    /// # Errors
+    /// If it is damaged, or of another model.
+    pub(crate) fn of(file: &ConfigFile, component: &'static str) -> Result<Self, ModelError> {
         let class = file.json["architectures"][0].as_str();
         file.check_class(component, class, &CLASSES)?;
         let mut defaults = defaults();

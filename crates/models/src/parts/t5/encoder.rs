@@ -13,13 +13,28 @@ use crate::parts::linear::Linear;
 use crate::weights::{KeyMap, load};
 use crate::{ModelError, ModelSource, WeightType};
 
-/// Files of whole models hold a decoder too, and some a second name of the embeddings.
+/// Files of whole models hold a decoder too, and some a second name of the embeddings. Those of Wan's authors have other
+/// names.
 pub(crate) const KEYS: KeyMap = KeyMap {
     rules: &[
         (".attention.", ".layer.0.SelfAttention."),
         (".attention_norm.", ".layer.0.layer_norm."),
         (".mlp.", ".layer.1.DenseReluDense."),
         (".mlp_norm.", ".layer.1.layer_norm."),
+    ],
+    aliases: &[
+        ("token_embedding.", "shared."),
+        ("norm.", "encoder.final_layer_norm."),
+        ("blocks.", "encoder.block."),
+    ],
+    respelled: &[
+        (".attn.", ".layer.0.SelfAttention."),
+        (".pos_embedding.embedding.", ".layer.0.SelfAttention.relative_attention_bias."),
+        (".norm1.", ".layer.0.layer_norm."),
+        (".ffn.gate.0.", ".layer.1.DenseReluDense.wi_0."),
+        (".ffn.fc1.", ".layer.1.DenseReluDense.wi_1."),
+        (".ffn.fc2.", ".layer.1.DenseReluDense.wo."),
+        (".norm2.", ".layer.1.layer_norm."),
     ],
     ignored: &["encoder.embed_tokens.", "decoder.", "lm_head."],
     ..KeyMap::PLAIN
@@ -108,6 +123,11 @@ impl T5Encoder {
         &self.config
     }
 
+    /// Where it computes.
+    pub(crate) fn device(&self) -> Device {
+        self.shared.device()
+    }
+
     /// Computes with the nearest numbers of a type to its matrices.
     pub(crate) fn round_to(&mut self, half: Option<HalfType>) {
         self.shared.rounded_to = half;
@@ -125,7 +145,7 @@ impl T5Encoder {
     /// # Shapes
     /// - output `[B, T, J]`
     pub fn forward(&self, ids: &[Vec<u32>], lengths: Option<&[usize]>) -> Tensor<3> {
-        let device = self.shared.device();
+        let device = self.device();
         let tokens = ids.first().map_or(0, Vec::len);
         let hidden_keys = lengths.map(|lengths| hidden_keys(lengths, tokens, &device));
         let buckets = self.buckets(tokens, &device);

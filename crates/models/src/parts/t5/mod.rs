@@ -2,10 +2,12 @@
 //! tokenizer. Decoders are left out.
 
 mod config;
+mod cost;
 mod encoder;
 mod tokenizer;
 
 pub use config::T5Config;
+pub(crate) use cost::encoding;
 pub(crate) use encoder::KEYS;
 pub use encoder::T5Encoder;
 pub use tokenizer::{T5Tokenizer, T5Tokens};

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_data::bounded;
 use tokenizers::Tokenizer;
 
@@ -28,6 +29,19 @@ pub struct T5Tokens {
     pub ids: Vec<Vec<u32>>,
     /// Tokens before the padding.
     pub lengths: Vec<usize>,
+}
+
+impl T5Tokens {
+    /// `[B, T, 1]`, 1 for tokens and 0 for padding.
+    pub(crate) fn inside(&self, device: &Device) -> Tensor<3> {
+        let longest = self.ids.first().map_or(0, Vec::len);
+        let row = |length: &usize| {
+            let length = *length;
+            (0..longest).map(move |at| f32::from(u8::from(at < length)))
+        };
+        let mask: Vec<f32> = self.lengths.iter().flat_map(row).collect();
+        Tensor::from_data(TensorData::new(mask, [self.lengths.len(), longest, 1]), device)
+    }
 }
 
 impl T5Tokenizer {

@@ -1,19 +1,16 @@
 //! Pixels to latents and back.
 
-mod autoencoder;
 mod config;
-mod layers;
 mod pixel_unshuffle;
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 
-use crate::weights::{TensorShapes, expected};
+use crate::parts::video_autoencoder::{self, VideoAutoencoder};
+use crate::weights::TensorShapes;
 use crate::{ModelError, ModelSource};
 
-pub use autoencoder::Autoencoder;
-pub(super) use autoencoder::KEYS;
-pub use config::{AutoencoderConfig, PixelUnshuffleConfig, VaeConfig};
+pub use config::{PixelUnshuffleConfig, VaeConfig};
 pub use pixel_unshuffle::PixelUnshuffle;
 
 /// Pixels per latent pixel of the published autoencoder, along one side.
@@ -23,8 +20,8 @@ const PUBLISHED_FACTOR: usize = 8;
 #[derive(Module, Debug)]
 #[expect(clippy::large_enum_variant, reason = "a model has one")]
 pub enum Vae {
-    /// The published model's: see [`Autoencoder`].
-    Autoencoder(Autoencoder),
+    /// The published model's, a video VAE on single frames: see [`VideoAutoencoder`].
+    Autoencoder(VideoAutoencoder),
     /// No compression: see [`PixelUnshuffle`].
     PixelUnshuffle(PixelUnshuffle),
     /// Left out when the model was loaded; only its sizes are known.
@@ -48,7 +45,8 @@ impl Vae {
     pub fn from_pretrained(source: &ModelSource, device: &Device) -> Result<Self, ModelError> {
         Ok(match VaeConfig::read(source)? {
             VaeConfig::AutoencoderKLQwenImage(config) => {
-                Vae::Autoencoder(Autoencoder::load(config, &source.weights("vae")?, device)?)
+                let loaded = VideoAutoencoder::load(config, &source.weights("vae")?, device)?;
+                Vae::Autoencoder(loaded.for_pictures())
             }
             VaeConfig::PixelUnshuffle(config) => Vae::PixelUnshuffle(PixelUnshuffle::new(config)),
         })
@@ -70,9 +68,7 @@ impl Vae {
     /// The tensors that the weight files of a config hold.
     pub(super) fn expected(config: &VaeConfig, device: &Device) -> TensorShapes {
         match config {
-            VaeConfig::AutoencoderKLQwenImage(config) => {
-                expected(&Autoencoder::unfilled(config.clone(), device), &KEYS)
-            }
+            VaeConfig::AutoencoderKLQwenImage(config) => video_autoencoder::tensors(config, device),
             VaeConfig::PixelUnshuffle(_) => TensorShapes::new(),
         }
     }
@@ -104,7 +100,7 @@ impl Vae {
     /// If it was not loaded.
     pub fn encode(&self, pixels: Tensor<4>) -> Tensor<4> {
         match self {
-            Vae::Autoencoder(vae) => vae.encode(pixels),
+            Vae::Autoencoder(vae) => vae.encode(pixels, 1),
             Vae::PixelUnshuffle(vae) => vae.encode(pixels),
             Vae::Absent(_) => panic!("the autoencoder was not loaded"),
         }
@@ -119,14 +115,9 @@ impl Vae {
     /// If it was not loaded.
     pub fn decode(&self, latents: Tensor<4>) -> Tensor<4> {
         match self {
-            Vae::Autoencoder(vae) => vae.decode(latents),
+            Vae::Autoencoder(vae) => vae.decode(latents, 1),
             Vae::PixelUnshuffle(vae) => vae.decode(latents),
             Vae::Absent(_) => panic!("the autoencoder was not loaded"),
         }
     }
-}
-
-/// One number per channel, `[1, C, 1, 1]`.
-fn per_channel(values: &[f32], device: &Device) -> Tensor<4> {
-    Tensor::from_data(TensorData::new(values.to_vec(), [1, values.len(), 1, 1]), device)
 }

@@ -3,7 +3,8 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 
-use super::{PixelUnshuffleConfig, per_channel};
+use super::PixelUnshuffleConfig;
+use crate::parts::norm::per_channel;
 
 /// An exact "autoencoder" without weights: each `factor × factor` square of pixels becomes the channels
 /// of one latent pixel, normalised by a mean and a standard deviation per colour.
