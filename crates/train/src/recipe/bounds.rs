@@ -48,7 +48,7 @@ impl Recipe {
     }
 
     /// Keys with their values and the largest that makes sense.
-    fn bounds(&self) -> [(&'static str, usize, usize); 13] {
+    fn bounds(&self) -> [(&'static str, usize, usize); 14] {
         [
             ("max_prompt_tokens", self.max_prompt_tokens.unwrap_or(1), 1 << 20),
             ("batch_size", self.batch_size, 1 << 16),
