@@ -13,7 +13,9 @@ use clap::Args;
 use fewstep_data::image::Picture;
 use fewstep_data::metadata::{ImageRow, Metadata, RandDevice};
 use fewstep_models::conventions::name_of;
-use fewstep_models::{DTYPES, Extent, Model, ModelSource, Pipeline, Request, Student as TrainedStudent, lora};
+use fewstep_models::{
+    DTYPES, Extent, Model, ModelSource, Pipeline, Request, Student as TrainedStudent, lora,
+};
 use fewstep_report::{
     Chart, Curve, Features, Grid, GridRow, Judge, Report, Row, Stage, kid, latent_mse, psnr_db, retrieval,
 };

@@ -16,8 +16,8 @@ use fewstep_flow::Solver;
 use fewstep_models::conventions::{SOLVERS, name_of};
 use fewstep_models::student::noise_generator;
 use fewstep_models::{
-    Components, DTYPES, Extent, Generated, LoadOptions, LoraFile, Model, ModelSource, Pipeline, PipelineOptions,
-    Request, WeightType, save_tensors, weights_hash,
+    Components, DTYPES, Extent, Generated, LoadOptions, LoraFile, Model, ModelSource, Pipeline,
+    PipelineOptions, Request, WeightType, save_tensors, weights_hash,
 };
 use sha2::{Digest, Sha256};
 
