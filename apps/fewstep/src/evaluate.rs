@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use fewstep_data::image::Picture;
-use fewstep_data::metadata::{ImageRow, Metadata, RandDevice};
+use fewstep_data::metadata::{CaptionedRow, Metadata, RandDevice};
 use fewstep_models::conventions::name_of;
 use fewstep_models::{
     DTYPES, Extent, Model, ModelSource, Pipeline, Request, Student as TrainedStudent, lora,
@@ -205,11 +205,11 @@ fn read_prompts(args: &EvaluateArgs) -> Result<Prompts> {
     let mut prompts = Prompts { texts: Vec::new(), real: Vec::new(), truth: Vec::new() };
     let mut index_of: BTreeMap<String, usize> = BTreeMap::new();
     for row in metadata.rows.iter().take(args.limit.unwrap_or(usize::MAX)) {
-        let ImageRow { image, prompt } = row.captioned()?;
+        let CaptionedRow { file, prompt, .. } = row.captioned()?;
         let next = index_of.len();
-        let index = *index_of.entry(image).or_insert(next);
+        let index = *index_of.entry(file).or_insert(next);
         if index == next {
-            prompts.real.push(Picture::load(&row.image_file("image", base)?)?);
+            prompts.real.push(Picture::load(&row.image_file(base)?)?);
         }
         for _ in 0..args.images_per_prompt {
             prompts.texts.push(prompt.clone());

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use burn::tensor::Tensor;
 use clap::Args;
 use fewstep_data::image::Picture;
-use fewstep_data::metadata::{DistillRow, RandDevice, write_distill_csv};
+use fewstep_data::metadata::{DistillRow, Media, RandDevice, write_distill_csv};
 use fewstep_data::provenance::{InputImage, Provenance};
 use fewstep_flow::Solver;
 use fewstep_models::conventions::{SOLVERS, name_of};
@@ -392,12 +392,14 @@ fn entry<const D: usize>(name: &str, tensor: Tensor<D>) -> (String, Vec<usize>, 
 
 fn row(args: &GenerateArgs, index: usize, request: &Request) -> DistillRow {
     DistillRow {
-        image: image_name(index),
+        media: Media::Image,
+        file: image_name(index),
         prompt: request.prompt.clone(),
         seed: request.seed,
         rand_device: request.rand_device,
         num_inference_steps: args.student_num_inference_steps,
         cfg_scale: args.student_cfg_scale,
         embedded_guidance: None,
+        num_frames: None,
     }
 }

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use fewstep_data::DataError;
 use fewstep_data::emoji::{CONCEPTS_FILE, EmojiSet, Item};
-use fewstep_data::image::{Picture, Resize, refuse_resize};
+use fewstep_data::image::{Picture, Resize};
 use fewstep_data::metadata::{Metadata, RandDevice, Row};
+use fewstep_data::refuse_changes;
+use fewstep_data::video::Clip;
 
 use fewstep_models::Extent;
 
@@ -118,7 +120,7 @@ fn read_row(row: &Row, recipe: &Recipe, resize: Resize) -> Result<SourceRow, Tra
         Objective::Distillation if recipe.online_teacher => prompt_row(row, recipe),
         Objective::Distillation => {
             if recipe.resized_targets == ResizedTargets::Refuse {
-                refuse_resize(row, base, resize)?;
+                refuse_changes(row, base, resize, Clip::WHOLE)?;
             }
             distill_row(row, recipe)
         }
@@ -139,7 +141,7 @@ pub(crate) fn metadata_path(recipe: &Recipe) -> Option<PathBuf> {
 const UNGUIDED: f32 = 1.0;
 
 fn picture_row(row: &Row, recipe: &Recipe) -> Result<SourceRow, TrainError> {
-    let picture = PictureSource::File(row.image_file("image", &recipe.dataset_base_path)?);
+    let picture = PictureSource::File(row.image_file(&recipe.dataset_base_path)?);
     let plain = with_picture(picture, row.text("prompt")?);
     Ok(SourceRow { embedded_guidance: told(row, recipe)?.or(Some(UNGUIDED)), ..plain })
 }
@@ -166,7 +168,7 @@ fn with_picture(picture: PictureSource, prompt: &str) -> SourceRow {
 }
 
 fn distill_row(row: &Row, recipe: &Recipe) -> Result<SourceRow, TrainError> {
-    let picture = row.image_file("image", &recipe.dataset_base_path)?;
+    let picture = row.image_file(&recipe.dataset_base_path)?;
     let embedded_guidance = told(row, recipe)?;
     let row = row.distill()?;
     Ok(SourceRow {
