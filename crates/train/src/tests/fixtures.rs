@@ -20,6 +20,7 @@ use tempfile::TempDir;
 use crate::batch::{Batch, Planned};
 use crate::dataset::{Dataset, Preparation, Survey};
 use crate::host::to_vec;
+use crate::source::{Fit, SourceRow};
 use crate::{Context, Event, Observer, Outcome, Recipe, TrainError};
 
 /// Side of every picture, in px: 2 × 2 tokens of the tiny model.
@@ -222,13 +223,19 @@ pub(super) fn fail(recipe: &Recipe) -> String {
     run(recipe, &mut Recorder::default()).unwrap_err().to_string()
 }
 
+/// The rows of a recipe, whose pictures have the size that a rule gives them.
+pub(super) fn rows(recipe: &Recipe, resize: Resize) -> Result<Vec<SourceRow>, TrainError> {
+    crate::source::rows(recipe, Fit { resize, ..Fit::of(recipe, None) })
+}
+
 /// A recipe's data set as a run has it, encoded in memory.
 pub(super) fn dataset(recipe: &Recipe, model: &Model, resize: Resize) -> Dataset {
+    let fit = Fit { resize, ..Fit::of(recipe, Some(model)) };
     let preparation = Preparation {
         model,
         source: &ModelSource::from(&recipe.model),
         device: &Device::flex(),
-        resize,
+        fit,
         base: &recipe.dataset_base_path,
         keep_text: true,
         cache: Path::new("nowhere"),
@@ -236,7 +243,7 @@ pub(super) fn dataset(recipe: &Recipe, model: &Model, resize: Resize) -> Dataset
         workers: 0,
         stop: &AtomicBool::new(false),
     };
-    let rows = crate::source::rows(recipe, resize).unwrap();
+    let rows = crate::source::rows(recipe, fit).unwrap();
     Survey::of(&rows, preparation).unwrap().encode().unwrap().unwrap()
 }
 
