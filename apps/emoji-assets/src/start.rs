@@ -95,8 +95,8 @@ impl Captioned {
     fn read(folders: &Folders) -> Result<Self> {
         let metadata = Metadata::read(&folders.data_set.join("metadata.csv"))?;
         let mut read = Self { captions: Vec::new(), thumbnails: Vec::new() };
-        for row in metadata.image_rows()? {
-            let picture = Picture::load(&folders.data_set.join(&row.image))?;
+        for row in metadata.captioned_rows()? {
+            let picture = Picture::load(&folders.data_set.join(&row.file))?;
             read.thumbnails.push(squares(&picture));
             read.captions.push(row.prompt);
         }

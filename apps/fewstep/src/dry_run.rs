@@ -292,7 +292,8 @@ impl Text {
 
 /// A kind of batches in words.
 fn kind(bucket: &Bucket) -> String {
-    let Bucket { width, height, num_frames, num_inference_steps, cfg_scale, rows, largest_batch, .. } = bucket;
+    let Bucket { width, height, num_frames, num_inference_steps, cfg_scale, rows, largest_batch, .. } =
+        bucket;
     let student = match num_inference_steps {
         0 => String::new(),
         steps => format!(", {steps} steps, guidance {cfg_scale}"),

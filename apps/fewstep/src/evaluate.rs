@@ -11,9 +11,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use fewstep_data::image::Picture;
-use fewstep_data::metadata::{ImageRow, Metadata, RandDevice};
+use fewstep_data::metadata::{CaptionedRow, Media, Metadata, RandDevice};
+use fewstep_data::video::{Clip, Video};
 use fewstep_models::conventions::name_of;
-use fewstep_models::{DTYPES, Extent, Model, ModelSource, Pipeline, Request, Student as TrainedStudent, lora};
+use fewstep_models::{
+    DTYPES, Extent, Model, ModelSource, Pipeline, Request, Student as TrainedStudent, lora,
+};
 use fewstep_report::{
     Chart, Curve, Features, Grid, GridRow, Judge, Report, Row, Stage, kid, latent_mse, psnr_db, retrieval,
 };
@@ -34,10 +37,11 @@ pub struct EvaluateArgs {
     /// A student, NAME=PATH: a LoRA of the teacher (a file) or a full model (a folder); may be given several times
     #[arg(long, value_parser = student)]
     pub student: Vec<Student>,
-    /// Metadata (csv, json, jsonl) of prompts to draw, with the real picture of each in the column `image`
+    /// Metadata (csv, json, jsonl) of prompts to draw, with the real picture of each in the column `image`, or the real
+    /// video in `video`
     #[arg(long)]
     pub dataset_metadata_path: PathBuf,
-    /// Folder the column `image` is relative to [default: the metadata's folder]
+    /// Folder these columns are relative to [default: the metadata's folder]
     #[arg(long)]
     pub dataset_base_path: Option<PathBuf>,
     /// Use only the first so many prompts
@@ -203,11 +207,11 @@ fn read_prompts(args: &EvaluateArgs) -> Result<Prompts> {
     let mut prompts = Prompts { texts: Vec::new(), real: Vec::new(), truth: Vec::new() };
     let mut index_of: BTreeMap<String, usize> = BTreeMap::new();
     for row in metadata.rows.iter().take(args.limit.unwrap_or(usize::MAX)) {
-        let ImageRow { image, prompt } = row.captioned()?;
+        let CaptionedRow { file, prompt, .. } = row.captioned()?;
         let next = index_of.len();
-        let index = *index_of.entry(image).or_insert(next);
+        let index = *index_of.entry(file).or_insert(next);
         if index == next {
-            prompts.real.push(Picture::load(&row.image_file("image", base)?)?);
+            prompts.real.push(shown(row.media_file(base)?, args.num_frames)?);
         }
         for _ in 0..args.images_per_prompt {
             prompts.texts.push(prompt.clone());
@@ -216,6 +220,15 @@ fn read_prompts(args: &EvaluateArgs) -> Result<Prompts> {
     }
     ensure!(!prompts.texts.is_empty(), "{}: no prompts", args.dataset_metadata_path.display());
     Ok(prompts)
+}
+
+/// A picture; of a video the frame in the middle of so many.
+fn shown((media, path): (Media, PathBuf), num_frames: usize) -> Result<Picture> {
+    if media == Media::Image {
+        return Ok(Picture::load(&path)?);
+    }
+    let video = Video::load(&path, Clip { num_frames, ..Clip::WHOLE })?;
+    Ok(video.frames()[video.frames().len() / 2].clone())
 }
 
 /// The teacher first, then the undistilled model in few steps, then every student at every step count.

@@ -1,4 +1,4 @@
-//! `fewstep generate`: draws pictures and writes them as a data set that `train` reads.
+//! `fewstep generate`: draws pictures or videos and writes them as a data set that `train` reads.
 //!
 //! Next to each picture its final latents and text states are kept, so that distillation needs neither
 //! the VAE, nor the text encoder, nor the picture's round trip through 8 bits.
@@ -10,14 +10,15 @@ use anyhow::{Context, Result, bail, ensure};
 use burn::tensor::Tensor;
 use clap::Args;
 use fewstep_data::image::Picture;
-use fewstep_data::metadata::{DistillRow, RandDevice, write_distill_csv};
+use fewstep_data::metadata::{DistillRow, Media, RandDevice, write_distill_csv};
 use fewstep_data::provenance::{InputImage, Provenance};
+use fewstep_data::video::Video;
 use fewstep_flow::Solver;
 use fewstep_models::conventions::{SOLVERS, name_of};
 use fewstep_models::student::noise_generator;
 use fewstep_models::{
-    Components, DTYPES, Extent, Generated, LoadOptions, LoraFile, Model, ModelSource, Pipeline, PipelineOptions,
-    Request, WeightType, save_tensors, weights_hash,
+    Components, DTYPES, Extent, Generated, LoadOptions, LoraFile, Model, ModelSource, Pipeline,
+    PipelineOptions, Request, WeightType, save_tensors, weights_hash,
 };
 use sha2::{Digest, Sha256};
 
@@ -88,7 +89,7 @@ pub struct GenerateArgs {
     /// model's for the picture size]
     #[arg(long, value_name = "MU")]
     pub exponential_shift_mu: Option<f64>,
-    /// Picture to start from; another size is resized and cut in the middle
+    /// Picture to start from, of which each frame of a video begins as a copy; another size is resized and cut in the middle
     #[arg(long, value_name = "FILE")]
     pub input_image: Option<PathBuf>,
     /// How much of the input picture is drawn anew, from 0 (nothing) to 1
@@ -146,15 +147,15 @@ pub fn generate(args: &GenerateArgs, progress: &dyn Progress) -> Result<()> {
     let options = PipelineOptions { load: args.load.options(), lora: args.lora.clone() };
     let pipeline = Pipeline::from_pretrained(source.clone(), options)?;
     let provenance = provenance(args, &source, &pipeline, &requests)?;
-    claim(&args.output, &provenance)?;
+    claim(args, &provenance)?;
     warn_of_long_prompts(&pipeline, &requests, progress)?;
     let indices: Vec<usize> = (0..requests.len()).collect();
     progress.start("generating", requests.len() as u64);
     for batch in indices.chunks(args.batch_size) {
-        if !batch.iter().all(|index| is_done(&args.output, *index)) {
+        if !batch.iter().all(|index| is_done(args, *index)) {
             let generated = pipeline.generate_batch(&requests[batch[0]..batch[0] + batch.len()])?;
             for (index, generated) in batch.iter().zip(&generated) {
-                save(&args.output, *index, generated)?;
+                save(args, *index, generated)?;
             }
         }
         progress.advance(batch.len() as u64);
@@ -328,8 +329,9 @@ fn hex(digest: impl AsRef<[u8]>) -> String {
 }
 
 /// Makes the folder this run's, or checks that it already is.
-fn claim(folder: &Path, provenance: &Provenance) -> Result<()> {
-    for part in ["images", "latents"] {
+fn claim(args: &GenerateArgs, provenance: &Provenance) -> Result<()> {
+    let folder = &args.output;
+    for part in [media_folder(args.num_frames), "latents"] {
         let path = folder.join(part);
         std::fs::create_dir_all(&path).with_context(|| path.display().to_string())?;
     }
@@ -349,22 +351,33 @@ fn claim(folder: &Path, provenance: &Provenance) -> Result<()> {
     )
 }
 
-fn image_name(index: usize) -> String {
-    format!("images/{index:06}.png")
+fn media_folder(num_frames: usize) -> &'static str {
+    if num_frames == 1 { "images" } else { "videos" }
+}
+
+/// A picture as png, or a video as lossless animation, which browsers show.
+fn media_name(num_frames: usize, index: usize) -> String {
+    let extension = if num_frames == 1 { "png" } else { "webp" };
+    format!("{}/{index:06}.{extension}", media_folder(num_frames))
 }
 
 fn latents_path(folder: &Path, index: usize) -> PathBuf {
     folder.join(format!("latents/{index:06}.safetensors"))
 }
 
-/// The picture is written last, so its presence says that both files are complete.
-fn is_done(folder: &Path, index: usize) -> bool {
-    folder.join(image_name(index)).exists()
+/// Picture or video is written last, so its presence says that both files are complete.
+fn is_done(args: &GenerateArgs, index: usize) -> bool {
+    args.output.join(media_name(args.num_frames, index)).exists()
 }
 
-fn save(folder: &Path, index: usize, generated: &Generated) -> Result<()> {
-    save_tensors(&latents_path(folder, index), tensors(generated), WeightType::F32, &Default::default())?;
-    Ok(generated.save(folder.join(image_name(index)))?)
+fn save(args: &GenerateArgs, index: usize, generated: &Generated) -> Result<()> {
+    let latents = latents_path(&args.output, index);
+    save_tensors(&latents, tensors(generated), WeightType::F32, &Default::default())?;
+    let path = args.output.join(media_name(args.num_frames, index));
+    match args.num_frames {
+        1 => Ok(generated.save(path)?),
+        _ => Ok(Video::new(generated.frames.clone(), None).save(&path)?),
+    }
 }
 
 /// What `train` reads, and with a trajectory all of the run.
@@ -392,12 +405,14 @@ fn entry<const D: usize>(name: &str, tensor: Tensor<D>) -> (String, Vec<usize>, 
 
 fn row(args: &GenerateArgs, index: usize, request: &Request) -> DistillRow {
     DistillRow {
-        image: image_name(index),
+        media: if args.num_frames == 1 { Media::Image } else { Media::Video },
+        file: media_name(args.num_frames, index),
         prompt: request.prompt.clone(),
         seed: request.seed,
         rand_device: request.rand_device,
         num_inference_steps: args.student_num_inference_steps,
         cfg_scale: args.student_cfg_scale,
         embedded_guidance: None,
+        num_frames: None,
     }
 }

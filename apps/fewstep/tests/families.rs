@@ -7,6 +7,8 @@ mod program;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use fewstep_data::image::Size;
+use fewstep_data::video::{Clip, Video};
 use fewstep_testkit::{Golden, assert_close, copy_folder, golden};
 use program::{fails, judge, run};
 use tempfile::TempDir;
@@ -143,6 +145,93 @@ fn work_split_in_two_gives_the_losses_of_the_whole() {
         fixture.run("train", &[&train[..], &rates, &dropout, &LORA].concat());
         let split = losses(&fixture.path("split/loss.csv"));
         assert_eq!(whole, split, "{family}");
+    }
+}
+
+/// What follows the two halves of a row's numbers of frames: latents of stacked frames.
+#[test]
+fn students_of_videos_are_trained_from_generated_ones_and_from_files_alone() {
+    let fixture = Fixture::new("wan");
+    let (videos, few) = (fixture.arg("videos"), ["--num-frames", "5"]);
+    let prompts = ["--prompt", "a cat", "--prompt", "a red house by the sea"];
+    let settings = ["--num-inference-steps", "4", "--cfg-scale", "3", "--output", &videos];
+    fixture.run("generate", &[&settings[..], &prompts, &few, &SIZE].concat());
+    let metadata = fs::read_to_string(fixture.path("videos/metadata.csv")).unwrap();
+    assert!(metadata.starts_with("video,prompt,seed,"), "{metadata}");
+    assert!(metadata.contains("\nvideos/000000.webp,a cat,0,cpu,4,1"), "{metadata}");
+    let video = Video::load(&fixture.path("videos/videos/000000.webp"), Clip::WHOLE).unwrap();
+    assert_eq!((video.frames().len(), video.size()), (5, Size { height: 64, width: 64 }));
+    let stored = Golden::open(fixture.path("videos/latents/000000.safetensors"));
+    assert_eq!(stored.shape("latents"), [16, 2 * 8, 8]);
+
+    let train = |output: &str, args: &[&str]| -> Vec<f64> {
+        let output_arg = fixture.arg(output);
+        let common =
+            ["--output-path", &output_arg, "--batch-size", "2", "--max-steps", "3", "--log-steps", "1"];
+        fixture.run("train", &[&common[..], args].concat());
+        losses(&fixture.path(output).join("loss.csv"))
+    };
+    let distil = train("student", &[&["--dataset-base-path", &videos], &DISTIL[..], &LORA].concat());
+    assert!(distil[2] < distil[0], "{distil:?}");
+
+    // Without what is stored beside them the videos are read and encoded, whole or in part; in two halves the same.
+    let plain = fixture.path("plain");
+    fs::create_dir_all(plain.join("videos")).unwrap();
+    for name in ["videos/000000.webp", "videos/000001.webp"] {
+        fs::copy(fixture.path("videos").join(name), plain.join(name)).unwrap();
+    }
+    fs::write(
+        plain.join("metadata.csv"),
+        "video,prompt\nvideos/000000.webp,a cat\nvideos/000001.webp,a house\n",
+    )
+    .unwrap();
+    let sft = ["--task", "sft", "--guidance-dropout", "0", "--dataset-base-path", &fixture.arg("plain")]
+        .map(str::to_owned);
+    let sft: Vec<&str> = sft.iter().map(String::as_str).collect();
+    let whole = train("sft", &[&sft[..], &LORA].concat());
+    assert!(whole.iter().all(|loss| loss.is_finite()), "{whole:?}");
+    let (cache, data) = (fixture.arg("cache"), fixture.arg("plain"));
+    let process = ["--task", "sft:data_process", "--dataset-base-path", &data, "--output-path", &cache];
+    fixture.run("train", &process);
+    let half = ["--task", "sft:train", "--guidance-dropout", "0", "--dataset-base-path", &cache];
+    assert_eq!(train("split", &[&half[..], &LORA].concat()), whole);
+    let pictures = train("first_frames", &[&sft[..], &LORA, &["--num-frames", "1"]].concat());
+    assert_ne!(pictures, whole);
+
+    let (adapter, metadata) = (fixture.arg("student/lora.safetensors"), fixture.arg("videos/metadata.csv"));
+    let (student, report) = (format!("LoRA={adapter}"), fixture.arg("report"));
+    let judge = judge();
+    let args =
+        ["--student", &student, "--dataset-metadata-path", &metadata, "--output", &report, "--judge", &judge];
+    let teacher = ["--teacher-num-inference-steps", "4", "--teacher-cfg-scale", "3"];
+    fixture.run("evaluate", &[&args[..], &teacher, &few, &SIZE].concat());
+    let json: serde_json::Value =
+        serde_json::from_slice(&fs::read(fixture.path("report/report.json")).unwrap()).unwrap();
+    assert!(json["rows"][2]["latent_mse"].as_f64().unwrap() > 0.0, "{json}");
+
+    // A student tells how many frames it was trained on.
+    let drawn = fixture.arg("drawn");
+    let args = ["--prompt", "a cat", "--lora", &adapter, "--output", &drawn];
+    let said =
+        fixture.run("generate", &[&args[..], &["--num-frames", "9", "--solver", "unipc"], &SIZE].concat());
+    assert!(said.contains("64x64 px, 9 frames instead of 64x64 px, 5 frames"), "{said}");
+    assert!(said.contains("solver unipc instead of euler"), "{said}");
+}
+
+#[test]
+fn frames_that_a_model_does_not_draw_are_an_error_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out").to_string_lossy().into_owned();
+    for (family, frames, expected) in [
+        ("wan", "6", "num_frames is 6, expected 4n + 1"),
+        ("flux", "5", "num_frames is 5, expected 1: the model draws pictures, no videos"),
+    ] {
+        let model = golden(&format!("{family}/model")).to_string_lossy().into_owned();
+        let args =
+            ["generate", "--model", &model, "--output", &output, "--prompt", "x", "--num-frames", frames];
+        let said = fails(&[&args[..], &SIZE].concat(), 1);
+        assert!(said.contains(expected) && said.contains("hint: "), "{said}");
+        assert!(!Path::new(&output).exists());
     }
 }
 

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use fewstep_data::metadata::{DistillRow, RandDevice, write_distill_csv};
+use fewstep_data::metadata::{DistillRow, Media, RandDevice, write_distill_csv};
 use fewstep_data::provenance::{Provenance, TORCH_CPU};
 use fewstep_testkit::golden;
 use fewstep_train::Recipe;
@@ -123,13 +123,15 @@ fn a_data_set_is_told_with_its_rows_and_origin() {
     provenance.write(folder.path()).unwrap();
     assert_eq!(inspect(folder.path(), &[])["rows"], Value::Null, "nothing has been drawn yet");
     let row = |index: usize| DistillRow {
-        image: format!("images/{index:06}.png"),
+        media: Media::Image,
+        file: format!("images/{index:06}.png"),
         prompt: "a cat".into(),
         seed: index as u64,
         rand_device: RandDevice::Cpu,
         num_inference_steps: 4,
         cfg_scale: 1.0,
         embedded_guidance: None,
+        num_frames: None,
     };
     write_distill_csv(&folder.path().join("metadata.csv"), &[row(0), row(1)]).unwrap();
     let told = inspect(folder.path(), &[]);

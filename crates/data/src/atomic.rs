@@ -40,12 +40,22 @@ pub fn write_sized(
     replace(path, fill).map_err(|error| explained(error, Some(bytes)))
 }
 
+/// As [`write_with`], for a file that another program makes: `make` is given the temporary path, where nothing is yet.
+///
+/// # Errors
+/// As [`write_with`].
+pub fn write_beside(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+    replace_by(path, make).map_err(|error| explained(error, None))
+}
+
 fn replace(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+    replace_by(path, |temporary| fill(&mut File::create_new(temporary)?))
+}
+
+fn replace_by(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
     create_folder(folder_of(path))?;
     let temporary = Temporary::beside(path)?;
-    let mut file = File::create_new(&temporary.0)?;
-    fill(&mut file)?;
-    drop(file);
+    make(&temporary.0)?;
     rename(&temporary.0, path)
 }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::image::{MAX_PIXELS, MAX_SIDE_PX, Size};
+use crate::video::{MAX_BYTES, MAX_FRAMES};
 
 /// Errors of reading and writing data sets. Where a way out is known, the message's last line is a `hint:`.
 #[derive(Debug, thiserror::Error)]
@@ -78,21 +79,66 @@ pub enum DataError {
         /// The way out.
         hint: &'static str,
     },
-    /// A row that names a picture that is not there.
+    /// A row that names a file that is not there.
     #[error(
-        "{}, row {row}, column `{column}`: found no file {}\nhint: pictures are looked for relative to the dataset base path",
+        "{}, row {row}, column `{column}`: found no file {}\nhint: files are looked for relative to the dataset base path",
         path.display(),
-        image.display()
+        file.display()
     )]
-    MissingImage {
+    MissingFile {
         /// The metadata file.
         path: PathBuf,
         /// The row, from 1, a header not counted.
         row: usize,
-        /// The column that names the picture.
+        /// The column that names the file.
         column: String,
         /// Where it was looked for.
-        image: PathBuf,
+        file: PathBuf,
+    },
+    /// A row that names a picture and a video, or nothing.
+    #[error(
+        "{}, row {row}: found {found} of `image` and `video`, expected one of them; found columns: {}\nhint: a row is about a \
+         picture or a video; leave the other column empty",
+        path.display(),
+        names(columns)
+    )]
+    NotOneMedia {
+        /// The metadata file.
+        path: PathBuf,
+        /// The row, from 1, a header not counted.
+        row: usize,
+        /// `both columns` or `neither`.
+        found: &'static str,
+        /// The columns the row has.
+        columns: Vec<String>,
+    },
+    /// A row that names a video as a picture, or a picture as a video.
+    #[error(
+        "{}, row {row}, column `{column}`: found `{found}`, which belongs in the column `{expected}`\nhint: pictures stand in \
+         the column `image`; animations, videos and folders of frames in the column `video`",
+        path.display()
+    )]
+    OtherMedia {
+        /// The metadata file.
+        path: PathBuf,
+        /// The row, from 1, a header not counted.
+        row: usize,
+        /// The column the file is named in.
+        column: &'static str,
+        /// The file.
+        found: String,
+        /// The column it belongs in.
+        expected: &'static str,
+    },
+    /// A row about a video where pictures are needed.
+    #[error("{}, row {row}: found the video {}, expected a picture in the column `image`", path.display(), file.display())]
+    NoPicture {
+        /// The metadata file.
+        path: PathBuf,
+        /// The row, from 1, a header not counted.
+        row: usize,
+        /// The video.
+        file: PathBuf,
     },
     /// A file of a data set that is a link to somewhere else, or lies below one.
     #[error(
@@ -110,12 +156,12 @@ pub enum DataError {
         /// The data set's folder.
         base: PathBuf,
     },
-    /// A row of distillation data whose picture is not of the size it would be trained at.
+    /// A row of distillation data whose picture or video is not of the size it would be trained at.
     #[error(
         "{}, row {row}: {} is {found} px, but this run trains at {expected} px and would resize it; distillation needs the \
-         teacher's own pixels\nhint: generate the pictures at {expected}, or pass --height {} --width {}",
+         teacher's own pixels\nhint: generate the data at {expected}, or pass --height {} --width {}",
         path.display(),
-        image.display(),
+        file.display(),
         found.height,
         found.width
     )]
@@ -124,12 +170,31 @@ pub enum DataError {
         path: PathBuf,
         /// The row, from 1, a header not counted.
         row: usize,
-        /// The picture.
-        image: PathBuf,
+        /// The picture or video.
+        file: PathBuf,
         /// Its size.
         found: Size,
         /// The size of the run.
         expected: Size,
+    },
+    /// A row of distillation data whose video would lose frames.
+    #[error(
+        "{}, row {row}: {} has {found} frames, but this run trains on {expected} and would cut it; distillation needs all of \
+         the teacher's frames\nhint: generate videos of {expected} frames, or pass their number as --num-frames",
+        path.display(),
+        file.display()
+    )]
+    WouldCut {
+        /// The metadata file.
+        path: PathBuf,
+        /// The row, from 1, a header not counted.
+        row: usize,
+        /// The video.
+        file: PathBuf,
+        /// Its frames: a number, or more than one.
+        found: String,
+        /// The frames that would be trained on.
+        expected: usize,
     },
     /// A picture too small for the family's division factor.
     #[error(
@@ -163,6 +228,60 @@ pub enum DataError {
         found: Size,
         /// The size it shall have.
         target: Size,
+    },
+    /// A container of videos that is not read or written.
+    #[error("{}: no video format{purpose}: found extension `{found}`, expected {expected}", path.display())]
+    VideoFormat {
+        /// The file.
+        path: PathBuf,
+        /// ` to write`, or nothing.
+        purpose: &'static str,
+        /// Its extension.
+        found: String,
+        /// What there is.
+        expected: &'static str,
+    },
+    /// A container that only ffmpeg reads or writes, where it is not installed.
+    #[error(
+        "{}: {container} needs the programs `ffmpeg` and `ffprobe`, which are not on the search path\nhint: install ffmpeg \
+         (Debian: apt-get install ffmpeg; macOS: brew install ffmpeg), or use GIF, WebP or a folder of frames",
+        path.display()
+    )]
+    NoFfmpeg {
+        /// The video.
+        path: PathBuf,
+        /// Its extension.
+        container: String,
+    },
+    /// A file that is no video, or a damaged one.
+    #[error("{}: no readable video: {reason}", path.display())]
+    Video {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A video whose frames are not of one size.
+    #[error("{}: frame {frame} is {found} px, expected {expected} px as the first", path.display())]
+    FrameSize {
+        /// The video.
+        path: PathBuf,
+        /// The frame, from 1.
+        frame: usize,
+        /// Its size.
+        found: Size,
+        /// The size of the first frame.
+        expected: Size,
+    },
+    /// A video with more frames than are read.
+    #[error(
+        "{}: the video is too long, expected less than {MAX_FRAMES} frames and at most {MAX_BYTES} bytes in memory\nhint: \
+         cut it, scale it down or take fewer frames of it",
+        path.display()
+    )]
+    VideoTooLong {
+        /// The video.
+        path: PathBuf,
     },
     /// A file that is no picture, or a damaged one.
     #[error("{}: no readable picture: {reason}", path.display())]

@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use fewstep_data::image::Picture;
 use fewstep_data::metadata::Metadata;
+use fewstep_data::video::{Clip, Video};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -112,4 +113,42 @@ fn metadata_takes_memory_in_proportion_to_its_file() {
     let (read, factor) = parse("m.json", format!("[{}{{}}]", row.repeat(20_000)));
     assert_eq!(read, Ok(20_001));
     assert!(factor < 10.0, "{factor} times the file");
+}
+
+/// A GIF of this size in two colours and so many frames of one pixel.
+fn gif(side_px: u16, frames: usize) -> Vec<u8> {
+    let frame = [0x2c, 0, 0, 0, 0, 1, 0, 1, 0, 0, 2, 2, 0x44, 1, 0];
+    let side = side_px.to_le_bytes();
+    let header = [b"GIF89a", &side[..], &side, &[0x80, 0, 0, 0, 0, 0, 255, 255, 255]].concat();
+    [header, frame.repeat(frames), vec![b';']].concat()
+}
+
+fn frames(file: &[u8], num_frames: usize) -> Result<usize, String> {
+    let video = Video::decode(file.to_vec(), Path::new("a.gif"), Clip { num_frames, ..Clip::WHOLE });
+    video.map(|video| video.frames().len()).map_err(|error| error.to_string())
+}
+
+#[test]
+fn frames_without_end_are_refused_and_the_first_ones_take_their_own_memory() {
+    let _alone = alone();
+    let file = gif(1, 300_000);
+    let (read, peak) = peak_mb(|| frames(&file, 100_000));
+    assert!(read.unwrap_err().contains("a.gif: the video is too long, expected less than 100000 frames"));
+    assert!(peak < 30.0, "{peak} MB");
+    // 9 MB a frame, composed by 4 bytes a pixel; the file itself is copied.
+    let file = gif(1732, 1000);
+    let (read, peak) = peak_mb(|| frames(&file, 3));
+    assert_eq!(read, Ok(3));
+    assert!(peak < 70.0, "{peak} MB");
+}
+
+#[test]
+fn an_animation_of_a_size_that_only_its_header_claims_is_refused_without_memory() {
+    let _alone = alone();
+    let canvas = [2, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff];
+    let webp = [b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0".as_slice(), &canvas, &[0; 6]].concat();
+    for file in [gif(u16::MAX, 1), gif(16_000, 1), webp] {
+        let (read, peak) = peak_mb(|| frames(&file, 5));
+        assert!(read.is_err() && peak < 1.0, "{read:?}: {peak} MB");
+    }
 }

@@ -77,7 +77,9 @@ impl<const D: usize> UniPc<D> {
 
     /// How far the prediction before the newest lies behind it, in steps; negative.
     fn ratio(&self, step: &Step) -> f64 {
-        let [(before, _), (from, _)] = &self.predictions[..] else { unreachable!("second order remembers two") };
+        let [(before, _), (from, _)] = &self.predictions[..] else {
+            unreachable!("second order remembers two")
+        };
         (lambda(*before) - lambda(*from)) / step.length
     }
 

@@ -14,8 +14,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use fewstep_data::image::Picture;
+use fewstep_data::image::{Picture, Size};
 use fewstep_data::metadata::{Metadata, Row};
+use fewstep_data::video::{Clip, Video};
 use fewstep_models::WeightFiles;
 use fewstep_models::lora::{LoraFormat, LoraWeights, convert};
 use fewstep_train::Recipe;
@@ -29,12 +30,13 @@ pub use mutate::Mutations;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     ("metadata", metadata),
     ("safetensors", safetensors),
     ("lora", lora),
     ("recipe", recipe),
     ("picture", picture),
+    ("video", video),
 ];
 
 /// Bytes as a metadata file of each format.
@@ -42,7 +44,7 @@ pub fn metadata(bytes: &[u8]) {
     for name in ["m.csv", "m.json", "m.jsonl"] {
         let Ok(metadata) = Metadata::parse(Path::new(name), bytes.to_vec()) else { continue };
         // What is wrong with values is told by row.
-        let _ = (metadata.image_rows(), metadata.distill_rows());
+        let _ = (metadata.captioned_rows(), metadata.distill_rows());
         metadata.rows.iter().for_each(check_row);
     }
 }
@@ -54,7 +56,7 @@ fn check_row(row: &Row) {
         if let Ok(scale) = row.number(column) {
             assert!(scale.is_finite() && scale >= 0.0);
         }
-        if let Ok(file) = row.image(column) {
+        if let Ok(file) = row.relative_path(column) {
             let below: PathBuf = Path::new(file).components().collect();
             assert!(below.is_relative() && !below.starts_with(".."), "{file:?} leaves its folder");
         }
@@ -149,17 +151,34 @@ pub fn recipe(bytes: &[u8]) {
     let _ = recipe.differences(&Recipe::default());
 }
 
+/// The largest picture that is decoded.
+const LARGEST_SIDE_PX: usize = 512;
+
+/// The size that bytes claim as a picture, if a small one.
+fn small_size(bytes: &[u8], path: &Path) -> Option<Size> {
+    Picture::size_in(bytes, path).ok().filter(|size| size.height.max(size.width) <= LARGEST_SIDE_PX)
+}
+
 /// Bytes as a picture, if a small one.
 pub fn picture(bytes: &[u8]) {
-    const LARGEST_SIDE_PX: usize = 512;
     let path = Path::new("picture");
-    let Ok(size) = Picture::size_in(bytes, path) else { return };
-    if size.height.max(size.width) > LARGEST_SIDE_PX {
-        return;
-    }
+    let Some(size) = small_size(bytes, path) else { return };
     if let Ok(picture) = Picture::decode(bytes, path) {
         assert_eq!(picture.size(), size);
         assert_eq!(picture.rgb.len(), 3 * size.height * size.width);
+    }
+}
+
+/// Bytes as an animation, if a small one.
+pub fn video(bytes: &[u8]) {
+    let path = Path::new("video");
+    let Some(size) = small_size(bytes, path) else { return };
+    let clip = Clip { num_frames: 9, division: 4, remainder: 1 };
+    if let Ok(video) = Video::decode(bytes.to_vec(), path, clip) {
+        assert_eq!(video.size(), size);
+        assert!([1, 5, 9].contains(&video.frames().len()));
+        assert!(video.frames().iter().all(|frame| frame.rgb.len() == 3 * size.height * size.width));
+        assert!(video.frames_per_second().is_none_or(|rate| rate.is_finite() && rate > 0.0));
     }
 }
 

@@ -422,9 +422,8 @@ mod tests {
             for tracked in 1..8 {
                 let run = |operation: fn(Tensor<3>, Tensor<3>, Tensor<3>, usize) -> Tensor<3>| {
                     let mut probe = Probe::new();
-                    let mut input = |tokens, bit: u32| {
-                        probe.input([batch, tokens, heads * dim], tracked >> bit & 1 == 1)
-                    };
+                    let mut input =
+                        |tokens, bit: u32| probe.input([batch, tokens, heads * dim], tracked >> bit & 1 == 1);
                     let (query, key, value) = (input(queries, 0), input(keys, 1), input(keys, 2));
                     let output = operation(query, key, value, heads);
                     probe.finish(output)

@@ -48,6 +48,6 @@ pub use norm::{Modulation, norm_modulate, rms_norm};
 pub use quantized::Quantized;
 pub use recompute::recomputed;
 pub use residual::gated_residual;
-pub use rotary::{QkvStream, RotaryTable, joint_qkv};
+pub use rotary::{QkvStream, RotaryTable, joint_qkv, single_qkv};
 pub use tokens::split_tokens;
 pub use weight::HalfType;

@@ -97,15 +97,24 @@ pub fn joint_qkv(
 ) -> Tensor<5> {
     let device = image.qkv.device();
     let [text, image] = [text, image].map(|stream| split_heads(stream, heads, epsilon));
-    let [query, key, value] = join(text, image);
+    rotated(join(text, image), rotary, &device)
+}
+
+/// Rotates query and key `[B, K, T, E]`.
+fn rotated([query, key, value]: [Tensor<4>; 3], rotary: &RotaryTable, device: &Device) -> Tensor<5> {
     let tokens = query.dims()[2];
     let [cos, sin] = [&rotary.cos, &rotary.sin].map(|table| {
         let table = TensorData::new(table[..tokens * rotary.pairs].to_vec(), [1, 1, tokens, rotary.pairs, 1]);
-        Tensor::<5>::from_data(table, &device)
+        Tensor::<5>::from_data(table, device)
     });
-    let rotated = [query, key].map(|x| rotate(x, cos.clone(), sin.clone()));
-    let [query, key] = rotated;
+    let [query, key] = [query, key].map(|x| rotate(x, cos.clone(), sin.clone()));
     Tensor::stack(vec![query, key, value], 0)
+}
+
+/// See [`crate::single_qkv`].
+pub fn single_qkv(stream: QkvStream, heads: usize, rotary: &RotaryTable, epsilon: f32) -> Tensor<5> {
+    let device = stream.qkv.device();
+    rotated(split_heads(stream, heads, epsilon), rotary, &device)
 }
 
 /// Query, key and value as `[B, K, T, E]`, query and key normalised.

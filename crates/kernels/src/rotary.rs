@@ -83,6 +83,31 @@ pub fn joint_qkv(
     })
 }
 
+/// [`joint_qkv`] of one sequence, all of whose tokens have the same weights.
+///
+/// # Shapes
+/// - `rotary`: at least as many positions as the stream has tokens
+/// - returns: `[3, batch, heads, tokens, E]`
+pub fn single_qkv(stream: QkvStream, heads: usize, rotary: &RotaryTable, epsilon: f32) -> Tensor<5> {
+    if !is_fused(&stream.qkv) {
+        return plain::single_qkv(stream, heads, rotary, epsilon);
+    }
+    let single = Joint::single(&stream, heads, rotary, epsilon);
+    let inputs = [Input::new(stream.qkv), Input::new(stream.norm_q), Input::new(stream.norm_k)];
+    operation(inputs, |[qkv, norm_q, norm_k], tracked| {
+        let output = single.forward([&[], &[], &[], &qkv, &norm_q, &norm_k]);
+        let shape = single.shape();
+        let pullback: Pullback<3> = Box::new(move |gradient| {
+            let tracked = [false, false, false, tracked[0], tracked[1], tracked[2]];
+            let values: [&[f32]; 6] = [&[], &[], &[], &qkv, &norm_q, &norm_k];
+            let [_, _, _, qkv, norm_q, norm_k] = single.backward(values, tracked, &gradient);
+            [qkv, norm_q, norm_k]
+        });
+        (Values::from_vec(output, &shape), pullback)
+    })
+}
+
+/// The second stream may be the only one.
 struct Joint {
     batch: usize,
     heads: usize,
@@ -102,21 +127,32 @@ const NORM_Q: usize = 1;
 
 impl Joint {
     fn new(text: &QkvStream, image: &QkvStream, heads: usize, rotary: &RotaryTable, epsilon: f32) -> Self {
-        let [batch, text_tokens, width] = text.qkv.dims();
-        let [image_batch, image_tokens, image_width] = image.qkv.dims();
+        let ([batch, tokens, width], [image_batch, _, image_width]) = (text.qkv.dims(), image.qkv.dims());
         assert_eq!((batch, width), (image_batch, image_width), "batch and width of text and image");
+        for (norm, other) in [(&text.norm_q, &image.norm_q), (&text.norm_k, &image.norm_k)] {
+            assert_eq!(norm.dims(), other.dims(), "norm weights of text and image");
+        }
+        let single = Self::of_tokens(image, tokens, heads, rotary);
+        Self { epsilon, ..single }
+    }
+
+    fn single(stream: &QkvStream, heads: usize, rotary: &RotaryTable, epsilon: f32) -> Self {
+        Self { epsilon, ..Self::of_tokens(stream, 0, heads, rotary) }
+    }
+
+    /// A stream behind so many tokens of another one like it.
+    fn of_tokens(stream: &QkvStream, before: usize, heads: usize, rotary: &RotaryTable) -> Self {
+        let [batch, tokens, width] = stream.qkv.dims();
         let dim = width / 3 / heads;
         assert_eq!(3 * heads * dim, width, "query, key and value of {heads} heads");
-        let [normed] = text.norm_q.dims();
-        assert!([dim, heads * dim].contains(&normed), "norm weights {normed} of a head, or of all");
-        for norm in [&text.norm_k, &image.norm_q, &image.norm_k] {
-            assert_eq!(norm.dims(), [normed], "norm weights");
-        }
+        let [normed] = stream.norm_q.dims();
+        assert!([dim, heads * dim].contains(&normed), "{normed} norm weights, of heads of {dim}");
+        assert_eq!(stream.norm_k.dims(), [normed], "norm weights of queries and keys");
         assert_eq!(rotary.pairs * 2, dim, "rotary pairs of a head");
-        let (total, positions) = (text_tokens + image_tokens, rotary.positions());
+        let (total, positions) = (before + tokens, rotary.positions());
         assert!(positions >= total, "{total} tokens have {positions} positions");
-        let tokens = [text_tokens, image_tokens];
-        Self { batch, heads, dim, normed, tokens, rotary: rotary.clone(), epsilon }
+        let tokens = [before, tokens];
+        Self { batch, heads, dim, normed, tokens, rotary: rotary.clone(), epsilon: 0.0 }
     }
 
     fn total(&self) -> usize {
@@ -288,6 +324,27 @@ mod tests {
                 let fused = run(joint_qkv, sizes, (heads, normed), 0b111_111);
                 // The norm weights' gradients sum over batch, tokens and heads.
                 assert_agree(&fused, &run(plain::joint_qkv, sizes, (heads, normed), 0b111_111), 5e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn single_qkv_agrees_with_its_twin_whatever_is_tracked() {
+        for (batch, tokens, [heads, dim]) in [(2, 7, [3, 8]), (1, 1, [2, 4]), (3, 80, [4, 64])] {
+            for (normed, tracked) in
+                [dim, heads * dim].into_iter().flat_map(|normed| (1..8).map(move |bits| (normed, bits)))
+            {
+                let run = |operation: fn(QkvStream, usize, &RotaryTable, f32) -> Tensor<5>| {
+                    let mut probe = Probe::new();
+                    let stream = QkvStream {
+                        qkv: probe.input([batch, tokens, 3 * heads * dim], tracked & 1 != 0),
+                        norm_q: probe.input([normed], tracked & 2 != 0),
+                        norm_k: probe.input([normed], tracked & 4 != 0),
+                    };
+                    let output = operation(stream, heads, &table(tokens, dim / 2), 1e-6);
+                    probe.finish(output)
+                };
+                assert_agree(&run(single_qkv), &run(plain::single_qkv), 5e-6);
             }
         }
     }

@@ -132,7 +132,10 @@ mod tests {
             condition.with_embedded_guidance(Some(3.5)).with_frames(5)
         };
         let stacked = Condition::stack(&[of(&[1.0], [2.0, 3.0]), of(&[4.0, 5.0], [6.0, 7.0])]);
-        assert_eq!((stacked.text.dims(), stacked.embedded_guidance, stacked.frames), ([2, 2, 1], Some(3.5), Some(5)));
+        assert_eq!(
+            (stacked.text.dims(), stacked.embedded_guidance, stacked.frames),
+            ([2, 2, 1], Some(3.5), Some(5))
+        );
         let (first, second) = (stacked.row(0), stacked.row(1));
         assert_close(&values(first.text), &[1.0], 0.0);
         assert_close(&values(second.text), &[4.0, 5.0], 0.0);

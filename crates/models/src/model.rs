@@ -20,8 +20,8 @@ use crate::wan::{self, Wan};
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
 use crate::z_image::{self, ZImage};
 use crate::{
-    Components, Condition, Conventions, DecodeRange, Extent, Linear, LoadOptions, ModelError, ModelSource, Peer,
-    PromptLength, lora, model_folder,
+    Components, Condition, Conventions, DecodeRange, Extent, Linear, LoadOptions, ModelError, ModelSource,
+    Peer, PromptLength, lora, model_folder,
 };
 
 /// Predicts velocities: all that methods and samplers know of a model.

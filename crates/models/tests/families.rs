@@ -146,8 +146,10 @@ fn no_line_of_training_names_a_family() {
             let text = std::fs::read_to_string(&path).unwrap();
             for (number, line) in text.lines().enumerate() {
                 let lower = line.to_lowercase();
-                let is_word = lower.split(|letter: char| !letter.is_alphanumeric()).any(|word| word == SHORT_NAME);
-                let named = NAMES.iter().find(|name| lower.contains(*name)).or(is_word.then_some(&SHORT_NAME));
+                let is_word =
+                    lower.split(|letter: char| !letter.is_alphanumeric()).any(|word| word == SHORT_NAME);
+                let named =
+                    NAMES.iter().find(|name| lower.contains(*name)).or(is_word.then_some(&SHORT_NAME));
                 assert!(named.is_none(), "{}:{}: {line}", path.display(), number + 1);
             }
         }

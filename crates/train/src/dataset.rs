@@ -9,14 +9,13 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
-use fewstep_data::image::Resize;
 use fewstep_flow::noise::RandDevice;
 use fewstep_models::{Extent, Model, ModelSource};
 
 use crate::host::HostTensor;
 use crate::place::Place;
 use crate::recipe::Recipe;
-use crate::source::SourceRow;
+use crate::source::{Fit, SourceRow};
 use crate::tables::{PictureTable, PromptTable, Stored, TextWidths};
 use crate::workers::Reading;
 use crate::{TrainError, processed};
@@ -112,8 +111,8 @@ pub(crate) struct Preparation<'a> {
     pub(crate) source: &'a ModelSource,
     /// Where batches go.
     pub(crate) device: &'a Device,
-    /// Size rule of the pictures.
-    pub(crate) resize: Resize,
+    /// Size rule of pictures and videos.
+    pub(crate) fit: Fit,
     /// The data set folder, which may hold stored latents.
     pub(crate) base: &'a Path,
     /// Whether text states are computed now and kept.

@@ -2,8 +2,8 @@
 
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::schedule::{GridRequest, ShiftOverride, SigmaRounding, TrainingLevels};
-use fewstep_models::{Extent, Model};
 use fewstep_models::student::SigmaRule;
+use fewstep_models::{Extent, Model};
 
 use crate::TrainError;
 use crate::method::TRAINING_LEVELS;

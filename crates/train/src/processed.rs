@@ -204,7 +204,11 @@ fn sample(row: &ProcessedRow, latent_shape: [usize; 3]) -> Sample {
         prompt: row.prompt,
         noise_seed: row.seed,
         rand_device: row.rand_device,
-        group: Group::of(latent_shape, extent, (row.num_inference_steps, row.cfg_scale, row.embedded_guidance)),
+        group: Group::of(
+            latent_shape,
+            extent,
+            (row.num_inference_steps, row.cfg_scale, row.embedded_guidance),
+        ),
     }
 }
 

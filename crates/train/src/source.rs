@@ -6,13 +6,47 @@ use std::sync::Arc;
 
 use fewstep_data::DataError;
 use fewstep_data::emoji::{CONCEPTS_FILE, EmojiSet, Item};
-use fewstep_data::image::{Picture, Resize, refuse_resize};
-use fewstep_data::metadata::{Metadata, RandDevice, Row};
-
-use fewstep_models::Extent;
+use fewstep_data::image::{Picture, Resize};
+use fewstep_data::metadata::{Media, Metadata, RandDevice, Row};
+use fewstep_data::refuse_changes;
+use fewstep_data::video::{Clip, MAX_FRAMES, Video};
+use fewstep_models::{Extent, Model};
 
 use crate::TrainError;
 use crate::recipe::{Objective, Recipe, ResizedTargets};
+
+/// How pictures and videos are brought to their training size.
+#[derive(Clone, Copy)]
+pub(crate) struct Fit {
+    /// Of pictures, and of a video's frames.
+    pub(crate) resize: Resize,
+    /// Frames of videos whose rows do not say how many.
+    pub(crate) clip: Clip,
+}
+
+/// The most frames that supervised training takes of a video where nobody says: the peer's.
+const USUAL_FRAMES: usize = 81;
+
+impl Fit {
+    /// A recipe's. Without a model only the sizes that a recipe fixes are known.
+    pub(crate) fn of(recipe: &Recipe, model: Option<&Model>) -> Self {
+        let division = model.map_or(1, Model::division_factor);
+        let resize = match (recipe.height, recipe.width) {
+            (Some(height), Some(width)) => Resize::Exact { height, width },
+            _ => Resize::MaxPixels { max_pixels: recipe.max_pixels, division },
+        };
+        let usual = match recipe.task.objective() {
+            Objective::FlowMatching => USUAL_FRAMES,
+            Objective::Distillation => MAX_FRAMES, // all that the teacher drew
+        };
+        let (division, remainder) = match model.and_then(Model::frames_per_latent) {
+            Some(step) => (step, 1 % step),
+            None => (1, 0),
+        };
+        let num_frames = recipe.num_frames.unwrap_or(usual);
+        Self { resize, clip: Clip { num_frames, division, remainder } }
+    }
+}
 
 /// A row before anything of it is loaded.
 #[derive(Clone)]
@@ -35,11 +69,13 @@ pub(crate) struct SourceRow {
     pub(crate) extent: Option<Extent>,
 }
 
-/// A picture that is not loaded yet, or that the data set holds in memory.
+/// A picture or a video that is not loaded yet, or that the data set holds in memory.
 #[derive(Clone)]
 pub(crate) enum PictureSource {
     /// A file.
     File(PathBuf),
+    /// A video, and how many of its frames its row takes, where it says so.
+    Video(PathBuf, Option<usize>),
     /// A picture of the bundled set, with a name of its own.
     Bundled(String, Arc<Picture>),
 }
@@ -48,33 +84,57 @@ impl PictureSource {
     /// Tells pictures apart.
     pub(crate) fn name(&self) -> Cow<'_, str> {
         match self {
-            Self::File(path) => path.to_string_lossy(),
+            Self::File(path) | Self::Video(path, None) => path.to_string_lossy(),
+            Self::Video(path, Some(frames)) => format!("{} frames of {}", frames, path.display()).into(),
             Self::Bundled(name, _) => Cow::Borrowed(name),
         }
     }
 
-    /// The picture itself, scaled and cut to a size where it has another.
+    /// Its file; none of the bundled set.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        match self {
+            Self::File(path) | Self::Video(path, _) => Some(path),
+            Self::Bundled(..) => None,
+        }
+    }
+
+    /// The picture itself, or the frames of a video below each other, scaled and cut to a size where it has another.
     pub(crate) fn load(&self, extent: Extent) -> Result<Picture, TrainError> {
         let picture = match self {
             Self::File(path) => Picture::load(path)?,
+            Self::Video(path, _) => {
+                let resize = Resize::Exact { height: extent.height, width: extent.width };
+                let clip = Clip { num_frames: extent.frames, ..Clip::WHOLE };
+                return Ok(Video::load_resized(path, clip, resize)?.stacked());
+            }
             Self::Bundled(_, picture) => Picture::clone(picture),
         };
         let size = extent.size();
         Ok(if size == picture.size() { picture } else { picture.crop_and_resize(size) })
     }
 
-    /// Its size, from the header alone.
+    /// Its size, from the header alone; the frames of a video are counted.
     pub(crate) fn extent(&self) -> Result<Extent, TrainError> {
         match self {
+            Self::Video(path, _) => {
+                let header = Video::header(path, MAX_FRAMES)?;
+                Ok(Extent::of_frames(header.size, header.num_frames))
+            }
             Self::File(path) => Ok(Picture::size_of(path)?.into()),
             Self::Bundled(_, picture) => Ok(picture.size().into()),
         }
     }
 
     /// The size it is trained at.
-    pub(crate) fn target(&self, resize: Resize) -> Result<Extent, TrainError> {
+    pub(crate) fn target(&self, fit: Fit) -> Result<Extent, TrainError> {
         let found = self.extent()?;
-        Ok(Extent::of_frames(resize.target_size(found.size())?, found.frames))
+        let frames = match self {
+            Self::Video(_, own) => {
+                Clip { num_frames: own.unwrap_or(fit.clip.num_frames), ..fit.clip }.frames_of(found.frames)
+            }
+            Self::File(_) | Self::Bundled(..) => 1,
+        };
+        Ok(Extent::of_frames(fit.resize.target_size(found.size())?, frames))
     }
 }
 
@@ -82,8 +142,8 @@ impl PictureSource {
 ///
 /// # Errors
 /// If the metadata is missing or malformed, a distillation picture would be resized, or there are no rows.
-pub(crate) fn rows(recipe: &Recipe, resize: Resize) -> Result<Vec<SourceRow>, TrainError> {
-    checked_rows(recipe, resize)?.into_iter().collect()
+pub(crate) fn rows(recipe: &Recipe, fit: Fit) -> Result<Vec<SourceRow>, TrainError> {
+    checked_rows(recipe, fit)?.into_iter().collect()
 }
 
 /// Every row of the metadata: what it says, or what is wrong with it.
@@ -92,7 +152,7 @@ pub(crate) fn rows(recipe: &Recipe, resize: Resize) -> Result<Vec<SourceRow>, Tr
 /// If there is no metadata, it cannot be read at all, or has no rows.
 pub(crate) fn checked_rows(
     recipe: &Recipe,
-    resize: Resize,
+    fit: Fit,
 ) -> Result<Vec<Result<SourceRow, TrainError>>, TrainError> {
     let base = &recipe.dataset_base_path;
     let rows: Vec<Result<SourceRow, TrainError>> = match (metadata_path(recipe), recipe.task.objective()) {
@@ -100,7 +160,7 @@ pub(crate) fn checked_rows(
         (None, Objective::Distillation) if is_emoji(base) && recipe.online_teacher => emoji_prompts(recipe)?,
         (None, _) => return Err(TrainError::NoMetadata { path: base.clone() }),
         (Some(path), _) => {
-            let read = |row: Result<Row, DataError>| read_row(&row?, recipe, resize);
+            let read = |row: Result<Row, DataError>| read_row(&row?, recipe, fit);
             Metadata::read_rows(&path)?.into_iter().map(read).collect()
         }
     };
@@ -111,14 +171,14 @@ pub(crate) fn checked_rows(
 }
 
 /// What a row of metadata says in a recipe's task.
-fn read_row(row: &Row, recipe: &Recipe, resize: Resize) -> Result<SourceRow, TrainError> {
+fn read_row(row: &Row, recipe: &Recipe, fit: Fit) -> Result<SourceRow, TrainError> {
     let base = &recipe.dataset_base_path;
     match recipe.task.objective() {
         Objective::FlowMatching => picture_row(row, recipe),
         Objective::Distillation if recipe.online_teacher => prompt_row(row, recipe),
         Objective::Distillation => {
             if recipe.resized_targets == ResizedTargets::Refuse {
-                refuse_resize(row, base, resize)?;
+                refuse_changes(row, base, fit.resize, fit.clip)?;
             }
             distill_row(row, recipe)
         }
@@ -139,9 +199,16 @@ pub(crate) fn metadata_path(recipe: &Recipe) -> Option<PathBuf> {
 const UNGUIDED: f32 = 1.0;
 
 fn picture_row(row: &Row, recipe: &Recipe) -> Result<SourceRow, TrainError> {
-    let picture = PictureSource::File(row.image_file("image", &recipe.dataset_base_path)?);
-    let plain = with_picture(picture, row.text("prompt")?);
+    let plain = with_picture(media(row, recipe)?, row.text("prompt")?);
     Ok(SourceRow { embedded_guidance: told(row, recipe)?.or(Some(UNGUIDED)), ..plain })
+}
+
+/// The picture or video of a row.
+fn media(row: &Row, recipe: &Recipe) -> Result<PictureSource, TrainError> {
+    match row.media_file(&recipe.dataset_base_path)? {
+        (Media::Image, path) => Ok(PictureSource::File(path)),
+        (Media::Video, path) => Ok(PictureSource::Video(path, row.num_frames()?)),
+    }
 }
 
 /// The scale that the denoiser is told: the row's own, otherwise the recipe's.
@@ -166,11 +233,11 @@ fn with_picture(picture: PictureSource, prompt: &str) -> SourceRow {
 }
 
 fn distill_row(row: &Row, recipe: &Recipe) -> Result<SourceRow, TrainError> {
-    let picture = row.image_file("image", &recipe.dataset_base_path)?;
+    let picture = media(row, recipe)?;
     let embedded_guidance = told(row, recipe)?;
     let row = row.distill()?;
     Ok(SourceRow {
-        picture: Some(PictureSource::File(picture)),
+        picture: Some(picture),
         prompt: row.prompt,
         seed: Some(row.seed),
         rand_device: row.rand_device,

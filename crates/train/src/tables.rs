@@ -34,7 +34,7 @@ pub(crate) struct Stored {
 impl Stored {
     /// Opens the file stored beside a picture, if there is one.
     pub(crate) fn beside(picture: Option<&PictureSource>, base: &Path) -> Result<Option<Self>, TrainError> {
-        let Some(PictureSource::File(picture)) = picture else { return Ok(None) };
+        let Some(picture) = picture.and_then(PictureSource::path) else { return Ok(None) };
         let Some(stem) = picture.file_stem() else { return Ok(None) };
         // Not `with_extension`, which would cut a stem with a dot in it.
         let path = base.join("latents").join(format!("{}.safetensors", stem.to_string_lossy()));
@@ -150,7 +150,7 @@ impl<'a> PictureTable<'a> {
 
     fn entry(&self, source: &PictureSource, stored: Option<&Stored>) -> Result<Entry, TrainError> {
         let Some(stored) = stored else {
-            let extent = source.target(self.with.resize)?;
+            let extent = source.target(self.with.fit)?;
             return Ok(Entry { extent, latents: Latents::Encoded(source.clone()) });
         };
         let extent = source.extent()?;
@@ -408,9 +408,7 @@ impl ShelfKey {
 
     fn add_picture(&mut self, source: &PictureSource, extent: Extent) {
         self.add(&format!("{} {extent:?}", source.name()));
-        if let PictureSource::File(path) = source {
-            self.add_file(path);
-        }
+        source.path().into_iter().for_each(|path| self.add_file(path));
     }
 
     fn add_file(&mut self, path: &Path) {

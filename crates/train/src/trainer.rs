@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::tensor::Device;
-use fewstep_data::image::Resize;
 use fewstep_models::{Components, LoadOptions, Model, ModelSource};
 
 use crate::checkpoint::{Checkpoints, Progress};
@@ -22,6 +21,7 @@ use crate::provenance::DataFile;
 use crate::recipe::{InitialWeights, Objective, OutputLayout, Recipe, Stage};
 use crate::run_folder::RunFolder;
 use crate::samples::Samples;
+use crate::source::Fit;
 use crate::state::State;
 use crate::trainable::{Trainable, with_preset};
 use crate::{TrainError, guard, output, processed, provenance, source};
@@ -451,7 +451,7 @@ fn survey<'a>(recipe: &Recipe, with: Preparation<'a>) -> Result<Survey<'a>, Trai
     if recipe.task.objective() == Objective::Distillation && !recipe.online_teacher {
         provenance::check(recipe, with.source, with.model)?;
     }
-    Survey::of(&training_rows(recipe, source::rows(recipe, with.resize)?)?, with)
+    Survey::of(&training_rows(recipe, source::rows(recipe, with.fit)?)?, with)
 }
 
 /// How a recipe's data set is prepared, text states included, by a model from a source with a folder for what is encoded.
@@ -464,20 +464,12 @@ fn preparation<'a>(
         model,
         source,
         device: &context.device,
-        resize: resize(recipe, model.division_factor()),
+        fit: Fit::of(recipe, Some(model)),
         base: &recipe.dataset_base_path,
         keep_text: true,
         cache,
         memory_bytes: recipe.dataset_memory_mib.saturating_mul(1 << 20),
         workers: recipe.dataset_num_workers,
         stop: context.stop,
-    }
-}
-
-/// The size rule of a recipe's pictures.
-pub(crate) fn resize(recipe: &Recipe, division: usize) -> Resize {
-    match (recipe.height, recipe.width) {
-        (Some(height), Some(width)) => Resize::Exact { height, width },
-        _ => Resize::MaxPixels { max_pixels: recipe.max_pixels, division },
     }
 }

@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 
 use burn::tensor::Device;
 use fewstep_data::image::Picture;
-use fewstep_data::metadata::{ImageRow, write_image_csv};
+use fewstep_data::metadata::{CaptionedRow, write_captioned_csv};
 use fewstep_testkit::{copy_folder, folder_files, write_tiny_configs};
 use fewstep_train::recipe::InitialWeights;
 use fewstep_train::{Context, Event, Observer, Outcome, Recipe, Task, TrainError, run};
@@ -76,12 +76,12 @@ fn a_run_without_room_for_any_of_its_files_keeps_its_last_checkpoint_and_continu
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::new(AtomicBool::new(false))).unwrap();
     let folder = tempfile::tempdir().unwrap();
     write_tiny_configs(&folder.path().join("model"));
-    let rows = [0, 1].map(|row| ImageRow { image: format!("{row}.png"), prompt: format!("picture {row}") });
+    let rows = [0, 1].map(|row| CaptionedRow::of_image(format!("{row}.png"), format!("picture {row}")));
     for (row, level) in rows.iter().zip([40, 200]) {
         let picture = Picture { width: SIDE_PX, height: SIDE_PX, rgb: vec![level; 3 * SIDE_PX * SIDE_PX] };
-        picture.save_png(&folder.path().join("data").join(&row.image)).unwrap();
+        picture.save_png(&folder.path().join("data").join(&row.file)).unwrap();
     }
-    write_image_csv(&folder.path().join("data/metadata.csv"), &rows).unwrap();
+    write_captioned_csv(&folder.path().join("data/metadata.csv"), &rows).unwrap();
 
     let (half, whole) = (recipe(folder.path(), "half"), recipe(folder.path(), "whole"));
     train(&Recipe { max_steps: Some(2), ..half.clone() }).unwrap();

@@ -12,8 +12,8 @@ fn bundled() -> EmojiSet {
 fn prompts(path: PathBuf) -> Vec<String> {
     let folder = path.parent().unwrap().to_path_buf();
     let metadata = Metadata::read(&path).unwrap();
-    metadata.image_files(&folder).unwrap();
-    metadata.image_rows().unwrap().into_iter().map(|row| row.prompt).collect()
+    metadata.media_files(&folder).unwrap();
+    metadata.captioned_rows().unwrap().into_iter().map(|row| row.prompt).collect()
 }
 
 #[test]
@@ -92,8 +92,8 @@ fn a_training_folder_is_an_ordinary_data_set_without_held_out_captions() {
     assert!(!held_out.is_empty());
     let training: HashSet<_> = training.into_iter().collect();
     assert!(held_out.iter().all(|prompt| !training.contains(prompt)));
-    let row = &Metadata::read(&folder.join("metadata.csv")).unwrap().image_rows().unwrap()[0];
-    let written = Picture::load(&folder.join(&row.image)).unwrap();
+    let row = &Metadata::read(&folder.join("metadata.csv")).unwrap().captioned_rows().unwrap()[0];
+    let written = Picture::load(&folder.join(&row.file)).unwrap();
     let item = set.training().find(|item| item.caption_en == row.prompt).unwrap();
     assert_eq!(&written, item.picture);
     assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1, "the unfinished folder is gone");

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::{EmojiSet, Item, Language};
 use crate::DataError;
 use crate::atomic::NewFolder;
-use crate::metadata::{ImageRow, write_image_csv};
+use crate::metadata::{CaptionedRow, write_captioned_csv};
 
 impl EmojiSet {
     /// Writes the set as an ordinary data set, so that it is read like any other.
@@ -66,10 +66,10 @@ impl EmojiSet {
             let path = folder.join(&image);
             // Synced one by one, thousands of pictures would take minutes on some disks.
             fs::write(&path, item.picture.to_png()).map_err(DataError::io(&path))?;
-            let row = |&language| ImageRow { image: image.clone(), prompt: item.caption(language).into() };
+            let row = |&language| CaptionedRow::of_image(image.clone(), item.caption(language));
             rows.extend(languages.iter().map(row));
         }
-        write_image_csv(&folder.join(metadata), &rows)
+        write_captioned_csv(&folder.join(metadata), &rows)
     }
 }
 

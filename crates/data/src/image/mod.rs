@@ -10,7 +10,8 @@ use std::path::Path;
 use ::image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
 use crate::{DataError, atomic, bounded};
-pub use size::{Resize, Size, refuse_resize};
+pub use size::{Resize, Size};
+pub(crate) use whole::is_cut_off;
 
 /// The largest side of a picture that is decoded. A file of a few bytes may claim any size.
 pub const MAX_SIDE_PX: usize = 16_384;
@@ -67,7 +68,7 @@ impl Picture {
             reason: reason.to_string(),
         };
         let decoder = limited_decoder(Cursor::new(bytes), path)?;
-        if whole::is_cut_off(bytes) {
+        if is_cut_off(bytes) {
             let reason = "the file is cut off".into();
             return Err(DataError::Picture { path: path.into(), reason });
         }
@@ -192,7 +193,7 @@ fn dimensions(decoder: &(impl ImageDecoder + ?Sized)) -> Size {
 }
 
 /// PIL's `convert("RGB")`.
-fn convert(image: DynamicImage) -> Picture {
+pub(crate) fn convert(image: DynamicImage) -> Picture {
     let (width, height) = (image.width() as usize, image.height() as usize);
     let high = |sample: u16| (sample >> 8) as u8;
     let rgb = match image {

@@ -1,11 +1,9 @@
-//! Which size a picture is trained at, and which data must already have it.
+//! Which size a picture is trained at.
 
 use std::fmt;
-use std::path::Path;
 
-use super::{MAX_PIXELS, Picture};
+use super::MAX_PIXELS;
 use crate::DataError;
-use crate::metadata::Row;
 
 /// A picture's size in pixels; shown as width x height.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,23 +77,5 @@ fn coverable(picture: Size, target: Size) -> Result<Size, DataError> {
     match covering.height.checked_mul(covering.width) {
         Some(area) if area <= MAX_PIXELS => Ok(target),
         _ => Err(DataError::TooNarrow { found: picture, target }),
-    }
-}
-
-/// Checks that the picture of a row of distillation data already has its training size.
-///
-/// Such a picture is what the teacher made of a known noise; resized, it is no longer the end of that path. Reads only the
-/// file's header.
-///
-/// # Errors
-/// If the picture would be resized, is missing or is unreadable.
-pub fn refuse_resize(row: &Row, base: &Path, resize: Resize) -> Result<(), DataError> {
-    let image = row.image_file("image", base)?;
-    let found = Picture::size_of(&image)?;
-    let (path, number) = (row.path().to_path_buf(), row.number);
-    let expected = resize.target_size(found).map_err(|fault| fault.at_row(&path, number))?;
-    match found == expected {
-        true => Ok(()),
-        false => Err(DataError::WouldResize { path, row: number, image, found, expected }),
     }
 }

@@ -6,6 +6,8 @@ use serde_json::Value;
 
 use super::*;
 use crate::metadata::Metadata;
+use crate::refuse_changes;
+use crate::video::Clip;
 
 fn data(name: &str) -> PathBuf {
     golden("data").join(name)
@@ -173,27 +175,34 @@ fn a_file_that_is_no_picture_or_a_truncated_one_is_named() {
 #[test]
 fn distillation_refuses_a_picture_that_would_be_resized() {
     let (folder, metadata) = one_picture();
-    let error =
-        refuse_resize(&metadata.rows[0], folder.path(), Resize::Exact { height: 64, width: 48 }).unwrap_err();
+    let error = refuse_changes(
+        &metadata.rows[0],
+        folder.path(),
+        Resize::Exact { height: 64, width: 48 },
+        Clip::WHOLE,
+    )
+    .unwrap_err();
     let at = folder.path().display();
     assert_eq!(
         error.to_string(),
         format!(
             "{at}/metadata.csv, row 1: {at}/a.png is 30x20 px, but this run trains at 48x64 px and would resize it; \
              distillation needs the teacher's own pixels\n\
-             hint: generate the pictures at 48x64, or pass --height 20 --width 30"
+             hint: generate the data at 48x64, or pass --height 20 --width 30"
         )
     );
-    refuse_resize(&metadata.rows[0], folder.path(), Resize::Exact { height: 20, width: 30 }).unwrap();
+    refuse_changes(&metadata.rows[0], folder.path(), Resize::Exact { height: 20, width: 30 }, Clip::WHOLE)
+        .unwrap();
 }
 
 #[test]
 fn distillation_refuses_a_picture_that_would_be_rounded_down() {
     let (folder, metadata) = one_picture();
     let dynamic = |division| Resize::MaxPixels { max_pixels: 1 << 20, division };
-    refuse_resize(&metadata.rows[0], folder.path(), dynamic(16)).unwrap_err();
-    refuse_resize(&metadata.rows[0], folder.path(), dynamic(10)).unwrap();
-    let error = refuse_resize(&metadata.rows[0], folder.path(), dynamic(32)).unwrap_err().to_string();
+    refuse_changes(&metadata.rows[0], folder.path(), dynamic(16), Clip::WHOLE).unwrap_err();
+    refuse_changes(&metadata.rows[0], folder.path(), dynamic(10), Clip::WHOLE).unwrap();
+    let error =
+        refuse_changes(&metadata.rows[0], folder.path(), dynamic(32), Clip::WHOLE).unwrap_err().to_string();
     assert!(error.contains("metadata.csv, row 1: a picture of 30x20 px rounds down to nothing"), "{error}");
 }
 

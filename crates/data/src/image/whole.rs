@@ -7,7 +7,7 @@ const END: [u8; 2] = [0xff, 0xd9];
 const SCAN: u8 = 0xda;
 
 /// Whether a file begins as a jpeg or webp and ends before its picture does.
-pub(super) fn is_cut_off(file: &[u8]) -> bool {
+pub(crate) fn is_cut_off(file: &[u8]) -> bool {
     match file {
         [b'R', b'I', b'F', b'F', a, b, c, d, behind @ ..] => {
             (behind.len() as u64) < u32::from_le_bytes([*a, *b, *c, *d]).into()

@@ -1,19 +1,21 @@
-//! Metadata files: which pictures a data set has and what is known of each.
+//! Metadata files: which pictures and videos a data set has and what is known of each.
 //!
 //! A csv, json or jsonl file becomes [`Row`]s of named text values; typed access checks one value and, where it is wrong,
 //! names the file, the row and the column.
 
 mod json;
+mod media;
 mod read;
 mod rows;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::inside::{check_inside, is_below};
+use crate::inside::is_below;
 use crate::{DataError, bounded};
 pub use fewstep_flow::noise::RandDevice;
-pub use rows::{DistillRow, ImageRow, write_distill_csv, write_image_csv};
+pub use media::Media;
+pub use rows::{CaptionedRow, DistillRow, write_captioned_csv, write_distill_csv};
 
 /// The largest metadata file: a few million rows.
 const MAX_BYTES: u64 = 1 << 30;
@@ -71,15 +73,15 @@ impl Metadata {
         Ok(records.map(|(read, number)| Ok(Row { number, values: read?, file: file.clone() })).collect())
     }
 
-    /// Every row's picture and prompt.
+    /// Every row's picture or video and prompt.
     ///
     /// # Errors
-    /// For the first row that lacks one of them, or whose picture lies outside the base folder.
-    pub fn image_rows(&self) -> Result<Vec<ImageRow>, DataError> {
+    /// For the first row that lacks one of them, or whose file lies outside the base folder.
+    pub fn captioned_rows(&self) -> Result<Vec<CaptionedRow>, DataError> {
         self.rows.iter().map(Row::captioned).collect()
     }
 
-    /// Every row as teacher data: picture, prompt and the teacher's noise.
+    /// Every row as teacher data: picture or video, prompt and the teacher's noise.
     ///
     /// # Errors
     /// For the first row with a missing or malformed value.
@@ -87,12 +89,12 @@ impl Metadata {
         self.rows.iter().map(Row::distill).collect()
     }
 
-    /// The file of every row's picture.
+    /// The file of every row's picture or video.
     ///
     /// # Errors
-    /// For the first row that names no picture, one outside `base`, or one that is not there.
-    pub fn image_files(&self, base: &Path) -> Result<Vec<PathBuf>, DataError> {
-        self.rows.iter().map(|row| row.image_file("image", base)).collect()
+    /// For the first row that names none, one outside `base`, or one that is not there.
+    pub fn media_files(&self, base: &Path) -> Result<Vec<(Media, PathBuf)>, DataError> {
+        self.rows.iter().map(|row| row.media_file(base)).collect()
     }
 }
 
@@ -102,7 +104,7 @@ impl Row {
         &self.file
     }
 
-    /// The row as teacher data: picture, prompt and the teacher's noise.
+    /// The row as teacher data: picture or video, prompt and the teacher's noise.
     ///
     /// # Errors
     /// For the first missing or malformed value.
@@ -124,8 +126,12 @@ impl Row {
             path: self.path().into(),
             row: self.number,
             column: column.into(),
-            found: self.values.iter().map(|(name, _)| name.clone()).collect(),
+            found: self.columns(),
         })
+    }
+
+    fn columns(&self) -> Vec<String> {
+        self.values.iter().map(|(name, _)| name.clone()).collect()
     }
 
     /// The value of a column that holds integers from 0.
@@ -158,35 +164,28 @@ impl Row {
         }
     }
 
-    /// The row's picture and prompt.
+    /// The row's picture or video and its prompt.
     ///
     /// # Errors
-    /// When it lacks one of them, or the picture lies outside the base folder.
-    pub fn captioned(&self) -> Result<ImageRow, DataError> {
-        ImageRow::from_row(self)
+    /// When it lacks one of them, or the file lies outside the base folder.
+    pub fn captioned(&self) -> Result<CaptionedRow, DataError> {
+        CaptionedRow::from_row(self)
     }
 
-    /// The value of a column that names a picture, as written: relative to the data set's base folder.
+    /// The value of a column that names a file, as written: relative to the data set's base folder.
     ///
     /// # Errors
     /// When it is missing, empty, absolute, leads out of the base folder, or has a backslash in it.
-    pub fn image(&self, column: &str) -> Result<&str, DataError> {
+    pub fn relative_path(&self, column: &str) -> Result<&str, DataError> {
         let text = self.text(column)?;
         if is_below(text) { Ok(text) } else { Err(self.wrong(column, text, RELATIVE_PATH)) }
     }
 
-    /// The picture a column names, below `base`.
-    ///
-    /// # Errors
-    /// As [`Self::image`], and when there is no such file, or a link leads out of `base` to it.
-    pub fn image_file(&self, column: &str, base: &Path) -> Result<PathBuf, DataError> {
-        let file = base.join(self.image(column)?);
-        if file.is_file() {
-            check_inside(base, &file).map_err(|fault| fault.at_row(self.path(), self.number))?;
-            return Ok(file);
-        }
-        let (path, column) = (self.path().into(), column.into());
-        Err(DataError::MissingImage { path, row: self.number, column, image: file })
+    /// The value of a column that counts something, from 1 to `most`.
+    fn count(&self, column: &str, most: usize, kind: Kind) -> Result<usize, DataError> {
+        let found = self.integer(column)?;
+        let count = usize::try_from(found).ok().filter(|count| (1..=most).contains(count));
+        count.ok_or_else(|| self.wrong(column, &found.to_string(), kind))
     }
 
     fn wrong(&self, column: &str, found: &str, kind: Kind) -> DataError {
@@ -216,7 +215,7 @@ const NUMBER: Kind =
     Kind { expected: "a number from 0", hint: "write it like 1 or 4.5; cfg_scale 1 is guidance off" };
 const RELATIVE_PATH: Kind = Kind {
     expected: "a path relative to the dataset base path that does not leave it",
-    hint: "move the picture below the dataset base path, or name a folder above both as the base path; folders are \
+    hint: "move the file below the dataset base path, or name a folder above both as the base path; folders are \
            parted by /",
 };
 const RAND_DEVICE: Kind =

@@ -69,13 +69,15 @@ fn distill_rows_are_written_and_read_back_unchanged() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metadata.csv");
     let row = |prompt: &str, seed, rand_device, cfg_scale| DistillRow {
-        image: "images/0.png".into(),
+        media: Media::Image,
+        file: "images/0.png".into(),
         prompt: prompt.into(),
         seed,
         rand_device,
         num_inference_steps: 4,
         cfg_scale,
         embedded_guidance: None,
+        num_frames: None,
     };
     let rows =
         [row("a \"cat\",\nsitting", u64::MAX, RandDevice::Cpu, 1.0), row("", 0, RandDevice::Cuda, 4.1)];
@@ -93,15 +95,15 @@ fn distill_rows_are_written_and_read_back_unchanged() {
 fn a_csv_without_rows_still_has_its_header() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metadata.csv");
-    write_image_csv(&path, &[]).unwrap();
+    write_captioned_csv(&path, &[]).unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), "image,prompt\n");
-    assert_eq!(Metadata::read(&path).unwrap().image_rows().unwrap(), []);
+    assert_eq!(Metadata::read(&path).unwrap().captioned_rows().unwrap(), []);
 }
 
 #[test]
 fn a_missing_column_is_named_with_those_found() {
     let metadata = read("m.csv", "image,caption\na.png,a cat\n").unwrap();
-    let error = without_folder(&metadata.image_rows().unwrap_err(), metadata.path.parent().unwrap());
+    let error = without_folder(&metadata.captioned_rows().unwrap_err(), metadata.path.parent().unwrap());
     assert_eq!(
         error,
         "./m.csv, row 1: column `prompt` is missing; found image, caption\n\
@@ -168,7 +170,7 @@ fn a_picture_outside_the_base_folder_is_refused() {
             distill_error(&format!("{image},second,0,cpu,4,1")),
             format!(
                 "./m.csv, row 2, column `image`: found `{image}`, expected a path relative to the dataset base path that does not leave it\n\
-                 hint: move the picture below the dataset base path, or name a folder above both as the base path; \
+                 hint: move the file below the dataset base path, or name a folder above both as the base path; \
                  folders are parted by /"
             )
         );
@@ -183,11 +185,11 @@ fn a_missing_picture_is_named_with_row_column_and_place() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.csv");
     fs::write(&path, "image,prompt\nm.csv,itself\nimages/b.png,a cat\n").unwrap();
-    let error = Metadata::read(&path).unwrap().image_files(folder.path()).unwrap_err();
+    let error = Metadata::read(&path).unwrap().media_files(folder.path()).unwrap_err();
     assert_eq!(
         without_folder(&error, folder.path()),
         "./m.csv, row 2, column `image`: found no file ./images/b.png\n\
-         hint: pictures are looked for relative to the dataset base path"
+         hint: files are looked for relative to the dataset base path"
     );
 }
 
@@ -277,9 +279,9 @@ fn links_are_followed_inside_the_base_folder_and_refused_out_of_it() {
     let file = |image: &str| {
         let path = base.join("m.csv");
         fs::write(&path, format!("image,prompt\n{image},x\n")).unwrap();
-        Metadata::read(&path).unwrap().image_files(&base)
+        Metadata::read(&path).unwrap().media_files(&base)
     };
-    assert_eq!(file("inner.png").unwrap(), [base.join("inner.png")]);
+    assert_eq!(file("inner.png").unwrap(), [(Media::Image, base.join("inner.png"))]);
     for image in ["outer.png", "folder/secret", "folder/../outside/secret"] {
         let error = without_folder(&file(image).unwrap_err(), &fs::canonicalize(folder.path()).unwrap());
         assert!(error.contains("m.csv, row 1: "), "{error}");
@@ -291,7 +293,167 @@ fn links_are_followed_inside_the_base_folder_and_refused_out_of_it() {
     }
     // The base itself may be a link.
     symlink(&base, folder.path().join("link")).unwrap();
-    assert!(Metadata::read(&base.join("m.csv")).unwrap().rows[0].image_file("image", &base).is_err());
+    assert!(Metadata::read(&base.join("m.csv")).unwrap().rows[0].media_file(&base).is_err());
     fs::write(base.join("m.csv"), "image,prompt\nreal,x\n").unwrap();
-    Metadata::read(&base.join("m.csv")).unwrap().image_files(&folder.path().join("link")).unwrap();
+    Metadata::read(&base.join("m.csv")).unwrap().media_files(&folder.path().join("link")).unwrap();
+}
+
+/// A row of these columns, of a data set with a picture, a video and a folder of frames.
+fn media_of(columns: &str) -> Result<(Media, PathBuf), String> {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path();
+    fs::create_dir(base.join("frames")).unwrap();
+    for name in ["a.png", "a.webp", "a.gif", "a.MP4", "frames/0.png"] {
+        fs::write(base.join(name), "x").unwrap();
+    }
+    let path = base.join("m.jsonl");
+    fs::write(&path, format!("{{{columns}}}")).unwrap();
+    let found = Metadata::read(&path).unwrap().rows[0].media_file(base);
+    let (media, file) = found.map_err(|error| without_folder(&error, base))?;
+    Ok((media, file.strip_prefix(base).unwrap().into()))
+}
+
+#[test]
+fn a_row_is_about_a_picture_or_a_video() {
+    for (columns, media, file) in [
+        (r#""image": "a.png""#, Media::Image, "a.png"),
+        (r#""image": "a.webp", "video": null"#, Media::Image, "a.webp"),
+        (r#""image": "", "video": "a.webp""#, Media::Video, "a.webp"),
+        (r#""video": "a.gif""#, Media::Video, "a.gif"),
+        (r#""video": "a.MP4", "image": """#, Media::Video, "a.MP4"),
+        (r#""video": "frames""#, Media::Video, "frames"),
+    ] {
+        assert_eq!(media_of(columns).unwrap(), (media, file.into()), "{columns}");
+    }
+}
+
+#[test]
+fn a_row_about_both_or_neither_is_named() {
+    let hint = "hint: a row is about a picture or a video; leave the other column empty";
+    assert_eq!(
+        media_of(r#""image": "a.png", "video": "a.gif""#).unwrap_err(),
+        format!(
+            "./m.jsonl, row 1: found both columns of `image` and `video`, expected one of them; found columns: image, \
+             video\n{hint}"
+        )
+    );
+    for columns in [r#""image": "", "video": """#, r#""picture": "a.png""#, ""] {
+        let error = media_of(columns).unwrap_err();
+        assert!(error.starts_with("./m.jsonl, row 1: found neither of `image` and `video`, "), "{error}");
+    }
+}
+
+#[test]
+fn a_file_in_the_other_medias_column_is_sent_there() {
+    for (columns, column, found, expected) in [
+        (r#""image": "a.MP4""#, "image", "a.MP4", "video"),
+        (r#""image": "a.gif""#, "image", "a.gif", "video"),
+        (r#""image": "frames""#, "image", "frames", "video"),
+        (r#""video": "a.png""#, "video", "a.png", "image"),
+    ] {
+        assert_eq!(
+            media_of(columns).unwrap_err(),
+            format!(
+                "./m.jsonl, row 1, column `{column}`: found `{found}`, which belongs in the column `{expected}`\n\
+                 hint: pictures stand in the column `image`; animations, videos and folders of frames in the column `video`"
+            )
+        );
+    }
+    let metadata = read("m.csv", "video,prompt\n../a.gif,x\n").unwrap();
+    let error = metadata.captioned_rows().unwrap_err().to_string();
+    assert!(error.contains("column `video`: found `../a.gif`, expected a path relative to"), "{error}");
+    assert!(media_of(r#""video": "b.gif""#).unwrap_err().contains("column `video`: found no file ./b.gif"));
+}
+
+#[test]
+fn a_video_where_pictures_are_needed_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.gif"), "x").unwrap();
+    let path = folder.path().join("m.csv");
+    fs::write(&path, "video,prompt\na.gif,x\n").unwrap();
+    let error = Metadata::read(&path).unwrap().rows[0].image_file(folder.path()).unwrap_err();
+    assert_eq!(
+        without_folder(&error, folder.path()),
+        "./m.csv, row 1: found the video ./a.gif, expected a picture in the column `image`"
+    );
+}
+
+#[test]
+fn rows_of_videos_are_written_and_read_back_unchanged() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("metadata.csv");
+    let row = |media, file: &str, num_frames| DistillRow {
+        media,
+        file: file.into(),
+        prompt: "a cat".into(),
+        seed: 7,
+        rand_device: RandDevice::Cuda,
+        num_inference_steps: 4,
+        cfg_scale: 1.0,
+        embedded_guidance: None,
+        num_frames,
+    };
+    let mut rows = vec![row(Media::Video, "videos/0.webp", None), row(Media::Video, "videos/1.webp", None)];
+    write_distill_csv(&path, &rows).unwrap();
+    assert_eq!(Metadata::read(&path).unwrap().distill_rows().unwrap(), rows);
+    let text = fs::read_to_string(&path).unwrap();
+    let header = "video,prompt,seed,rand_device,num_inference_steps,cfg_scale\n";
+    assert!(text.starts_with(&format!("{header}videos/0.webp,a cat,7,cuda,4,1.0\n")), "{text}");
+    rows[0].num_frames = Some(81);
+    rows.push(row(Media::Image, "images/2.png", Some(1)));
+    write_distill_csv(&path, &rows).unwrap();
+    assert_eq!(Metadata::read(&path).unwrap().distill_rows().unwrap(), rows);
+    let captioned = [
+        CaptionedRow { num_frames: Some(5), media: Media::Video, ..CaptionedRow::of_image("a.gif", "x,y") },
+        CaptionedRow::of_image("a.png", ""),
+    ];
+    write_captioned_csv(&path, &captioned).unwrap();
+    assert_eq!(
+        fs::read_to_string(&path).unwrap(),
+        "image,video,prompt,num_frames\n,a.gif,\"x,y\",5\na.png,,,\n"
+    );
+    assert_eq!(Metadata::read(&path).unwrap().captioned_rows().unwrap(), captioned);
+}
+
+#[test]
+fn a_number_of_frames_that_is_none_is_named() {
+    let error = |row: &str| {
+        let metadata = read("m.csv", format!("image,video,prompt,num_frames\n{row}\n")).unwrap();
+        without_folder(&metadata.captioned_rows().unwrap_err(), metadata.path.parent().unwrap())
+    };
+    for frames in ["0", "100000"] {
+        assert_eq!(
+            error(&format!(",a.gif,x,{frames}")),
+            format!(
+                "./m.csv, row 1, column `num_frames`: found `{frames}`, expected an integer from 1 to 99999\nhint: it is the \
+                 number of frames that are taken of the row's video"
+            )
+        );
+    }
+    assert!(error(",a.gif,x,5.0").contains("column `num_frames`: found `5.0`, expected an integer"));
+    assert_eq!(
+        error("a.png,,x,5"),
+        "./m.csv, row 1, column `num_frames`: found `5`, expected 1, for a picture\nhint: leave it empty, or name a video in \
+         the column `video`"
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn a_frame_of_a_folder_that_is_a_link_out_of_the_base_folder_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base");
+    fs::create_dir_all(base.join("frames")).unwrap();
+    fs::write(base.join("frames/0.png"), "x").unwrap();
+    fs::write(folder.path().join("secret.png"), "x").unwrap();
+    let path = base.join("m.csv");
+    fs::write(&path, "video,prompt\nframes,x\n").unwrap();
+    let row = |path: &Path| Metadata::read(path).unwrap().rows[0].media_file(&base);
+    row(&path).unwrap();
+    std::os::unix::fs::symlink("../../secret.png", base.join("frames/1.png")).unwrap();
+    let error = row(&path).unwrap_err().to_string();
+    assert!(
+        error.contains("leads by a link to ") && error.contains("secret.png, outside of the dataset"),
+        "{error}"
+    );
 }

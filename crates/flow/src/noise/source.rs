@@ -1,5 +1,6 @@
 //! Where the noise that a picture starts from comes from.
 
+use std::fmt;
 use std::str::FromStr;
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -57,6 +58,15 @@ impl NoiseSource {
             RandDevice::Cuda => self.dtype.round(PhiloxGenerator::new(seed).randn(count)),
         };
         Tensor::from_data(TensorData::new(values, shape), device)
+    }
+}
+
+impl fmt::Display for RandDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        })
     }
 }
 

@@ -12,8 +12,8 @@ use fewstep_data::atomic::NewFolder;
 use super::{BASE_HASH, LoraWeights, check_base};
 use crate::model::kind_of;
 use crate::weights::{
-    KeyMap, Shards, TensorEntry, WeightFiles, component_files, copy_tree, file_hash, is_weights, read_info, values,
-    weights_hash, write_shards,
+    KeyMap, Shards, TensorEntry, WeightFiles, component_files, copy_tree, file_hash, is_weights, read_info,
+    values, weights_hash, write_shards,
 };
 use crate::{LoraFile, ModelError, ModelSource, WeightType};
 

@@ -233,7 +233,10 @@ mod tests {
                 assert_eq!(split(&key), expected, "{key}");
             }
             assert_eq!(LoraFormat::Diffsynth.key(ours, Half::Up), format!("{theirs}.lora_B.default.weight"));
-            assert_eq!(LoraFormat::Diffusers.key(ours, Half::Up), format!("transformer.{ours}.lora_B.weight"));
+            assert_eq!(
+                LoraFormat::Diffusers.key(ours, Half::Up),
+                format!("transformer.{ours}.lora_B.weight")
+            );
         }
         assert_eq!(split("head.head.lora_A.weight"), Some(("proj_out".to_owned(), Part::Half(Half::Down))));
         let unet = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q";

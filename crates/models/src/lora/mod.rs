@@ -76,8 +76,11 @@ pub fn targets(model: &Model, config: &LoraConfig) -> Result<Vec<(String, [usize
         .filter(|target| !all.iter().any(|(layer, _)| is_named(layer, target)))
         .cloned()
         .collect();
-    let chosen: Vec<(String, [usize; 2])> =
-        all.iter().filter(|(layer, _)| asked.clone().any(|target| is_named(layer, target))).cloned().collect();
+    let chosen: Vec<(String, [usize; 2])> = all
+        .iter()
+        .filter(|(layer, _)| asked.clone().any(|target| is_named(layer, target)))
+        .cloned()
+        .collect();
     match unmatched.is_empty() && !chosen.is_empty() {
         true => Ok(chosen),
         false => Err(ModelError::NoTarget { targets: unmatched, available: short_names(&all) }),

@@ -140,9 +140,7 @@ impl TransformerConfig {
         ])?;
         ranges::check(&[("num_attention_heads × attention_head_dim", self.heads().width(), ranges::WIDTH)])?;
         ranges::check_positive(&[("eps", self.eps)])?;
-        for (name, found) in
-            [("attention_head_dim", self.attention_head_dim), ("freq_dim", self.freq_dim)]
-        {
+        for (name, found) in [("attention_head_dim", self.attention_head_dim), ("freq_dim", self.freq_dim)] {
             if !found.is_multiple_of(2) {
                 return Err(format!("{name} is {found}, expected an even number"));
             }

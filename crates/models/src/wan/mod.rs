@@ -171,11 +171,7 @@ impl Wan {
     }
 }
 
-fn text_encoder(
-    source: &ModelSource,
-    dtype: WeightType,
-    device: &Device,
-) -> Result<T5Encoder, ModelError> {
+fn text_encoder(source: &ModelSource, dtype: WeightType, device: &Device) -> Result<T5Encoder, ModelError> {
     let empty = T5Encoder::unfilled(&config::text_encoder(source)?, device);
     load(empty, &source.weights(TEXT_ENCODER)?, &t5::KEYS, dtype)
 }

@@ -38,7 +38,8 @@ pub(super) fn component_of(files: &WeightFiles) -> Option<&'static str> {
     let all = |map: &KeyMap, keys: &[&str]| {
         keys.iter().all(|key| files.keys().any(|found| map.canonical(found) == *key))
     };
-    if all(&transformer::KEYS, &["patch_embedding.weight", "blocks.0.attn2.norm_k.weight", "proj_out.weight"]) {
+    if all(&transformer::KEYS, &["patch_embedding.weight", "blocks.0.attn2.norm_k.weight", "proj_out.weight"])
+    {
         return Some(DENOISER);
     }
     // Every layer has positions of its own.

@@ -5,8 +5,8 @@ use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
 use fewstep_kernels::{
-    AttentionOptions, Gelu, Modulation, Projection, RotaryTable, attention, cross_attention, gated_residual, gelu, linear,
-    linear_concat, norm_modulate, recomputed, rms_norm,
+    AttentionOptions, Gelu, Modulation, Projection, RotaryTable, attention, cross_attention, gated_residual,
+    gelu, linear, linear_concat, norm_modulate, recomputed, rms_norm,
 };
 
 use super::config::TransformerConfig;
@@ -22,11 +22,7 @@ use crate::{ModelError, ModelSource, WeightType};
 
 /// Files of Wan's authors, which DiffSynth-Studio reads, have other names.
 pub(super) const KEYS: KeyMap = KeyMap {
-    rules: &[
-        (".to_out.", ".to_out.0."),
-        (".ffn.up.", ".ffn.net.0.proj."),
-        (".ffn.down.", ".ffn.net.2."),
-    ],
+    rules: &[(".to_out.", ".to_out.0."), (".ffn.up.", ".ffn.net.0.proj."), (".ffn.down.", ".ffn.net.2.")],
     aliases: &[
         ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
         ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),

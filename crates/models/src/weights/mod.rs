@@ -45,7 +45,8 @@ pub(crate) struct KeyMap {
 
 impl KeyMap {
     /// Keys equal names.
-    pub(crate) const PLAIN: KeyMap = KeyMap { prefix: "", rules: &[], aliases: &[], respelled: &[], ignored: &[] };
+    pub(crate) const PLAIN: KeyMap =
+        KeyMap { prefix: "", rules: &[], aliases: &[], respelled: &[], ignored: &[] };
 
     /// The file's key of a parameter's name.
     pub(crate) fn key(&self, name: &str) -> String {

@@ -200,9 +200,9 @@ fn a_config_of_another_class_is_refused_with_both_names() {
         edit_json(&copy.path().join(file), edit);
         refusal(copy.path())
     };
-    let pipeline = refused("model_index.json", |json| json["_class_name"] = "WanPipeline".into());
+    let pipeline = refused("model_index.json", |json| json["_class_name"] = "KandinskyPipeline".into());
     assert!(
-        pipeline.contains("class WanPipeline, expected one of FluxPipeline, QwenImagePipeline"),
+        pipeline.contains("class KandinskyPipeline, expected one of FluxPipeline, QwenImagePipeline"),
         "{pipeline}"
     );
     let transformer =

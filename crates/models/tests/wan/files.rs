@@ -50,9 +50,15 @@ fn of_vae(key: &str) -> String {
         ("quant_conv", rest) => format!("conv1.{rest}"),
         ("post_quant_conv", rest) => format!("conv2.{rest}"),
         (half, rest) => {
-            let rest = rest.replace("conv_in.", "conv1.").replace("norm_out.", "head.0.").replace("conv_out.", "head.2.");
-            let rest = rest.replace("mid_block.resnets.0.", "middle.0.").replace("mid_block.attentions.0.", "middle.1.");
-            let rest = rest.replace("mid_block.resnets.1.", "middle.2.").replace("down_blocks.", "downsamples.");
+            let rest = rest
+                .replace("conv_in.", "conv1.")
+                .replace("norm_out.", "head.0.")
+                .replace("conv_out.", "head.2.");
+            let rest = rest
+                .replace("mid_block.resnets.0.", "middle.0.")
+                .replace("mid_block.attentions.0.", "middle.1.");
+            let rest =
+                rest.replace("mid_block.resnets.1.", "middle.2.").replace("down_blocks.", "downsamples.");
             format!("{half}.{}", up(&rest))
         }
     };
@@ -122,11 +128,21 @@ fn drawn(source: impl Into<ModelSource>, lora: Option<PathBuf>) -> (Vec<f32>, Ve
 fn weights_with_the_keys_of_the_authors_are_the_same_model() {
     let folder = original();
     let keys = WeightFiles::open(&folder.path().join("transformer")).unwrap();
-    for key in ["blocks.0.self_attn.q.weight", "blocks.1.cross_attn.norm_k.weight", "blocks.0.modulation", "head.modulation"] {
+    for key in [
+        "blocks.0.self_attn.q.weight",
+        "blocks.1.cross_attn.norm_k.weight",
+        "blocks.0.modulation",
+        "head.modulation",
+    ] {
         assert!(keys.contains(key), "{key}");
     }
     let vae = WeightFiles::open(&folder.path().join("vae")).unwrap();
-    for key in ["conv1.weight", "decoder.upsamples.3.time_conv.weight", "encoder.middle.1.to_qkv.weight", "encoder.downsamples.3.shortcut.bias"] {
+    for key in [
+        "conv1.weight",
+        "decoder.upsamples.3.time_conv.weight",
+        "encoder.middle.1.to_qkv.weight",
+        "encoder.downsamples.3.shortcut.bias",
+    ] {
         assert!(vae.contains(key), "{key}");
     }
     let (latents, pixels) = drawn(folder.path(), None);
@@ -165,7 +181,11 @@ fn adapters_are_read_written_and_fused_in_either_spelling() {
     let path = |name: &str| folder.path().join(name);
     for (name, format, key) in [
         ("diffsynth.safetensors", lora::LoraFormat::Diffsynth, "blocks.1.self_attn.o.lora_B.default.weight"),
-        ("diffusers.safetensors", lora::LoraFormat::Diffusers, "transformer.blocks.1.attn1.to_out.0.lora_B.weight"),
+        (
+            "diffusers.safetensors",
+            lora::LoraFormat::Diffusers,
+            "transformer.blocks.1.attn1.to_out.0.lora_B.weight",
+        ),
     ] {
         lora::convert(&input, &path(name), format).unwrap();
         assert!(WeightFiles::open(&path(name)).unwrap().contains(key), "{key}");
@@ -213,14 +233,49 @@ fn configs_that_cannot_be_followed_say_why() {
         Model::outline(&folder.path().into(), &LoadOptions::default()).unwrap_err().to_string()
     };
     for (file, key, value, expected) in [
-        ("transformer/config.json", "in_channels", Value::from(36), "in_channels is 36 and out_channels 16, expected the same"),
-        ("transformer/config.json", "image_dim", Value::from(1280), "models that start from a picture are not supported"),
-        ("transformer/config.json", "qk_norm", Value::Null, "qk_norm is None, expected rms_norm_across_heads"),
-        ("transformer/config.json", "patch_size", vec![2, 2, 2].into(), "patch_size is [2, 2, 2], expected [1, 2, 2]"),
-        ("transformer/config.json", "text_dim", Value::from(64), "text_dim is 64, expected the text encoder's width, 48"),
+        (
+            "transformer/config.json",
+            "in_channels",
+            Value::from(36),
+            "in_channels is 36 and out_channels 16, expected the same",
+        ),
+        (
+            "transformer/config.json",
+            "image_dim",
+            Value::from(1280),
+            "models that start from a picture are not supported",
+        ),
+        (
+            "transformer/config.json",
+            "qk_norm",
+            Value::Null,
+            "qk_norm is None, expected rms_norm_across_heads",
+        ),
+        (
+            "transformer/config.json",
+            "patch_size",
+            vec![2, 2, 2].into(),
+            "patch_size is [2, 2, 2], expected [1, 2, 2]",
+        ),
+        (
+            "transformer/config.json",
+            "text_dim",
+            Value::from(64),
+            "text_dim is 64, expected the text encoder's width, 48",
+        ),
         ("vae/config.json", "is_residual", Value::from(true), "as in Wan 2.1"),
-        ("vae/config.json", "temperal_downsample", vec![false, false, true].into(), "makes one latent frame of 2, expected 4"),
-        ("scheduler/scheduler_config.json", "solver_order", Value::from(3), "solver_order: found 3, expected 2"),
+        (
+            "vae/config.json",
+            "temperal_downsample",
+            vec![false, false, true].into(),
+            "makes one latent frame of 2, expected 4",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            "solver_order",
+            Value::from(3),
+            "solver_order: found 3, expected 2",
+        ),
     ] {
         let error = refusal(file, key, value);
         assert!(error.contains(expected), "{error}");

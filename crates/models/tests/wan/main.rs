@@ -132,9 +132,8 @@ fn frames_do_not_depend_on_later_ones_and_one_frame_is_a_picture() {
     for (frames, latent_rows) in [(1, 4), (5, 8)] {
         assert_relatively_close(encode(frames), whole.clone().slice_dim(2, 0..latent_rows));
     }
-    let decode = |frames: usize, rows: usize| {
-        model.decode_latents(whole.clone().slice_dim(2, 0..rows), frames)
-    };
+    let decode =
+        |frames: usize, rows: usize| model.decode_latents(whole.clone().slice_dim(2, 0..rows), frames);
     assert_relatively_close(decode(1, 4), decode(9, 12).slice_dim(2, 0..height));
 }
 
@@ -225,7 +224,8 @@ fn each_peer_has_a_schedule_and_a_solver_of_its_own() {
 
 #[test]
 fn a_video_of_a_batch_is_the_one_drawn_alone() {
-    let pipeline = Pipeline::from_pretrained(source(), PipelineOptions { load: options(), lora: None }).unwrap();
+    let pipeline =
+        Pipeline::from_pretrained(source(), PipelineOptions { load: options(), lora: None }).unwrap();
     let request = |prompt: &str, seed| Request {
         seed,
         num_inference_steps: 2,
@@ -252,7 +252,10 @@ fn sizes_that_no_video_has_are_refused_by_name() {
     assert_eq!(model.latent_shape(Extent { frames: 9, height: 32, width: 48 }).unwrap(), [16, 3 * 4, 6]);
     assert_eq!(model.latent_shape([32, 48]).unwrap(), [16, 4, 6]);
     let found = refusal(&model, 6, 64, 64);
-    assert_eq!(found, "num_frames is 6, expected 4n + 1, at most 4093\nhint: the nearest numbers are 5 and 9");
+    assert_eq!(
+        found,
+        "num_frames is 6, expected 4n + 1, at most 4093\nhint: the nearest numbers are 5 and 9"
+    );
     assert!(refusal(&model, 0, 64, 64).contains("num_frames is 0, expected 4n + 1"));
     assert!(refusal(&model, 1 << 40, 64, 64).contains("at most 4093"));
     assert!(refusal(&model, 5, 60, 64).contains("height 60 px is not divisible by 16"));

@@ -3,16 +3,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use fewstep_data::image::Resize;
-use fewstep_models::Model;
+use fewstep_models::{Extent, Model};
 use serde::Serialize;
 
 use crate::batch::Plan;
 use crate::dataset::{Group, check_shapes};
 use crate::recipe::{Recipe, Stage};
-use crate::source::SourceRow;
+use crate::source::{Fit, SourceRow};
 use crate::tables::{Stored, TextWidths};
-use crate::{TrainError, processed, source, trainer};
+use crate::{TrainError, processed, source};
 
 /// The data of a run, counted.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -40,12 +39,15 @@ pub struct DataOutline {
     /// Of these, numbers of the latents that are encoded before the first step.
     #[serde(skip)]
     pub(super) encoded_latents: u64,
-    /// Pixels of all pictures that are encoded.
+    /// Pixels of all pictures and frames that are encoded.
     #[serde(skip)]
     pub(super) encoded_pixels: u64,
-    /// Pixels of the largest picture that is encoded.
+    /// Pixels of the largest picture or video that is encoded.
     #[serde(skip)]
     pub(super) largest_encoded: u64,
+    /// Pixels that the autoencoder has at once: of a video those of the frames behind one latent frame.
+    #[serde(skip)]
+    pub(super) largest_chunk: u64,
     /// Numbers of all prompts' states.
     #[serde(skip)]
     pub(super) text_states: u64,
@@ -126,12 +128,10 @@ fn rows(
     model: Option<&Model>,
     problems: &mut Vec<TrainError>,
 ) -> Result<DataOutline, TrainError> {
-    // Without a model only the sizes that a recipe fixes are known.
-    let resize = trainer::resize(recipe, model.map_or(1, Model::division_factor));
-    let mut counted =
-        Counted { recipe, model, resize, outline: DataOutline::default(), seen: Seen::default() };
+    let fit = Fit::of(recipe, model);
+    let mut counted = Counted { recipe, model, fit, outline: DataOutline::default(), seen: Seen::default() };
     counted.prompt("", None)?;
-    for row in source::checked_rows(recipe, resize)? {
+    for row in source::checked_rows(recipe, fit)? {
         match row.and_then(|row| counted.add(&row)) {
             Ok(()) => counted.outline.rows += 1,
             Err(error) => {
@@ -153,7 +153,7 @@ struct Seen {
 struct Counted<'a> {
     recipe: &'a Recipe,
     model: Option<&'a Model>,
-    resize: Resize,
+    fit: Fit,
     outline: DataOutline,
     seen: Seen,
 }
@@ -165,7 +165,7 @@ impl Counted<'_> {
         let extent = match (&row.picture, row.extent) {
             // Stored latents are taken as they are.
             (Some(picture), _) if latents.is_some() => picture.extent()?,
-            (Some(picture), _) => picture.target(self.resize)?,
+            (Some(picture), _) => picture.target(self.fit)?,
             (None, extent) => extent.expect("a row without a picture has the run's size"),
         };
         let Some(model) = self.model else { return self.prompt(&row.prompt, None) };
@@ -177,7 +177,7 @@ impl Counted<'_> {
         if let Some(picture) = &row.picture
             && self.seen.pictures.insert(picture.name().into_owned())
         {
-            self.outline.picture(&group, latents.is_some());
+            self.outline.picture(&group, latents.is_some(), model.frames_per_latent().unwrap_or(1));
         }
         self.outline.groups.push(group);
         Ok(())
@@ -208,17 +208,20 @@ impl Counted<'_> {
 }
 
 impl DataOutline {
-    fn picture(&mut self, group: &Group, stored: bool) {
+    fn picture(&mut self, group: &Group, stored: bool, frames_per_latent: usize) {
         self.pictures += 1;
         let latents = group.latent_shape.iter().product::<usize>() as u64;
         self.latents += latents;
-        let pixels = (group.extent.height * group.extent.width) as u64;
+        let Extent { frames, height, width } = group.extent;
+        let pixels = (frames * height * width) as u64;
         if stored {
             self.stored_latents += 1;
         } else {
             self.encoded_latents += latents;
-            self.encoded_pixels += pixels * group.extent.frames as u64;
+            self.encoded_pixels += pixels;
             self.largest_encoded = self.largest_encoded.max(pixels);
+            let chunk = (frames.min(frames_per_latent) * height * width) as u64;
+            self.largest_chunk = self.largest_chunk.max(chunk);
         }
     }
 }

@@ -231,7 +231,8 @@ impl Facts<'_> {
         let prompts = self.data.encoded_prompts.min(tables::PROMPTS_PER_BATCH);
         let pictures = (self.data.pictures - self.data.stored_latents) as u64;
         let pixels = self.data.largest_encoded;
-        let encoding = self.text_numbers(prompts, per_token).max(pictures.min(1) * pixels * per_pixel);
+        let encoding =
+            self.text_numbers(prompts, per_token).max(pictures.min(1) * self.data.largest_chunk * per_pixel);
         let waiting = pictures.min(self.readings()) * 3 * pixels;
         parts.push(part("pictures waiting to be encoded", F32 * waiting));
         parts.push(part("activations of text encoder or autoencoder", F32 * encoding));

@@ -4,14 +4,13 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use fewstep_data::buckets;
-use fewstep_data::image::Resize;
 use fewstep_models::Extent;
 
 use crate::batch::{Batch, Planned};
 use crate::dataset::{Dataset, Group, Preparation, Sample, Survey};
 use crate::random::{Draw, Purpose};
 use crate::recipe::{Objective, Recipe};
-use crate::source::{self, SourceRow};
+use crate::source::{self, Fit, SourceRow};
 use crate::{TrainError, provenance};
 
 /// Pictures drawn at once.
@@ -43,7 +42,7 @@ impl HeldOut {
             provenance::check(&its_own, with.source, with.model)?;
         }
         let base = recipe.monitor_metadata_path.as_deref().map_or(with.base, folder_of);
-        Survey::of(&rows(recipe, with.resize)?, Preparation { base, ..with }).map(Some)
+        Survey::of(&rows(recipe, with.fit)?, Preparation { base, ..with }).map(Some)
     }
 
     /// The rows, encoded where they are not stored; `None` when asked to stop before all was done.
@@ -108,17 +107,17 @@ pub(crate) fn training_rows(recipe: &Recipe, rows: Vec<SourceRow>) -> Result<Vec
 ///
 /// # Errors
 /// As [`source::rows`].
-fn rows(recipe: &Recipe, resize: Resize) -> Result<Vec<SourceRow>, TrainError> {
+fn rows(recipe: &Recipe, fit: Fit) -> Result<Vec<SourceRow>, TrainError> {
     let rows = match &recipe.monitor_metadata_path {
-        Some(_) => source::rows(&of_its_own(recipe), resize)?,
+        Some(_) => source::rows(&of_its_own(recipe), fit)?,
         None => {
-            let rows = source::rows(recipe, resize)?;
+            let rows = source::rows(recipe, fit)?;
             let chosen = Chosen::new(recipe, &rows);
             rows.into_iter().filter(|row| chosen.prompts.contains(&row.prompt)).collect()
         }
     };
     match recipe.task.objective() {
-        Objective::Distillation => with_more_seeds(recipe, rows, resize),
+        Objective::Distillation => with_more_seeds(recipe, rows, fit),
         Objective::FlowMatching => Ok(rows),
     }
 }
@@ -170,11 +169,7 @@ impl Chosen {
 }
 
 /// Adds rows without a picture until each prompt has as many as the recipe asks for, and gives those without a seed one.
-fn with_more_seeds(
-    recipe: &Recipe,
-    rows: Vec<SourceRow>,
-    resize: Resize,
-) -> Result<Vec<SourceRow>, TrainError> {
+fn with_more_seeds(recipe: &Recipe, rows: Vec<SourceRow>, fit: Fit) -> Result<Vec<SourceRow>, TrainError> {
     let mut prompts: Vec<Vec<SourceRow>> = Vec::new();
     let mut index = HashMap::new();
     for row in rows {
@@ -188,7 +183,7 @@ fn with_more_seeds(
         let more = SourceRow {
             picture: None,
             seed: None,
-            extent: Some(extent_of(&rows[0], resize)?),
+            extent: Some(extent_of(&rows[0], fit)?),
             ..rows[0].clone()
         };
         rows.resize(rows.len().max(recipe.monitor_seeds), more);
@@ -201,9 +196,9 @@ fn with_more_seeds(
 }
 
 /// The size a row is drawn at.
-fn extent_of(row: &SourceRow, resize: Resize) -> Result<Extent, TrainError> {
+fn extent_of(row: &SourceRow, fit: Fit) -> Result<Extent, TrainError> {
     match &row.picture {
-        Some(picture) => picture.target(resize),
+        Some(picture) => picture.target(fit),
         None => Ok(row.extent.expect("a row without a picture has the run's size")),
     }
 }

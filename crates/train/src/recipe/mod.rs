@@ -86,7 +86,7 @@ pub struct Recipe {
     /// Threads that decode pictures and read stored latents ahead of the steps; results do not depend on their number
     #[arg(long, default_value_t = 2, help_heading = "Data")]
     pub dataset_num_workers: usize,
-    /// Columns that name files, separated by commas; image must be one of them
+    /// Columns that name files, separated by commas; image or video must be one of them
     #[arg(long, value_delimiter = ',', default_value = "image,video", help_heading = "Data")]
     #[serde(deserialize_with = "comma_list")]
     pub data_file_keys: Vec<String>,

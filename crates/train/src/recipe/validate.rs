@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 
 use fewstep_data::bounded;
+use fewstep_data::metadata::Media;
 
 use super::{Dtype, OptimizerName, Recipe, Stage};
 use crate::TrainError;
@@ -141,8 +142,13 @@ impl Recipe {
     }
 
     fn check_columns(&self) -> Result<(), TrainError> {
-        if !self.data_file_keys.iter().any(|key| key == "image") {
-            return wrong("data_file_keys", self.data_file_keys.join(","), "a list with image in it");
+        let is_media = |key: &String| Media::ALL.iter().any(|media| media.column() == key);
+        if !self.data_file_keys.iter().any(is_media) {
+            return wrong(
+                "data_file_keys",
+                self.data_file_keys.join(","),
+                "a list with image or video in it",
+            );
         }
         match self.extra_inputs().find(|name| !EXTRA_INPUTS.contains(name)) {
             Some(found) => wrong(

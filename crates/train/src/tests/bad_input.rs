@@ -173,7 +173,8 @@ fn metadata_as_spreadsheets_write_it_is_read() {
     fs::rename(bench.path("data/0.png"), bench.path("data/猫 1.png")).unwrap();
     let text = "\u{feff}image,prompt\r\n猫 1.png,\"a, \"\"quoted\"\"\r\nprompt\"\r\n1.png,plain\r\n";
     fs::write(bench.path("data/metadata.csv"), text).unwrap();
-    let rows = crate::source::rows(&sft(&bench), Resize::Exact { height: SIDE_PX, width: SIDE_PX }).unwrap();
+    let rows =
+        super::fixtures::rows(&sft(&bench), Resize::Exact { height: SIDE_PX, width: SIDE_PX }).unwrap();
     let prompts: Vec<&str> = rows.iter().map(|row| row.prompt.as_str()).collect();
     assert_eq!(prompts, ["a, \"quoted\"\r\nprompt", "plain"]);
     train(&sft(&bench));

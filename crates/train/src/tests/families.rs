@@ -1,4 +1,4 @@
-//! Losses, gradients and optimiser steps of the families against DiffSynth-Studio's (goldens/flux, sd15, sdxl, zimage):
+//! Losses, gradients and optimiser steps of the families against DiffSynth-Studio's (goldens/flux, sd15, sdxl, wan, zimage):
 //! the same recipe for all of them.
 //!
 //! Of models that predict noise, the peer's losses are of the noise, from the noised picture; here they are of velocities.
@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use burn::tensor::{Device, Tensor};
 use fewstep_data::image::{Picture, Size};
+use fewstep_data::video::Video;
 use fewstep_flow::diffusion::scale;
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::{Solver, trajectory};
@@ -40,8 +41,8 @@ struct Peer {
 }
 
 impl Peer {
-    fn all() -> [Self; 4] {
-        ["flux", "sd15", "sdxl", "zimage"].map(Self::new)
+    fn all() -> [Self; 5] {
+        ["flux", "sd15", "sdxl", "wan", "zimage"].map(Self::new)
     }
 
     /// Those that predict noise.
@@ -55,12 +56,21 @@ impl Peer {
         let tensors = Golden::open(golden(&format!("{family}/training.safetensors")));
         let folder = tempfile::tempdir().unwrap();
         let base = folder.path();
-        let metadata = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale\n";
-        std::fs::write(base.join("metadata.csv"), format!("{metadata}0.png,{PROMPT},{SEED},cpu,4,1\n"))
-            .unwrap();
-        let rgb = vec![0; 3 * SIDE_PX * SIDE_PX];
-        Picture { width: SIDE_PX, height: SIDE_PX, rgb }.save_png(&base.join("0.png")).unwrap();
-        let shape = tensors.shape("input_latents")[1..].to_vec();
+        let picture = Picture { width: SIDE_PX, height: SIDE_PX, rgb: vec![0; 3 * SIDE_PX * SIDE_PX] };
+        let (media, file, shape) = match tensors.shape("input_latents")[..] {
+            [_, channels, latent_frames, height, width] => {
+                let frames = vec![picture; 4 * (latent_frames - 1) + 1];
+                Video::new(frames, None).save(&base.join("0.webp")).unwrap();
+                ("video", "0.webp", vec![channels, latent_frames * height, width])
+            }
+            ref shape => {
+                picture.save_png(&base.join("0.png")).unwrap();
+                ("image", "0.png", shape[1..].to_vec())
+            }
+        };
+        let columns = format!("{media},prompt,seed,rand_device,num_inference_steps,cfg_scale");
+        let row = format!("{file},{PROMPT},{SEED},cpu,4,1");
+        std::fs::write(base.join("metadata.csv"), format!("{columns}\n{row}\n")).unwrap();
         let latents = ("latents".to_owned(), shape, tensors.f32s("input_latents"));
         let file = base.join("latents/0.safetensors");
         save_tensors(&file, [latents], WeightType::F32, &Default::default()).unwrap();
@@ -69,7 +79,7 @@ impl Peer {
             model: golden(&format!("{family}/model")),
             dataset_base_path: base.into(),
             trainable_models: vec!["dit".into()],
-            max_prompt_tokens: (family == "flux").then_some(64),
+            max_prompt_tokens: ["flux", "wan"].contains(&family).then_some(64),
             ..Recipe::compatible(Compat::Diffsynth)
         };
         let init = base.join("lora_init.safetensors");

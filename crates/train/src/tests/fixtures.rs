@@ -7,7 +7,9 @@ use std::sync::atomic::AtomicBool;
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};
 use fewstep_data::image::{Picture, Resize};
-use fewstep_data::metadata::{DistillRow, ImageRow, RandDevice, write_distill_csv, write_image_csv};
+use fewstep_data::metadata::{
+    CaptionedRow, DistillRow, Media, RandDevice, write_captioned_csv, write_distill_csv,
+};
 use fewstep_models::{
     Generated, LoadOptions, Model, ModelSource, NamedVisitor, Pipeline, Request, WeightType, save_tensors,
     visit_named,
@@ -18,6 +20,7 @@ use tempfile::TempDir;
 use crate::batch::{Batch, Planned};
 use crate::dataset::{Dataset, Preparation, Survey};
 use crate::host::to_vec;
+use crate::source::{Fit, SourceRow};
 use crate::{Context, Event, Observer, Outcome, Recipe, TrainError};
 
 /// Side of every picture, in px: 2 × 2 tokens of the tiny model.
@@ -53,16 +56,16 @@ impl Bench {
     /// Pictures with captions.
     pub(super) fn with_pictures(self) -> Self {
         let base = self.path("data");
-        let rows: Vec<ImageRow> =
-            (0..ROWS).map(|row| ImageRow { image: format!("{row}.png"), prompt: prompt(row) }).collect();
+        let rows: Vec<CaptionedRow> =
+            (0..ROWS).map(|row| CaptionedRow::of_image(format!("{row}.png"), prompt(row))).collect();
         for (at, row) in rows.iter().enumerate() {
             let rgb = random_values(3 * SIDE_PX * SIDE_PX, at as u64)
                 .iter()
                 .map(|x| (128.0 + 40.0 * x) as u8)
                 .collect();
-            Picture { width: SIDE_PX, height: SIDE_PX, rgb }.save_png(&base.join(&row.image)).unwrap();
+            Picture { width: SIDE_PX, height: SIDE_PX, rgb }.save_png(&base.join(&row.file)).unwrap();
         }
-        write_image_csv(&base.join("metadata.csv"), &rows).unwrap();
+        write_captioned_csv(&base.join("metadata.csv"), &rows).unwrap();
         self
     }
 
@@ -115,21 +118,23 @@ pub(super) fn write_teacher_data(base: &Path, model: Model, requests: &[Request]
     let pictures = Pipeline::new(model, Device::flex()).generate_batch(requests).unwrap();
     let rows: Vec<DistillRow> = requests.iter().enumerate().map(distill_row).collect();
     for (row, generated) in rows.iter().zip(&pictures) {
-        generated.save(base.join(&row.image)).unwrap();
-        save_latents(base, &row.image, generated);
+        generated.save(base.join(&row.file)).unwrap();
+        save_latents(base, &row.file, generated);
     }
     write_distill_csv(&base.join("metadata.csv"), &rows).unwrap();
 }
 
 fn distill_row((at, request): (usize, &Request)) -> DistillRow {
     DistillRow {
-        image: format!("images/{at}.png"),
+        media: Media::Image,
+        file: format!("images/{at}.png"),
         prompt: request.prompt.clone(),
         seed: request.seed,
         rand_device: RandDevice::Cpu,
         num_inference_steps: STUDENT_STEPS,
         cfg_scale: 1.0,
         embedded_guidance: None,
+        num_frames: None,
     }
 }
 
@@ -218,13 +223,19 @@ pub(super) fn fail(recipe: &Recipe) -> String {
     run(recipe, &mut Recorder::default()).unwrap_err().to_string()
 }
 
+/// The rows of a recipe, whose pictures have the size that a rule gives them.
+pub(super) fn rows(recipe: &Recipe, resize: Resize) -> Result<Vec<SourceRow>, TrainError> {
+    crate::source::rows(recipe, Fit { resize, ..Fit::of(recipe, None) })
+}
+
 /// A recipe's data set as a run has it, encoded in memory.
 pub(super) fn dataset(recipe: &Recipe, model: &Model, resize: Resize) -> Dataset {
+    let fit = Fit { resize, ..Fit::of(recipe, Some(model)) };
     let preparation = Preparation {
         model,
         source: &ModelSource::from(&recipe.model),
         device: &Device::flex(),
-        resize,
+        fit,
         base: &recipe.dataset_base_path,
         keep_text: true,
         cache: Path::new("nowhere"),
@@ -232,7 +243,7 @@ pub(super) fn dataset(recipe: &Recipe, model: &Model, resize: Resize) -> Dataset
         workers: 0,
         stop: &AtomicBool::new(false),
     };
-    let rows = crate::source::rows(recipe, resize).unwrap();
+    let rows = crate::source::rows(recipe, fit).unwrap();
     Survey::of(&rows, preparation).unwrap().encode().unwrap().unwrap()
 }
 

@@ -317,7 +317,7 @@ fn accumulated_batches_hold_the_rows_of_the_large_batch() {
 fn the_bundled_set_gives_both_captions_of_every_picture_that_is_not_held_out() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/emoji");
     let recipe = Recipe { task: Task::Sft, dataset_base_path: folder.clone(), ..Recipe::default() };
-    let rows = crate::source::rows(&recipe, Resize::MaxPixels { max_pixels: 4096, division: 8 }).unwrap();
+    let rows = super::fixtures::rows(&recipe, Resize::MaxPixels { max_pixels: 4096, division: 8 }).unwrap();
     let set = fewstep_data::emoji::EmojiSet::open(&folder).unwrap();
     assert_eq!(rows.len(), 2 * set.training().count());
     let prompts: std::collections::HashSet<&str> = rows.iter().map(|row| row.prompt.as_str()).collect();

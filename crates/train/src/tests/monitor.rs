@@ -296,7 +296,7 @@ fn without_a_teacher_the_error_is_that_of_the_velocity_on_held_out_pictures() {
         ..bench.recipe()
     };
     train(&recipe);
-    let rows = crate::source::rows(&recipe, RESIZE).unwrap();
+    let rows = super::fixtures::rows(&recipe, RESIZE).unwrap();
     let kept = crate::monitor::training_rows(&recipe, rows.clone()).unwrap();
     let held_out = (0..ROWS).find(|row| !kept.iter().any(|kept| kept.prompt == prompt(*row))).unwrap();
 
@@ -335,7 +335,7 @@ fn held_out_prompts_are_never_trained_on_and_follow_from_the_seed() {
     let prompts = |rows: &[SourceRow]| -> Vec<String> { rows.iter().map(|row| row.prompt.clone()).collect() };
     let trained = |seed, monitor_rows, monitor_steps| {
         let recipe = Recipe { seed, monitor_rows, monitor_steps, ..bench.recipe() };
-        crate::monitor::training_rows(&recipe, crate::source::rows(&recipe, RESIZE).unwrap())
+        crate::monitor::training_rows(&recipe, super::fixtures::rows(&recipe, RESIZE).unwrap())
     };
     assert_eq!(trained(1, 2, 0).unwrap().len(), ROWS);
     let first = prompts(&trained(1, 2, 5).unwrap());

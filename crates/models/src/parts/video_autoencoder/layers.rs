@@ -52,7 +52,9 @@ impl CausalConv {
         let missing = rows + looks_back * past.batch - found;
         let padded = match missing {
             0 => seen,
-            _ => Tensor::cat(vec![Tensor::zeros([missing, channels, height, width], &seen.device()), seen], 0),
+            _ => {
+                Tensor::cat(vec![Tensor::zeros([missing, channels, height, width], &seen.device()), seen], 0)
+            }
         };
         let windows = (0..=looks_back).map(|frame| padded.clone().narrow(0, frame * past.batch, rows));
         self.of_windows(windows.collect())
