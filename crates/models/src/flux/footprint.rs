@@ -70,16 +70,16 @@ pub(super) fn encoding(source: &ModelSource) -> Result<Encoding, ModelError> {
         [t5.d_model, t5.num_heads * t5.d_kv, t5.d_ff, t5.num_layers].map(|size| size as u64);
     Ok(Encoding {
         per_token: per_token(&t5),
-        per_token_training: layers * (4 * width + 8 * inner + 5 * hidden) + per_token(&t5),
+        per_token_training: layers * (4 * width + 8 * inner + 3 * hidden) + per_token(&t5),
         per_pixel: AutoencoderKlConfig::read(source)?.numbers_per_pixel(),
         flops_per_token: 2 * layers * (4 * width * inner + 3 * width * hidden),
     })
 }
 
 /// The stream and its norm beside query, key and value, these by heads, and their output; or beside both branches of the
-/// MLP, the activation and the product. Scores of all heads come on top, a row of them for each token.
+/// MLP and their gated product. Scores of all heads come on top, a row of them for each token.
 fn per_token(t5: &T5Config) -> u64 {
     let [width, inner, hidden] = [t5.d_model, t5.num_heads * t5.d_kv, t5.d_ff].map(|size| size as u64);
     let scores = 3 * (t5.num_heads * super::TEXT_TOKENS) as u64;
-    (2 * width + 7 * inner + scores).max(2 * width + 4 * hidden)
+    (2 * width + 7 * inner + scores).max(2 * width + 3 * hidden)
 }
