@@ -1,17 +1,28 @@
-//! The two GELU approximations of the supported families.
+//! GELU in the three forms of the supported families, and the SiLU that follows norms of pictures.
 
 use burn::tensor::Tensor;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::{parallel, plain, simd};
 
-/// Which approximation of the Gaussian error linear unit.
+/// Which form of the Gaussian error linear unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gelu {
+    /// `x Φ(x)`, Φ the normal distribution function.
+    Exact,
     /// `x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`
     Tanh,
     /// `x sigmoid(1.702 x)`, CLIP's "quick" variant.
     Sigmoid,
+}
+
+/// What follows a norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// Nothing.
+    Nothing,
+    /// `x · logistic(x)`.
+    Silu,
 }
 
 /// `√(2/π)`, of the tanh form.
@@ -46,6 +57,7 @@ fn forward(x: &[f32], kind: Gelu) -> Vec<f32> {
         |first, block| {
             let elements = block.iter_mut().zip(&x[first..]);
             match kind {
+                Gelu::Exact => elements.for_each(|(y, x)| *y = exact_parts(*x).0),
                 Gelu::Tanh => elements.for_each(|(y, x)| *y = tanh_parts(*x).0),
                 Gelu::Sigmoid => elements.for_each(|(y, x)| *y = sigmoid_parts(*x).0),
             }
@@ -63,6 +75,7 @@ fn backward(x: &[f32], gradient: &[f32], kind: Gelu) -> Vec<f32> {
         |first, block| {
             let elements = block.iter_mut().zip(&x[first..]).zip(&gradient[first..]);
             match kind {
+                Gelu::Exact => elements.for_each(|((d, x), g)| *d = g * exact_parts(*x).1),
                 Gelu::Tanh => elements.for_each(|((d, x), g)| *d = g * tanh_parts(*x).1),
                 Gelu::Sigmoid => elements.for_each(|((d, x), g)| *d = g * sigmoid_parts(*x).1),
             }
@@ -72,8 +85,33 @@ fn backward(x: &[f32], gradient: &[f32], kind: Gelu) -> Vec<f32> {
 }
 
 /// Value and derivative.
+///
+/// Φ(−a) is exp(−a²/2) times a smooth function, here a polynomial in 1/(1 + 0.35 a), fitted by least squares of relative
+/// errors, the largest of which is 3.2e-8 for a up to 14. Far below zero the value keeps its digits.
 #[inline(always)]
-fn tanh_parts(x: f32) -> (f32, f32) {
+pub(crate) fn exact_parts(x: f32) -> (f32, f32) {
+    const FALL: f32 = 0.35;
+    /// `1/√(2π)`
+    const PEAK: f32 = 0.398_942_3;
+    let t = 1.0 / x.abs().mul_add(FALL, 1.0);
+    let series = (-0.029_145_961_f32)
+        .mul_add(t, 0.143_971_84)
+        .mul_add(t, -0.255_714_54)
+        .mul_add(t, 0.159_174_48)
+        .mul_add(t, -0.023_110_04)
+        .mul_add(t, 0.105_508_085)
+        .mul_add(t, 0.119_832_85)
+        .mul_add(t, 0.139_861_87)
+        .mul_add(t, 0.139_621_4);
+    let bell = simd::exp(-0.5 * x * x);
+    let tail = bell * t * series;
+    let below = if x < 0.0 { tail } else { 1.0 - tail };
+    (x * below, (PEAK * bell).mul_add(x, below))
+}
+
+/// Value and derivative.
+#[inline(always)]
+pub(crate) fn tanh_parts(x: f32) -> (f32, f32) {
     let inner = TANH_SCALE * x * (TANH_CUBIC * x).mul_add(x, 1.0);
     let slope = TANH_SCALE * (3.0 * TANH_CUBIC * x).mul_add(x, 1.0);
     // (1 + tanh u) / 2 is the logistic function of 2u.
@@ -82,8 +120,14 @@ fn tanh_parts(x: f32) -> (f32, f32) {
 
 /// Value and derivative.
 #[inline(always)]
-fn sigmoid_parts(x: f32) -> (f32, f32) {
+pub(crate) fn sigmoid_parts(x: f32) -> (f32, f32) {
     gated(x, SIGMOID_SLOPE * x, SIGMOID_SLOPE)
+}
+
+/// Value and derivative.
+#[inline(always)]
+pub(crate) fn silu(x: f32) -> (f32, f32) {
+    gated(x, x, 1.0)
 }
 
 /// Value and derivative of `x logistic(inner(x))`.
@@ -100,8 +144,8 @@ mod tests {
     use burn::tensor::Device;
 
     #[test]
-    fn both_forms_agree_with_their_twins() {
-        for kind in [Gelu::Tanh, Gelu::Sigmoid] {
+    fn all_forms_agree_with_their_twins() {
+        for kind in [Gelu::Exact, Gelu::Tanh, Gelu::Sigmoid] {
             let run = |operation: fn(Tensor<3>, Gelu) -> Tensor<3>| {
                 let mut probe = Probe::new();
                 let x = probe.tracked([3, 7, 1031]);
@@ -114,7 +158,7 @@ mod tests {
 
     #[test]
     fn gradients_are_the_slopes_of_the_values() {
-        for kind in [Gelu::Tanh, Gelu::Sigmoid] {
+        for kind in [Gelu::Exact, Gelu::Tanh, Gelu::Sigmoid] {
             assert_derivative(37, |x| gelu(x, kind));
         }
     }
@@ -122,7 +166,7 @@ mod tests {
     #[test]
     fn far_arguments_pass_or_vanish() {
         let x = Tensor::<1>::from_data([-200.0, -60.0, 0.0, 60.0, 200.0], &Device::flex());
-        for kind in [Gelu::Tanh, Gelu::Sigmoid] {
+        for kind in [Gelu::Exact, Gelu::Tanh, Gelu::Sigmoid] {
             // Below -87 the exponential saturates at 6e37, which leaves -200 / 6e37 rather than zero.
             let y = fewstep_testkit::values(gelu(x.clone(), kind));
             fewstep_testkit::assert_close(&y, &[0.0, 0.0, 0.0, 60.0, 200.0], 1e-35);

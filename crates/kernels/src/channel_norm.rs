@@ -3,20 +3,12 @@
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
+use crate::activation::{After, silu};
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::{plain, simd};
 
 /// Pixels that one piece of work has.
 const PIXELS: usize = 512;
-
-/// What follows a norm.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum After {
-    /// Nothing.
-    Nothing,
-    /// `x · logistic(x)`.
-    Silu,
-}
 
 /// Scales the channels of each pixel to length `√channels`, then each channel by `gamma`; then the activation.
 ///
@@ -179,13 +171,6 @@ impl ChannelNorm {
         }
         by_gamma
     }
-}
-
-/// Value and derivative.
-#[inline(always)]
-fn silu(x: f32) -> (f32, f32) {
-    let logistic = 1.0 / (1.0 + simd::exp(-x));
-    (x * logistic, logistic * (1.0 + x * (1.0 - logistic)))
 }
 
 #[cfg(test)]

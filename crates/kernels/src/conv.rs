@@ -53,6 +53,8 @@ pub fn conv2d(x: Tensor<4>, weight: Tensor<4>, bias: Option<Tensor<1>>, shape: C
     let inputs = [Input::new(x), Input::new(weight), Input::optional(bias)];
     operation(inputs, |[x, weight, bias], tracked| {
         let output = conv.forward(&x, &weight, has_bias.then_some(&bias));
+        // Only the gradient of a weight needs the input.
+        let x = if tracked[1] { x } else { Values::from_vec(Vec::new(), &[0]) };
         let pullback: Pullback<3> = Box::new(move |gradient| conv.pull_back(&x, &weight, &gradient, tracked));
         (Values::from_vec(output, &output_shape), pullback)
     })

@@ -16,13 +16,19 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
 use half::{bf16, f16};
 
+use crate::twins::takes_plain_twins;
+
 type Differentiable = FloatTensor<Autodiff<Flex>>;
 
 /// Maps the gradient of an operation's output to the gradients of its `N` inputs, `None` where nobody tracks them.
 pub(crate) type Pullback<const N: usize> = Box<dyn Fn(Values) -> [Option<Values>; N] + Send + Sync>;
 
-/// Whether the fused operations run where `tensor` lives; if not, the caller takes the plain twin.
+/// Whether an operation on `tensor` is the fused one; if not, the caller takes the plain twin.
 pub(crate) fn is_fused<const D: usize>(tensor: &Tensor<D>) -> bool {
+    in_host_memory(tensor) && !takes_plain_twins()
+}
+
+fn in_host_memory<const D: usize>(tensor: &Tensor<D>) -> bool {
     tensor.device() == Device::flex()
 }
 
@@ -163,7 +169,7 @@ pub(crate) enum Stored<'a> {
 /// Lends a tensor's values, in row-major order; only devices other than the CPU, and views, pay for a copy.
 pub fn with_values<const D: usize, R>(tensor: Tensor<D>, read: impl FnOnce(&[f32]) -> R) -> R {
     let tensor = tensor.inner();
-    if is_fused(&tensor) && tensor.dtype() == DType::F32 {
+    if in_host_memory(&tensor) && tensor.dtype() == DType::F32 {
         return read(&Values::detached(tensor));
     }
     read(&tensor.try_into_vec_as::<f32>().expect("a float tensor can be read as f32"))
@@ -174,7 +180,7 @@ pub fn with_values<const D: usize, R>(tensor: Tensor<D>, read: impl FnOnce(&[f32
 /// They are changed in place where they are in host memory and nobody else holds them, and in a copy otherwise.
 pub fn updated<const D: usize>(tensor: Tensor<D>, update: impl FnOnce(&mut [f32])) -> Tensor<D> {
     assert!(!tensor.device().is_autodiff(), "values are changed without autodiff history");
-    if is_fused(&tensor) {
+    if in_host_memory(&tensor) {
         let mut values = Values::detached(tensor);
         update(values.as_mut_slice());
         return values.into_tensor();

@@ -82,7 +82,8 @@ pub(crate) fn sum_rows(matrix: &[f32], width: usize) -> Vec<f32> {
     total
 }
 
-fn rows_per_piece(width: usize) -> usize {
+/// Rows of a piece of work.
+pub(crate) fn rows_per_piece(width: usize) -> usize {
     (PIECE / width.max(1)).max(1)
 }
 

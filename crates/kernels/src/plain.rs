@@ -11,8 +11,8 @@ use crate::activation::{SIGMOID_SLOPE, TANH_CUBIC, TANH_SCALE};
 use crate::adamw::Factors;
 use crate::channel_norm::SMALLEST_LENGTH;
 use crate::{
-    AdamW, AdamWStep, After, AttentionOptions, ConvShape, Gelu, HalfType, KeyMask, LowRank, Modulation,
-    Moments, Projection, QkvStream, RotaryTable,
+    AdamW, AdamWStep, After, AttentionOptions, ConvShape, Gate, Gelu, GroupNorm, HalfType, KeyMask, LowRank,
+    Modulation, Moments, Projection, QkvStream, RotaryTable,
 };
 
 /// See [`crate::linear`].
@@ -72,6 +72,7 @@ fn chunk(modulation: &Tensor<2>, index: usize, width: usize) -> Tensor<3> {
 /// See [`crate::gelu`].
 pub fn gelu<const D: usize>(x: Tensor<D>, kind: Gelu) -> Tensor<D> {
     match kind {
+        Gelu::Exact => burn::tensor::activation::gelu(x),
         Gelu::Tanh => {
             let cubic = (x.clone() * x.clone()).mul_scalar(TANH_CUBIC).add_scalar(1.0);
             let inner = x.clone().mul_scalar(TANH_SCALE) * cubic;
@@ -79,6 +80,22 @@ pub fn gelu<const D: usize>(x: Tensor<D>, kind: Gelu) -> Tensor<D> {
         }
         Gelu::Sigmoid => x.clone() * sigmoid(x.mul_scalar(SIGMOID_SLOPE)),
     }
+}
+
+/// See [`crate::glu`].
+pub fn glu<const D: usize>(value: Tensor<D>, gate: Tensor<D>, kind: Gate) -> Tensor<D> {
+    value
+        * match kind {
+            Gate::Silu => silu(gate),
+            Gate::Gelu(kind) => gelu(gate, kind),
+        }
+}
+
+/// See [`crate::glu_halves`].
+pub fn glu_halves<const D: usize>(x: Tensor<D>, kind: Gate) -> Tensor<D> {
+    let half = x.dims()[D - 1] / 2;
+    let [value, gate] = [0, half].map(|start| x.clone().narrow(D - 1, start, half));
+    glu(value, gate, kind)
 }
 
 /// See [`crate::rms_norm`].
@@ -216,10 +233,25 @@ pub fn channel_norm(x: Tensor<4>, gamma: Tensor<1>, after: After) -> Tensor<4> {
     // Clamped under the root, so that the gradient of zero is finite.
     let length = x.clone().square().sum_dim(1).clamp_min(SMALLEST_LENGTH * SMALLEST_LENGTH).sqrt();
     let scale = gamma.reshape([1, channels, 1, 1]).mul_scalar((channels as f32).sqrt());
-    let scaled = x / length * scale;
+    followed(x / length * scale, after)
+}
+
+/// See [`crate::group_norm`].
+pub fn group_norm(x: Tensor<4>, weight: Tensor<1>, bias: Tensor<1>, norm: GroupNorm) -> Tensor<4> {
+    let [batch, channels, height, width] = x.dims();
+    let grouped: Tensor<3> = x.reshape([batch, norm.groups, channels / norm.groups * height * width]);
+    let centred = grouped.clone() - grouped.mean_dim(2);
+    let variance = centred.clone().square().mean_dim(2);
+    let normed = centred / variance.add_scalar(norm.epsilon).sqrt();
+    let [weight, bias] = [weight, bias].map(|parameter| parameter.reshape([1, channels, 1, 1]));
+    followed(normed.reshape([batch, channels, height, width]) * weight + bias, norm.after)
+}
+
+/// The activation after a norm.
+fn followed(x: Tensor<4>, after: After) -> Tensor<4> {
     match after {
-        After::Nothing => scaled,
-        After::Silu => silu(scaled),
+        After::Nothing => x,
+        After::Silu => silu(x),
     }
 }
 

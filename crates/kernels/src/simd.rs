@@ -8,6 +8,19 @@ use pulp::{Arch, Simd, WithSimd};
 /// Looked up once: a row of 64 elements takes no longer than asking the processor.
 static LEVEL: LazyLock<Arch> = LazyLock::new(Arch::new);
 
+/// The instruction set that was found: what the loops of the operations, and matrix products, run in.
+pub fn instructions() -> &'static str {
+    match *LEVEL {
+        #[cfg(target_arch = "x86_64")]
+        Arch::V4(_) => "AVX-512",
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(_) => "AVX2 with FMA",
+        #[cfg(target_arch = "aarch64")]
+        Arch::Neon(_) => "NEON",
+        _ => "what the program was compiled for",
+    }
+}
+
 /// Runs `body` compiled for the best instruction set of this machine.
 ///
 /// `body` and all it calls must be inlined to profit: mark closures and helpers `#[inline(always)]`.
@@ -50,6 +63,12 @@ pub(crate) fn sum(x: &[f32]) -> f32 {
 pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
     assert_eq!(x.len(), y.len(), "factors of an inner product");
     LEVEL.dispatch(Dot { x, y })
+}
+
+/// Inner product of `y` with the distances of `x` from `centre`.
+pub(crate) fn dot_deviation(y: &[f32], x: &[f32], centre: f32) -> f32 {
+    assert_eq!(x.len(), y.len(), "factors of an inner product");
+    LEVEL.dispatch(DotDeviation { y, x, centre })
 }
 
 /// Sum of squared distances of `x` from `centre`.
@@ -100,6 +119,27 @@ impl WithSimd for Dot<'_> {
         let multiply_add = |total, index: usize| simd.mul_add_f32s(x[index], y[index], total);
         let total = reduce(x.len(), simd.splat_f32s(0.0), multiply_add, |a, b| simd.add_f32s(a, b));
         simd.reduce_sum_f32s(total) + x_rest.iter().zip(y_rest).map(|(x, y)| x * y).sum::<f32>()
+    }
+}
+
+struct DotDeviation<'a> {
+    y: &'a [f32],
+    x: &'a [f32],
+    centre: f32,
+}
+
+impl WithSimd for DotDeviation<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+        let ((x, x_rest), (y, y_rest)) = (S::as_simd_f32s(self.x), S::as_simd_f32s(self.y));
+        let centre = simd.splat_f32s(self.centre);
+        let multiply_add =
+            |total, index: usize| simd.mul_add_f32s(simd.sub_f32s(x[index], centre), y[index], total);
+        let total = reduce(x.len(), simd.splat_f32s(0.0), multiply_add, |a, b| simd.add_f32s(a, b));
+        let rest = x_rest.iter().zip(y_rest).map(|(x, y)| (x - self.centre) * y);
+        simd.reduce_sum_f32s(total) + rest.sum::<f32>()
     }
 }
 
@@ -183,6 +223,8 @@ mod tests {
         let ones = vec![2.0; 37];
         assert_eq!(sum(&x), 703.0);
         assert_eq!(dot(&x, &ones), 1406.0);
+        // Twice Σ (i - 18) over 1..=37.
+        assert_eq!(dot_deviation(&ones, &x, 18.0), 74.0);
         assert_eq!(max(&x), 37.0);
         // Σ (i - 19)² over 1..=37 is 2 Σ i² over 1..=18.
         assert_eq!(squared_deviation(&x, 19.0), 4218.0);

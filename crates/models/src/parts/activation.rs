@@ -1,7 +1,6 @@
 //! Activations by the names that configs give them.
 
 use burn::tensor::Tensor;
-use burn::tensor::activation::gelu as exact_gelu;
 use fewstep_kernels::{Gelu, gelu};
 use serde::Deserialize;
 
@@ -23,7 +22,7 @@ impl Activation {
     /// Applies it to every element.
     pub(crate) fn forward<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
         match self {
-            Self::Gelu => exact_gelu(x),
+            Self::Gelu => gelu(x, Gelu::Exact),
             Self::GeluTanh => gelu(x, Gelu::Tanh),
             Self::QuickGelu => gelu(x, Gelu::Sigmoid),
         }

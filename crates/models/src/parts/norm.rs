@@ -1,9 +1,8 @@
 //! Normalisations with a weight and a bias per channel.
 
 use burn::module::{Module, Param};
-use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
-use fewstep_kernels::{Modulation, norm_modulate};
+use fewstep_kernels::{After, Modulation, group_norm, norm_modulate};
 
 use crate::weights::unfilled;
 
@@ -49,18 +48,17 @@ impl GroupNorm {
 
     /// `[B, C, H, W]` to `[B, C, H, W]`.
     pub(crate) fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let [batch, channels, height, width] = x.dims();
-        let grouped: Tensor<3> = x.reshape([batch, self.groups, channels / self.groups * height * width]);
-        let centred = grouped.clone() - grouped.mean_dim(2);
-        let variance = centred.clone().square().mean_dim(2);
-        let normed = centred / variance.add_scalar(self.epsilon).sqrt();
-        let per_channel = |parameter: &Param<Tensor<1>>| parameter.val().reshape([1, channels, 1, 1]);
-        normed.reshape([batch, channels, height, width]) * per_channel(&self.weight) + per_channel(&self.bias)
+        self.followed_by(After::Nothing, x)
     }
 
     /// The same, then SiLU.
     pub(crate) fn forward_silu(&self, x: Tensor<4>) -> Tensor<4> {
-        silu(self.forward(x))
+        self.followed_by(After::Silu, x)
+    }
+
+    fn followed_by(&self, after: After, x: Tensor<4>) -> Tensor<4> {
+        let norm = fewstep_kernels::GroupNorm { groups: self.groups, epsilon: self.epsilon, after };
+        group_norm(x, self.weight.val(), self.bias.val(), norm)
     }
 }
 

@@ -48,12 +48,12 @@ impl TextEncoderConfig {
         let joined = (self.head_dim() * self.num_attention_heads) as u64;
         let grouped = (self.head_dim() * self.num_key_value_heads) as u64;
         // The stream and its norm beside query, key and value, these rotated and packed, and their output; or beside the
-        // MLP's gate, that after its activation, the other branch and their product.
+        // MLP's two branches and their gated product.
         let attention = 2 * width + 2 * (joined + 2 * grouped) + 3 * joined + joined;
-        let mlp = 2 * width + 4 * inner;
+        let mlp = 2 * width + 3 * inner;
         // The inputs of both norms and of what follows them, the packed query, key and value, the attention's output; the
-        // gate with its activation's factors, and both branches and their product.
-        let kept = 4 * width + 4 * joined + 6 * inner;
+        // MLP's two branches and their gated product.
+        let kept = 4 * width + 4 * joined + 3 * inner;
         let matrices = layers * (2 * width * joined + 2 * width * grouped + 3 * width * inner);
         Encoding {
             per_token: attention.max(mlp),

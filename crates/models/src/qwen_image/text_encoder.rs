@@ -5,9 +5,8 @@
 //! the ordinary one.
 
 use burn::module::{Module, Param};
-use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
-use fewstep_kernels::{AttentionOptions, HalfType, attention, rms_norm};
+use fewstep_kernels::{AttentionOptions, Gate, HalfType, attention, glu, rms_norm};
 
 use super::config::TextEncoderConfig;
 use super::tokenizer::PromptTokens;
@@ -294,7 +293,7 @@ impl GatedMlp {
     }
 
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let gate = silu(self.gate_proj.forward(x.clone()));
-        self.down_proj.forward(gate * self.up_proj.forward(x))
+        let gate = self.gate_proj.forward(x.clone());
+        self.down_proj.forward(glu(self.up_proj.forward(x), gate, Gate::Silu))
     }
 }

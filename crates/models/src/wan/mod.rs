@@ -12,6 +12,7 @@ mod footprint;
 mod prompt;
 mod published;
 mod transformer;
+mod trial;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
@@ -33,6 +34,7 @@ use crate::model_folder::SCHEDULER_FILE;
 use crate::parts::patches::{PATCH, pack, unpack_by_place};
 use crate::parts::t5::{self, T5Encoder, T5Tokenizer};
 use crate::parts::video_autoencoder::{self, VideoAutoencoder};
+use crate::trial::Trial;
 use crate::weights::{KeyMap, TensorShapes, WeightFiles, expected, initialize, load};
 use crate::{
     Components, Condition, Encoding, Linear, LoadOptions, Model, ModelError, ModelSource, PromptLength,
@@ -406,5 +408,9 @@ impl family::Kind for Kind {
 
     fn random(&self, source: &ModelSource, seed: u64, device: &Device) -> Result<Model, ModelError> {
         Wan::random(source, seed, device).map(Model::Wan)
+    }
+
+    fn trial(&self) -> Option<Trial> {
+        Some(trial::trial())
     }
 }

@@ -30,10 +30,9 @@ impl TransformerConfig {
         let (width, hidden) = (self.dim as u64, self.hidden() as u64);
         // The inputs of four norms and of what scales two of them (6), of the projections to query, key and value (1),
         // these before and after they are joined (3 + 3), the attention's output (1), both updates (2), and the MLP's
-        // input (1), in D numbers per token; its two branches, the activation, the product and its input in those of the
-        // MLP's width. A frozen projection keeps no input: with adapters on all of them each keeps its own.
+        // input (1), in D numbers per token; its two branches and their gated product in those of the MLP's width. A frozen projection keeps no input: with adapters on all of them each keeps its own.
         let per_rank = batch.rank.map_or(0, |rank| 7 * rank);
-        let block = tokens * (17 * width + 5 * hidden + per_rank + heads.count as u64) + 4 * width;
+        let block = tokens * (17 * width + 3 * hidden + per_rank + heads.count as u64) + 4 * width;
         // The refiners see one part of the tokens each.
         let blocks = (self.n_layers + self.n_refiner_layers) as u64;
         Held {
@@ -41,7 +40,7 @@ impl TransformerConfig {
             largest: block,
             passed: blocks * tokens * width,
             backward: tokens * (4 * width + 3 * hidden),
-            drawing: tokens * (2 * width + (7 * width).max(4 * hidden)),
+            drawing: tokens * (2 * width + (7 * width).max(3 * hidden)),
         }
     }
 

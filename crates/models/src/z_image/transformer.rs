@@ -7,8 +7,8 @@ use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_kernels::{
-    AttentionOptions, Modulation, RotaryTable, attention, gated_residual, linear_concat, norm_modulate,
-    recomputed, rms_norm, split_tokens,
+    AttentionOptions, Gate, Modulation, RotaryTable, attention, gated_residual, glu, linear_concat,
+    norm_modulate, recomputed, rms_norm, split_tokens,
 };
 
 use super::config::TransformerConfig;
@@ -417,7 +417,7 @@ impl SelfAttention {
 
 impl GatedMlp {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let gate = silu(self.w1.forward(x.clone()));
-        self.w2.forward(gate * self.w3.forward(x))
+        let gate = self.w1.forward(x.clone());
+        self.w2.forward(glu(self.w3.forward(x), gate, Gate::Silu))
     }
 }

@@ -4,7 +4,7 @@
 use burn::module::Module;
 use burn::tensor::activation::softmax;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
-use fewstep_kernels::{Gelu, HalfType, gelu, linear_concat, rms_norm};
+use fewstep_kernels::{Gate, Gelu, HalfType, glu, linear_concat, rms_norm};
 
 use super::config::T5Config;
 use crate::parts::double_stream::Scale;
@@ -273,8 +273,8 @@ impl SelfAttention {
 
 impl GatedMlp {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let gate = gelu(self.wi_0.forward(x.clone()), Gelu::Tanh);
-        self.wo.forward(gate * self.wi_1.forward(x))
+        let gate = self.wi_0.forward(x.clone());
+        self.wo.forward(glu(self.wi_1.forward(x), gate, Gate::Gelu(Gelu::Tanh)))
     }
 }
 
