@@ -7,7 +7,7 @@ use fewstep_kernels::{
     linear_concat, norm_modulate, rms_norm, split_tokens,
 };
 
-use super::check::{Check, F32, Inputs, ROUNDINGS, Run, SUMS, memory_case};
+use super::check::{Check, F32, Inputs, ROUNDINGS, SUMS, memory_case};
 
 /// Samples, image tokens, text tokens, heads, and numbers of a head.
 const BATCH: usize = 4;

@@ -7,7 +7,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_kernels::with_plain_twins;
 use fewstep_models::{
-    Components, Condition, Denoiser, Footprint, LoadOptions, Model, ModelSource, Workload, trial_classes,
+    Components, Condition, Denoiser, Extent, Footprint, LoadOptions, Model, ModelSource, Workload, trial_classes,
     write_trial_model,
 };
 use tempfile::TempDir;
@@ -60,7 +60,9 @@ struct Subject {
     /// The class without the word that all have.
     name: String,
     source: ModelSource,
-    /// `[B, C, H, W]`
+    /// A picture, or the shortest video that has more than one latent frame.
+    extent: Extent,
+    /// `[B, C, latent frames · H, W]`
     latents: [usize; 4],
     /// What the prompts became.
     states: States,
@@ -80,9 +82,12 @@ impl Subject {
     fn new(class: &str, folder: &Path) -> Result<Self> {
         let source = ModelSource::from(folder);
         let model = Model::from_pretrained(&source, &LoadOptions::default())?;
-        let [channels, height, width] = model.latent_shape(SIDE, SIDE)?;
+        let frames = 1 + model.frames_per_latent().unwrap_or(0);
+        let extent = Extent { frames, height: SIDE, width: SIDE };
+        let [channels, height, width] = model.latent_shape(extent)?;
         Ok(Self {
             name: class.trim_end_matches("Pipeline").into(),
+            extent,
             latents: [BATCH, channels, height, width],
             states: States::of(with_plain_twins(|| model.encode_prompts(&prompts()))?),
             source,
@@ -113,6 +118,7 @@ impl Subject {
     /// A velocity, with the gradients by latents and by all parameters.
     fn denoiser(&self) -> Result<Check> {
         let workload = Workload {
+            frames: self.extent.frames,
             height: SIDE,
             width: SIDE,
             batch_size: BATCH,
@@ -122,6 +128,7 @@ impl Subject {
         };
         let flops = Footprint::of(&self.source, &workload)?.flops;
         let (source, states, shape) = (self.source.clone(), self.states.clone(), self.latents);
+        let frames = self.extent.frames;
         let operation = move |inputs: &mut Inputs| -> Run {
             let device = inputs.device().clone();
             let latents = inputs.learning(shape, 1.0);
@@ -130,7 +137,7 @@ impl Subject {
                 model = model.train();
                 inputs.parameters(&model);
             }
-            let condition = states.on(&device);
+            let condition = states.on(&device).with_frames(frames);
             let sigma = Tensor::from_data(TensorData::new(SIGMAS.to_vec(), [BATCH]), &device);
             Box::new(move || model.velocity(latents.clone(), sigma.clone(), &condition).flatten(0, 3))
         };
@@ -142,18 +149,19 @@ impl Subject {
     }
 
     fn encoder(&self) -> Check {
-        let (source, shape) = (self.source.clone(), [BATCH, 3, SIDE, SIDE]);
+        let (source, frames) = (self.source.clone(), self.extent.frames);
+        let shape = [BATCH, 3, frames * SIDE, SIDE];
         self.forward("encoder", size(shape), 0.0, move |inputs| {
             let (pixels, model) = (inputs.frozen(shape, 0.5), loaded(&source, inputs.device()));
-            Box::new(move || model.encode_images(pixels.clone()).flatten(0, 3))
+            Box::new(move || model.encode_images(pixels.clone(), frames).flatten(0, 3))
         })
     }
 
     fn decoder(&self) -> Check {
-        let (source, shape) = (self.source.clone(), self.latents);
+        let (source, frames, shape) = (self.source.clone(), self.extent.frames, self.latents);
         self.forward("decoder", size(shape), 0.0, move |inputs| {
             let (latents, model) = (inputs.frozen(shape, 1.0), loaded(&source, inputs.device()));
-            Box::new(move || model.decode_latents(latents.clone()).flatten(0, 3))
+            Box::new(move || model.decode_latents(latents.clone(), frames).flatten(0, 3))
         })
     }
 
