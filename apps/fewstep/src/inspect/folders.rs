@@ -16,6 +16,7 @@ pub(super) fn data_set(path: &Path) -> Result<Value> {
         "kind": "data set",
         "rows": rows.map(|metadata| metadata.rows.len()),
         "images": names(&path.join("images"), ".png").len(),
+        "videos": names(&path.join("videos"), ".webp").len(),
         "latents": names(&path.join("latents"), ".safetensors").len(),
         "provenance": Provenance::read(path)?,
     }))

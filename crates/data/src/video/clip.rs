@@ -8,7 +8,7 @@ pub struct Clip {
     /// So many of a video that has them; at most [`MAX_FRAMES`].
     pub num_frames: usize,
     /// Of a shorter video, the largest number that leaves [`Self::remainder`] when it is divided by this, and otherwise 1:
-    /// what the family's autoencoder takes (4 and 1 for Wan). At least 1.
+    /// what the family's autoencoder takes (4 and 1 where a latent frame stands for four). At least 1.
     pub division: usize,
     /// See [`Self::division`].
     pub remainder: usize,

@@ -13,7 +13,7 @@ use super::{Video, extension, folder};
 use crate::image::{MAX_SIDE_PX, Picture, Size};
 use crate::{DataError, atomic};
 
-/// The rate of a video that has none: Wan's.
+/// The rate of a video that has none: what published video models are trained on.
 const USUAL_FRAMES_PER_SECOND: f64 = 16.0;
 
 /// How coarsely the palette of a GIF's frame is sought, from 1 to 30: at 10 it has a tenth of the pixels.
