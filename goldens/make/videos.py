@@ -3,8 +3,8 @@
     pip install diffsynth==2.1.12 pillow==13.0.0 imageio==2.38.1 imageio-ffmpeg==0.8.1
     python videos.py FOLDER
 
-Every NAME.EXT has its frames below each other in NAME.EXT.png, and those of a clip of 9 frames scaled and cut to 24x32 px in
-NAME.EXT.clip.png.
+Every NAME.EXT has its frames below each other in NAME.EXT.png. Those of a clip of 9 frames, scaled and cut to a width of 24 and
+a height of 32, are in NAME.EXT.clip.png.
 """
 import math
 import os
@@ -70,7 +70,7 @@ for at in range(6):
 
 for name in ["opaque.gif", "holes.gif"]:
     stack(LoadGIF(**plain)(f"{folder}/{name}"), name)
-    stack(LoadGIF(**clip)(f"{folder}/{name}"), f"{name}.clip")
+stack(LoadGIF(**clip)(f"{folder}/opaque.gif"), "opaque.gif.clip")
 for name in ["h264.mp4", "vp9.webm", "mpeg4.avi", "uneven.mkv"]:
     stack(LoadVideo(**plain)(f"{folder}/{name}"), name)
     stack(LoadVideo(**clip)(f"{folder}/{name}"), f"{name}.clip")

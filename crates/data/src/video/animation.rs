@@ -5,9 +5,7 @@ use std::path::Path;
 
 use ::image::codecs::gif::GifDecoder;
 use ::image::codecs::webp::WebPDecoder;
-use ::image::{
-    AnimationDecoder, Delay, DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageResult, Limits,
-};
+use ::image::{AnimationDecoder, DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageResult, Limits};
 
 use super::{Frame, Frames};
 use crate::image::{MAX_PIXELS, Picture, convert, is_cut_off};
@@ -63,18 +61,13 @@ fn webp(bytes: Vec<u8>) -> ImageResult<Decoded> {
         return Ok(composed(decoder));
     }
     let picture = convert(DynamicImage::from_decoder(decoder)?);
-    Ok(Box::new(std::iter::once(Ok(Frame { picture, secs: None }))))
+    Ok(Box::new(std::iter::once(Ok(Frame { picture, shown: None }))))
 }
 
 fn composed(decoder: impl AnimationDecoder<'static>) -> Decoded {
     Box::new(decoder.into_frames().map(|frame| {
         let frame = frame?;
-        let secs = Some(secs(frame.delay()));
-        Ok(Frame { picture: convert(DynamicImage::ImageRgba8(frame.into_buffer())), secs })
+        let shown = Some(frame.delay().into());
+        Ok(Frame { picture: convert(DynamicImage::ImageRgba8(frame.into_buffer())), shown })
     }))
-}
-
-fn secs(delay: Delay) -> f64 {
-    let (numerator, denominator) = delay.numer_denom_ms();
-    f64::from(numerator) / f64::from(denominator) / 1000.0
 }

@@ -74,7 +74,7 @@ impl Ffmpeg {
         let path = path.to_path_buf();
         let pictures = std::iter::from_fn(move || {
             let frame = next_frame(&mut output, &path).transpose()?;
-            Some(frame.map(|picture| Frame { picture, secs: None }))
+            Some(frame.map(|picture| Frame { picture, shown: None }))
         });
         Ok(Frames { pictures: Box::new(pictures), rate })
     }

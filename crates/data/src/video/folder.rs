@@ -41,7 +41,7 @@ pub(super) fn open(folder: &Path) -> Result<Frames, DataError> {
         let reason = format!("the folder has no pictures, expected frames as {}", EXTENSIONS.join(", "));
         return Err(DataError::Video { path: folder.into(), reason });
     }
-    let frames = files.into_iter().map(|file| Ok(Frame { picture: Picture::load(&file)?, secs: None }));
+    let frames = files.into_iter().map(|file| Ok(Frame { picture: Picture::load(&file)?, shown: None }));
     Ok(Frames { pictures: Box::new(frames), rate: None })
 }
 

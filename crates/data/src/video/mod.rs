@@ -12,6 +12,7 @@ mod write;
 
 use std::ffi::OsStr;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::DataError;
 use crate::image::{Picture, Resize, Size};
@@ -146,7 +147,7 @@ struct Frames {
 struct Frame {
     picture: Picture,
     /// How long it is shown, where the container tells it for each frame.
-    secs: Option<f64>,
+    shown: Option<Duration>,
 }
 
 impl Frames {
@@ -183,7 +184,7 @@ pub(crate) fn extension(path: &Path) -> String {
 struct Counted {
     size: Option<Size>,
     frames: usize,
-    secs: Option<f64>,
+    shown: Option<Duration>,
 }
 
 impl Counted {
@@ -200,14 +201,15 @@ impl Counted {
         if found != expected {
             return Err(DataError::FrameSize { path: path.into(), frame: self.frames, found, expected });
         }
-        let secs = self.secs.unwrap_or(0.0);
-        self.secs = frame.secs.map(|own| secs + own);
+        let before = self.shown.unwrap_or_default();
+        self.shown = frame.shown.map(|own| before + own);
         Ok(())
     }
 
     /// The mean rate. A format that counts in hundredths of a second spreads others over the frames.
     fn rate(&self) -> Option<f64> {
-        self.secs.filter(|secs| *secs > 0.0).map(|secs| self.frames as f64 / secs)
+        let shown = self.shown.filter(|shown| !shown.is_zero())?;
+        Some(self.frames as f64 * 1e9 / shown.as_nanos() as f64)
     }
 }
 
