@@ -172,7 +172,7 @@ mod tests {
         let device = Device::flex();
         let grid = SigmaGrid::new(vec![0.8, 0.5, 0.0]).unwrap();
         let start = Tensor::<2>::from_floats([[1.0]], &device);
-        let mut clean = vec![0.5_f32, 0.3].into_iter();
+        let mut clean = [0.5_f32, 0.3].into_iter();
         // Velocities that stand for clean samples of 0.5 and then 0.3.
         let end = sample(Solver::UniPc, &grid, start, |x, sigma| (x - clean.next().unwrap()) / sigma);
         // The last step goes to the last prediction, whatever was corrected.
