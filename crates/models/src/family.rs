@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::footprint::Evaluation;
 use crate::load_options::rounded;
+use crate::trial::Trial;
 use crate::weights::{KeyMap, TensorShapes, WeightFiles, WeightType};
 use crate::{
     Components, Condition, Conventions, Encoding, Linear, LoadOptions, Model, ModelError, ModelSource,
@@ -151,6 +152,11 @@ pub(crate) trait Kind: Sync + Debug {
     /// # Errors
     /// If a config, a tokenizer or the autoencoder is missing or damaged.
     fn random(&self, source: &ModelSource, seed: u64, device: &Device) -> Result<Model, ModelError>;
+
+    /// What the family's small model for trying machines is made of; `None` where there is none.
+    fn trial(&self) -> Option<Trial> {
+        None
+    }
 
     /// The components that are loaded for some of the work.
     fn loaded(&self, components: Components) -> Vec<&'static str> {

@@ -25,6 +25,7 @@ pub mod sampling;
 mod source;
 pub mod stable_diffusion;
 pub mod student;
+mod trial;
 mod weights;
 pub mod z_image;
 
@@ -43,6 +44,7 @@ pub use parts::t5::{T5Config, T5Encoder, T5Tokenizer, T5Tokens};
 pub use pipeline::{Generated, LoraFile, Pipeline, PipelineOptions, Request};
 pub use source::ModelSource;
 pub use student::Student;
+pub use trial::{trial_classes, write_random_weights, write_trial_model};
 pub use weights::{
     Numbers, TensorEntry, TensorShapes, WeightFiles, WeightType, read_info, read_numbers, save_numbers,
     save_streamed, save_tensors, weights_hash,

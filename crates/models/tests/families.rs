@@ -6,11 +6,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Gradients, Tensor};
+use fewstep_kernels::inject;
 use fewstep_models::{
-    LoadOptions, Model, ModelError, ModelSource, Pipeline, PipelineOptions, Request, WeightFiles, WeightType,
-    check_weights, expected_tensors, weights_hash,
+    Denoiser, LoadOptions, Model, ModelError, ModelSource, NamedVisitor, Pipeline, PipelineOptions, Request,
+    WeightFiles, WeightType, check_weights, expected_tensors, visit_named, weights_hash,
 };
-use fewstep_testkit::{assert_close, golden, values};
+use fewstep_testkit::{assert_close, golden, random, values};
 
 const FAMILIES: [&str; 5] = ["flux", "qwen_image", "sd15", "sdxl", "zimage"];
 
@@ -82,6 +85,51 @@ fn a_saved_model_draws_what_the_model_draws() {
             values(pipeline.generate(&request).unwrap().latents)
         };
         assert_close(&draw(saved.path()), &draw(&folder(family)), 0.0);
+    }
+}
+
+/// The velocity at fixed latents of a picture of `side` px, and the gradients by these and by all parameters, by name;
+/// `None` where one has none.
+fn pulled_back(model: &Model, side: usize) -> (Vec<f32>, Vec<(String, Option<Vec<f32>>)>) {
+    struct Read<'a>(&'a Gradients, Vec<(String, Option<Vec<f32>>)>);
+    impl NamedVisitor for Read<'_> {
+        fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
+            self.1.push((name.to_owned(), parameter.val().grad(self.0).map(values)));
+        }
+    }
+    let condition = model.encode_prompts(&["a red apple".to_owned(), "a cat".to_owned()]).unwrap();
+    let [channels, height, width] = model.latent_shape(side, side).unwrap();
+    let model = model.clone().train();
+    let noisy = random::<4>([2, channels, height, width], 3, &Device::flex()).autodiff().require_grad();
+    let sigma = Tensor::<1>::from_floats([0.7, 0.3], &Device::flex()).autodiff();
+    let velocity = model.velocity(noisy.clone(), sigma, &condition.autodiff());
+    let cotangent = random(velocity.dims(), 4, &Device::flex());
+    let gradients = inject(velocity.clone(), cotangent).backward();
+    let mut read = Read(&gradients, vec![("latents".into(), noisy.grad(&gradients).map(values))]);
+    visit_named(&model, &mut read);
+    (values(velocity), read.1)
+}
+
+#[test]
+fn recomputed_blocks_have_the_gradients_of_kept_ones() {
+    for family in FAMILIES {
+        let source = ModelSource::from(&folder(family));
+        let model = Model::from_pretrained(&source, &LoadOptions::default()).unwrap();
+        let (kept_velocity, kept) = pulled_back(&model, 64);
+        let (velocity, recomputed) = pulled_back(&model.recomputing_blocks(true), 64);
+        assert_eq!(velocity, kept_velocity, "{family}");
+        assert!(kept.iter().filter(|(_, gradient)| gradient.is_some()).count() > 20, "{family}");
+        for ((name, found), (_, expected)) in recomputed.iter().zip(&kept) {
+            match (found, expected) {
+                (Some(found), Some(expected)) => {
+                    let largest = expected.iter().fold(1e-3_f32, |largest, x| largest.max(x.abs()));
+                    // The same sums in another order.
+                    assert_close(found, expected, 2e-6 * largest);
+                }
+                (None, None) => {}
+                _ => panic!("{family}, {name}: only one of the two has a gradient"),
+            }
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod config;
 mod footprint;
 mod published;
 mod transformer;
+mod trial;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
@@ -30,6 +31,7 @@ use crate::parts::autoencoder_kl::{self, AutoencoderKl, AutoencoderKlConfig};
 use crate::parts::clip::{self, ClipTextConfig, ClipTextEncoder, ClipTokenizer};
 use crate::parts::patches;
 use crate::parts::t5::{self, T5Config, T5Encoder, T5Tokenizer};
+use crate::trial::Trial;
 use crate::weights::{KeyMap, TensorShapes, WeightFiles, expected, initialize};
 use crate::{
     Components, Condition, Encoding, Linear, LoadOptions, Model, ModelError, ModelSource, PromptLength,
@@ -382,6 +384,10 @@ impl family::Kind for Kind {
 
     fn published_files(&self) -> &'static [(&'static str, &'static str)] {
         &[("model_index.json", published::MODEL_INDEX), (SCHEDULER_FILE, published::SCHEDULER)]
+    }
+
+    fn trial(&self) -> Option<Trial> {
+        Some(trial::trial())
     }
 
     fn check_configs(&self, source: &ModelSource) -> Result<(), ModelError> {

@@ -12,6 +12,7 @@ mod rotary;
 mod text_encoder;
 mod tokenizer;
 mod transformer;
+mod trial;
 mod vae;
 
 use burn::module::Module;
@@ -37,6 +38,7 @@ use crate::footprint::{Evaluation, Workload};
 use crate::load_options::{rounded, store_weights};
 use crate::model_folder::SCHEDULER_FILE;
 use crate::parts::patches;
+use crate::trial::Trial;
 use crate::weights::{KeyMap, TensorShapes, WeightFiles, WeightType, expected, initialize};
 use crate::{
     Components, Condition, Conventions, Encoding, GuidanceRule, Linear, LoadOptions, Model, ModelError,
@@ -351,6 +353,10 @@ impl family::Kind for Kind {
         without: ModelError,
     ) -> Result<Value, ModelError> {
         published::config_of(source, component, without)
+    }
+
+    fn trial(&self) -> Option<Trial> {
+        Some(trial::trial())
     }
 
     fn check_configs(&self, source: &ModelSource) -> Result<(), ModelError> {

@@ -24,11 +24,13 @@ pub(super) fn evaluation(source: &ModelSource, workload: &Workload) -> Result<Ev
     // Each product is undone by one for its input and, where the weight learns, one for the weight; an adapter's are
     // small. Attention computes its scores again and has four more products.
     let by_weights = if workload.lora_rank.is_some() { count.weights } else { 2 * count.weights };
-    let training = batch * (count.kept + count.drawing);
     Ok(Evaluation {
         image_tokens: latents[0] * latents[1],
-        // The UNet computes no block a second time.
-        activations: Activations { drawing: batch * count.drawing, training, checkpointed: training },
+        activations: Activations {
+            drawing: batch * (count.skipped + count.moment),
+            training: batch * (count.kept + count.backward),
+            checkpointed: batch * (count.passed + count.largest + count.backward),
+        },
         flops: Flops {
             forward: flops(count.weights + count.attention),
             backward: flops(by_weights + 5 * count.attention / 2),
@@ -70,8 +72,16 @@ struct Count {
     attention: u64,
     /// Numbers that a backward needs.
     kept: u64,
-    /// The most that are alive at one time in drawing, beside what the way up meets again.
-    drawing: u64,
+    /// Those of them that are kept where blocks are computed again.
+    passed: u64,
+    /// The most that one block keeps.
+    largest: u64,
+    /// The most that is alive at one time in a backward beside what was kept.
+    backward: u64,
+    /// The most that is alive at one time in drawing, beside what the way up meets again.
+    moment: u64,
+    /// What the way up meets again.
+    skipped: u64,
 }
 
 impl Count {
@@ -81,56 +91,71 @@ impl Count {
         let channels: Vec<u64> = config.block_out_channels.iter().map(|count| *count as u64).collect();
         let (last, in_channels) = (config.stages() - 1, config.in_channels as u64);
         let mut skipped = vec![(channels[0], pixels(0))];
-        self.convolution(in_channels, channels[0], pixels(0));
+        self.resample(in_channels, channels[0], pixels(0));
         for stage in 0..=last {
             let mut input = channels[stage.saturating_sub(1)];
             for _ in 0..config.layers_per_block {
-                self.resnet(input, channels[stage], pixels(stage));
+                self.resnet([input, 0], channels[stage], pixels(stage));
                 self.transformer(config, stage, pixels(stage), config.attends_down(stage));
                 input = channels[stage];
                 skipped.push((input, pixels(stage)));
             }
             if stage < last {
-                self.convolution(input, input, pixels(stage + 1));
+                self.resample(input, input, pixels(stage + 1));
                 skipped.push((input, pixels(stage + 1)));
             }
         }
-        let across: u64 = skipped.iter().map(|(channels, pixels)| channels * pixels).sum();
+        self.skipped = skipped.iter().map(|(channels, pixels)| channels * pixels).sum();
         for _ in 0..2 {
-            self.resnet(channels[last], channels[last], pixels(last));
+            self.resnet([channels[last], 0], channels[last], pixels(last));
         }
         self.transformer(config, last, pixels(last), true);
         let mut input = channels[last];
         for stage in (0..=last).rev() {
             for _ in 0..=config.layers_per_block {
                 let (beside, _) = skipped.pop().unwrap_or((0, 0));
-                self.resnet(input + beside, channels[stage], pixels(stage));
+                self.resnet([input, beside], channels[stage], pixels(stage));
                 self.transformer(config, stage, pixels(stage), config.attends_up(stage));
                 input = channels[stage];
             }
             if stage > 0 {
-                self.convolution(input, input, pixels(stage - 1));
+                self.resample(input, input, pixels(stage - 1));
             }
         }
-        self.convolution(channels[0], in_channels, pixels(0));
-        self.drawing += across;
+        self.resample(channels[0], in_channels, pixels(0));
     }
 
-    /// Its input by rows, which burn makes of it, is alive beside it.
-    fn convolution(&mut self, input: u64, output: u64, pixels: u64) {
+    /// Whether the weights of convolutions and norms learn.
+    fn learns_all(&self) -> bool {
+        self.rank.is_none()
+    }
+
+    /// A convolution outside of blocks, over an input of the output's size. A frozen one keeps no input.
+    fn resample(&mut self, input: u64, output: u64, pixels: u64) {
         self.weights += 9 * input * output * pixels;
-        self.drawing = self.drawing.max((9 * input + input + output) * pixels);
-        self.kept += input * pixels;
+        self.moment = self.moment.max((input + output) * pixels);
+        // The input on the way down and at the end is the output of a block as well.
+        let kept = if self.learns_all() { input * pixels } else { 0 };
+        self.kept += kept;
+        self.passed += kept;
     }
 
-    /// Inputs of both norms, their results before and after the activation, and the inputs of both convolutions.
-    fn resnet(&mut self, input: u64, output: u64, pixels: u64) {
-        self.convolution(input, output, pixels);
-        self.convolution(output, output, pixels);
+    /// Over the channels of a state, and of one of the way down behind them.
+    fn resnet(&mut self, [own, beside]: [u64; 2], output: u64, pixels: u64) {
+        let input = own + beside;
+        self.weights += 9 * (input + output) * output * pixels;
         if input != output {
             self.weights += input * output * pixels;
         }
-        self.kept += 3 * (input + output) * pixels;
+        // The inputs of both norms, and of both convolutions where these learn.
+        let kept = if self.learns_all() { 2 * (input + output) } else { input + output } * pixels;
+        self.kept += kept;
+        self.passed += output * pixels;
+        self.largest = self.largest.max(kept);
+        // Input, the first convolution's input and output; or input, the second's, and its output.
+        self.moment = self.moment.max((2 * input + output).max(input + 2 * output) * pixels);
+        // The gradients of output, of the second convolution's input and of the norm's; or of the first's.
+        self.backward = self.backward.max((3 * output).max(output + 2 * input) * pixels);
     }
 
     /// Projections at both ends, and in each block two attentions and the gated MLP.
@@ -144,12 +169,30 @@ impl Count {
         let tokens = (6 + 12) * width * width * pixels + 2 * joint * width * text;
         self.weights += 2 * width * width * pixels + depth * tokens;
         self.attention += depth * 2 * width * pixels * (pixels + text);
-        self.drawing = self.drawing.max((10 * width + heads * text) * pixels);
-        // The stream and norms (6), query, key and value as they are and packed (6), the query to the text and both
-        // outputs (3), the MLP's halves, gate and product (16); keys and values of the text; its scores.
-        let adapted = self.rank.map_or(0, |rank| 8 * rank as u64);
-        let kept = (31 * width + adapted + heads * text) * pixels + 2 * width * text;
-        self.kept += depth * kept;
+        // The stream, and the MLP's halves with their gated product; or the stream, its norm, query, key and value.
+        self.moment = self.moment.max((13 * width).max(6 * width + heads * text) * pixels);
+        // Gradients of the stream, of the MLP's product and of its halves.
+        self.backward = self.backward.max(13 * width * pixels);
+        let block = self.transformer_block([width, heads], pixels);
+        self.kept += depth * block;
+        self.largest = self.largest.max(block);
+        // The ends: the norm's input is the residual block's output; the inputs of both projections where they learn.
+        let ends = if self.learns_all() { 2 * width * pixels } else { 0 };
+        self.kept += ends;
+        // What goes into each block, and the output.
+        self.passed += ends + (depth + 1) * width * pixels;
+    }
+
+    /// What a block of a transformer keeps.
+    fn transformer_block(&self, [width, heads]: [u64; 2], pixels: u64) -> u64 {
+        // The inputs of the three norms (3), their outputs (3), query, key and value (3), what both attentions give (2),
+        // the query to the text (1), the MLP's two halves and their gated product (12); keys and values of the text; the
+        // scores to it. Without an adapter a frozen projection keeps no input: those are the MLP's.
+        let (per_token, per_rank) = match self.rank {
+            None => (24, 0),
+            Some(rank) => (19, 6 * rank as u64),
+        };
+        (per_token * width + per_rank + heads * self.text) * pixels + 2 * width * self.text
     }
 }
 
@@ -194,7 +237,9 @@ mod tests {
         };
         let (full, adapters) = (of(None), of(Some(4)));
         assert_eq!(full.image_tokens, 64 * 64);
-        assert!(full.activations.drawing < full.activations.training);
+        assert!(full.activations.drawing < full.activations.checkpointed);
+        assert!(full.activations.checkpointed < full.activations.training / 2);
+        assert!(adapters.activations.training < full.activations.training);
         assert_eq!(full.flops.forward, adapters.flops.forward);
         assert!(adapters.flops.backward < full.flops.backward);
     }

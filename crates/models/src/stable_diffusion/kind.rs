@@ -4,13 +4,14 @@ use burn::tensor::Device;
 
 use super::config::UnetConfig;
 use super::unet::{self, Unet};
-use super::{StableDiffusion, footprint, published};
+use super::{StableDiffusion, footprint, published, trial};
 use crate::config_file::ConfigFile;
 use crate::family::{self, AUTOENCODER};
 use crate::footprint::{Evaluation, Workload};
 use crate::model_folder::SCHEDULER_FILE;
 use crate::parts::autoencoder_kl::{self, AutoencoderKl, AutoencoderKlConfig};
 use crate::parts::clip::{self, ClipTextConfig, ClipTextEncoder};
+use crate::trial::Trial;
 use crate::weights::{KeyMap, TensorShapes, WeightFiles, expected};
 use crate::{Encoding, LoadOptions, Model, ModelError, ModelSource};
 
@@ -186,6 +187,10 @@ impl family::Kind for Kind {
             true => &XL.published_files,
             false => &BASE.published_files,
         }
+    }
+
+    fn trial(&self) -> Option<Trial> {
+        Some(trial::trial(self.xl))
     }
 
     fn check_configs(&self, source: &ModelSource) -> Result<(), ModelError> {

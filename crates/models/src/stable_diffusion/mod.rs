@@ -10,7 +10,9 @@ mod footprint;
 mod kind;
 mod published;
 mod spatial_transformer;
+mod stages;
 mod text;
+mod trial;
 mod unet;
 
 use burn::module::Module;
@@ -298,6 +300,10 @@ impl Family for StableDiffusion {
 
     fn finish(&self, state: Tensor<4>, sigma: f32) -> Tensor<4> {
         state / scale(sigma)
+    }
+
+    fn recomputes_blocks_mut(&mut self) -> Option<&mut bool> {
+        self.unet.as_mut().map(Unet::recomputes_blocks_mut)
     }
 
     fn round_encoder_to(&mut self, component: &str, half: Option<HalfType>) {

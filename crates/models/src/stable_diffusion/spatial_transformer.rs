@@ -1,9 +1,8 @@
 //! Attention among the pixels of a stage and to the text (diffusers' `Transformer2DModel`).
 
 use burn::module::Module;
-use burn::tensor::activation::gelu;
 use burn::tensor::{Device, Tensor};
-use fewstep_kernels::{AttentionOptions, attention, linear_concat};
+use fewstep_kernels::{AttentionOptions, Gate, Gelu, attention, glu_halves, linear_concat, recomputed};
 
 use super::config::UnetConfig;
 use crate::parts::attention::cross_attention;
@@ -79,11 +78,18 @@ impl SpatialTransformer {
     /// # Shapes
     /// - `x` and output: `[B, D, H, W]`
     /// - `text`: `[B, S, J]`
-    pub(super) fn forward(&self, x: Tensor<4>, text: &Tensor<3>) -> Tensor<4> {
+    ///
+    /// A backward pass computes the inside of each block again where it `recomputes`.
+    pub(super) fn forward(&self, x: Tensor<4>, text: &Tensor<3>, recomputes: bool) -> Tensor<4> {
         let [_, _, height, width] = x.dims();
         let mut tokens = self.proj_in.of_picture(self.norm.forward(x.clone()));
         for block in &self.transformer_blocks {
-            tokens = block.forward(tokens, text);
+            tokens = match recomputes {
+                true => recomputed(block, [tokens, text.clone()], |block, [tokens, text]| {
+                    block.forward(tokens, &text)
+                }),
+                false => block.forward(tokens, text),
+            };
         }
         self.proj_out.to_picture(tokens, [height, width]) + x
     }
@@ -207,12 +213,6 @@ impl Attention {
 
 impl FeedForward {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let [values, gate]: [Tensor<3>; 2] = halves(self.up.forward(x));
-        self.down.forward(values * gelu(gate))
+        self.down.forward(glu_halves(self.up.forward(x), Gate::Gelu(Gelu::Exact)))
     }
-}
-
-fn halves(x: Tensor<3>) -> [Tensor<3>; 2] {
-    let half = x.dims()[2] / 2;
-    [0, half].map(|start| x.clone().narrow(2, start, half))
 }

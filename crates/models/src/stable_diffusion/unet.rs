@@ -6,11 +6,10 @@ use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
 
 use super::config::{SIZES, UnetConfig};
-use super::spatial_transformer::SpatialTransformer;
-use crate::parts::conv::{Conv2d, Padding, Resample};
+use super::stages::{DownBlock, MidBlock, Shared, UpBlock};
+use crate::parts::conv::Conv2d;
 use crate::parts::linear::Linear;
 use crate::parts::norm::GroupNorm;
-use crate::parts::resnet::{Groups, ResnetBlock};
 use crate::parts::timestep::sinusoidal;
 use crate::weights::{KeyMap, load};
 use crate::{ModelError, ModelSource, WeightType};
@@ -37,36 +36,15 @@ pub struct Unet {
     conv_out: Conv2d,
     #[module(skip)]
     config: UnetConfig,
+    /// Backward passes compute the inside of each block again instead of keeping it.
+    #[module(skip)]
+    recomputes_blocks: bool,
 }
 
 #[derive(Module, Debug)]
 struct TimeEmbedding {
     linear_1: Linear,
     linear_2: Linear,
-}
-
-#[derive(Module, Debug)]
-struct DownBlock {
-    resnets: Vec<ResnetBlock>,
-    /// One after each residual block, or none.
-    attentions: Vec<SpatialTransformer>,
-    /// One, but in the last block.
-    downsamplers: Vec<Resample>,
-}
-
-#[derive(Module, Debug)]
-struct MidBlock {
-    resnets: Vec<ResnetBlock>,
-    attentions: Vec<SpatialTransformer>,
-}
-
-#[derive(Module, Debug)]
-struct UpBlock {
-    resnets: Vec<ResnetBlock>,
-    /// One after each residual block, or none.
-    attentions: Vec<SpatialTransformer>,
-    /// One, but in the last block.
-    upsamplers: Vec<Resample>,
 }
 
 /// What the UNet is told of a batch beside latents and time.
@@ -87,36 +65,8 @@ pub struct AddedCondition {
     pub sizes: Tensor<2>,
 }
 
-/// What every block of one evaluation shares.
-struct Shared {
-    /// SiLU of the time embedding, `[B, 4 · width]`.
-    time: Tensor<2>,
-    text: Tensor<3>,
-}
-
 /// Sees a state with its name.
 type Observer<'a> = dyn FnMut(&str, Tensor<4>) + 'a;
-
-impl UnetConfig {
-    fn groups(&self) -> Groups {
-        Groups { groups: self.norm_num_groups, epsilon: self.norm_eps }
-    }
-
-    fn resnet(&self, ends: [usize; 2], device: &Device) -> ResnetBlock {
-        ResnetBlock::unfilled(ends, Some(self.time_width()), self.groups(), device)
-    }
-
-    fn attentions(
-        &self,
-        wanted: bool,
-        count: usize,
-        stage: usize,
-        device: &Device,
-    ) -> Vec<SpatialTransformer> {
-        let count = if wanted { count } else { 0 };
-        (0..count).map(|_| SpatialTransformer::unfilled(self, stage, device)).collect()
-    }
-}
 
 impl Unet {
     /// Loads the component `unet` of a model on the plain side of `device`, in a number type.
@@ -145,7 +95,14 @@ impl Unet {
             conv_norm_out: GroupNorm::unfilled(config.norm_num_groups, first, config.norm_eps, device),
             conv_out: Conv2d::unfilled(first, config.out_channels, 3, device),
             config,
+            recomputes_blocks: false,
         }
+    }
+
+    /// Whether a backward pass through [`Unet::forward`] keeps what goes into each residual block and each block of a
+    /// transformer alone, and computes its inside again (gradient checkpointing).
+    pub fn recomputes_blocks_mut(&mut self) -> &mut bool {
+        &mut self.recomputes_blocks
     }
 
     /// The config it was made with.
@@ -183,7 +140,9 @@ impl Unet {
         observe: &mut Observer,
     ) -> Tensor<4> {
         let time = self.embed(timestep, condition.added, observe);
-        let shared = Shared { time: silu(time), text: condition.text };
+        // Without a graph there is nothing to keep.
+        let recomputes = self.recomputes_blocks && latents.device().is_autodiff();
+        let shared = Shared { time: silu(time), text: condition.text, recomputes };
         let mut x = self.conv_in.forward(latents);
         observe("conv_in", x.clone());
         let mut skipped = vec![x.clone()];
@@ -224,32 +183,14 @@ impl Unet {
             linears.extend(embedding.linears("add_embedding"));
         }
         for (index, block) in self.down_blocks.iter_mut().enumerate() {
-            linears.extend(named(&format!("down_blocks.{index}"), &mut block.attentions, &mut block.resnets));
+            linears.extend(block.linears(&format!("down_blocks.{index}")));
         }
         for (index, block) in self.up_blocks.iter_mut().enumerate() {
-            linears.extend(named(&format!("up_blocks.{index}"), &mut block.attentions, &mut block.resnets));
+            linears.extend(block.linears(&format!("up_blocks.{index}")));
         }
-        linears.extend(named("mid_block", &mut self.mid_block.attentions, &mut self.mid_block.resnets));
+        linears.extend(self.mid_block.linears("mid_block"));
         linears
     }
-}
-
-/// The linear projections of a block.
-fn named<'a>(
-    block: &str,
-    attentions: &'a mut [SpatialTransformer],
-    resnets: &'a mut [ResnetBlock],
-) -> Vec<(String, &'a mut Linear)> {
-    let mut linears = Vec::new();
-    for (index, attention) in attentions.iter_mut().enumerate() {
-        let inside = attention.linears().into_iter();
-        linears.extend(inside.map(|(name, linear)| (format!("{block}.attentions.{index}.{name}"), linear)));
-    }
-    for (index, resnet) in resnets.iter_mut().enumerate() {
-        let time = resnet.time_emb_proj.iter_mut();
-        linears.extend(time.map(|linear| (format!("{block}.resnets.{index}.time_emb_proj"), linear)));
-    }
-    linears
 }
 
 impl TimeEmbedding {
@@ -267,88 +208,5 @@ impl TimeEmbedding {
             (format!("{name}.linear_1"), &mut self.linear_1),
             (format!("{name}.linear_2"), &mut self.linear_2),
         ]
-    }
-}
-
-impl DownBlock {
-    fn unfilled(config: &UnetConfig, stage: usize, device: &Device) -> Self {
-        let channels = &config.block_out_channels;
-        let (count, output) = (config.layers_per_block, channels[stage]);
-        let input = |index| if index == 0 { channels[stage.saturating_sub(1)] } else { output };
-        let last = stage + 1 == config.stages();
-        Self {
-            resnets: (0..count).map(|index| config.resnet([input(index), output], device)).collect(),
-            attentions: config.attentions(config.attends_down(stage), count, stage, device),
-            downsamplers: (!last).then(|| Resample::unfilled(output, device)).into_iter().collect(),
-        }
-    }
-
-    /// Appends every state that the way up meets again.
-    fn forward(&self, mut x: Tensor<4>, shared: &Shared, skipped: &mut Vec<Tensor<4>>) -> Tensor<4> {
-        for (index, resnet) in self.resnets.iter().enumerate() {
-            x = resnet.forward(x, Some(&shared.time));
-            x = attend(&self.attentions, index, x, shared);
-            skipped.push(x.clone());
-        }
-        for downsampler in &self.downsamplers {
-            x = downsampler.conv.halve(x, Padding::Around);
-            skipped.push(x.clone());
-        }
-        x
-    }
-}
-
-impl MidBlock {
-    fn unfilled(config: &UnetConfig, device: &Device) -> Self {
-        let last = config.stages() - 1;
-        let resnet = || config.resnet([config.block_out_channels[last]; 2], device);
-        Self { resnets: vec![resnet(), resnet()], attentions: config.attentions(true, 1, last, device) }
-    }
-
-    fn forward(&self, x: Tensor<4>, shared: &Shared) -> Tensor<4> {
-        let x = attend(&self.attentions, 0, self.resnets[0].forward(x, Some(&shared.time)), shared);
-        self.resnets[1].forward(x, Some(&shared.time))
-    }
-}
-
-impl UpBlock {
-    fn unfilled(config: &UnetConfig, stage: usize, device: &Device) -> Self {
-        let channels = &config.block_out_channels;
-        let (last, count, output) = (config.stages() - 1, config.layers_per_block + 1, channels[stage]);
-        let before = channels[(stage + 1).min(last)];
-        let below = channels[stage.saturating_sub(1)];
-        let ends = |index| {
-            let input = if index == 0 { before } else { output };
-            let skipped = if index + 1 == count { below } else { output };
-            [input + skipped, output]
-        };
-        Self {
-            resnets: (0..count).map(|index| config.resnet(ends(index), device)).collect(),
-            attentions: config.attentions(config.attends_up(stage), count, stage, device),
-            upsamplers: (stage > 0).then(|| Resample::unfilled(output, device)).into_iter().collect(),
-        }
-    }
-
-    /// Takes its states of the way down off the end.
-    fn forward(&self, mut x: Tensor<4>, shared: &Shared, skipped: &mut Vec<Tensor<4>>) -> Tensor<4> {
-        for (index, resnet) in self.resnets.iter().enumerate() {
-            let beside = skipped.pop().expect("as many states as the way down has left");
-            x = resnet.forward(Tensor::cat(vec![x, beside], 1), Some(&shared.time));
-            x = attend(&self.attentions, index, x, shared);
-        }
-        for upsampler in &self.upsamplers {
-            // Halving odd sides has rounded up.
-            let [_, _, height, width] = skipped.last().expect("states of the next block").dims();
-            x = upsampler.conv.enlarge(x, [height, width]);
-        }
-        x
-    }
-}
-
-/// The attention after a block's residual block, where there is one.
-fn attend(attentions: &[SpatialTransformer], index: usize, x: Tensor<4>, shared: &Shared) -> Tensor<4> {
-    match attentions.get(index) {
-        Some(attention) => attention.forward(x, &shared.text),
-        None => x,
     }
 }

@@ -6,6 +6,7 @@
 mod config;
 mod footprint;
 mod transformer;
+mod trial;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
@@ -25,6 +26,7 @@ use crate::model_folder::SCHEDULER_FILE;
 use crate::parts::autoencoder_kl::{self, AutoencoderKl, AutoencoderKlConfig};
 use crate::parts::patches::{PATCH, pack_by_place, unpack_by_place};
 use crate::qwen_image::{PromptTemplate, PromptTokenizer, TEXT_KEYS, TextEncoder, TextEncoderConfig};
+use crate::trial::Trial;
 use crate::weights::{KeyMap, TensorShapes, WeightFiles, expected, initialize, load};
 use crate::{
     Components, Condition, Encoding, Linear, LoadOptions, Model, ModelError, ModelSource, PromptLength,
@@ -344,6 +346,10 @@ impl family::Kind for Kind {
 
     fn published_files(&self) -> &'static [(&'static str, &'static str)] {
         &[("model_index.json", MODEL_INDEX), (SCHEDULER_FILE, SCHEDULER)]
+    }
+
+    fn trial(&self) -> Option<Trial> {
+        Some(trial::trial())
     }
 
     fn check_configs(&self, source: &ModelSource) -> Result<(), ModelError> {
