@@ -104,7 +104,9 @@ fn a_model_folder_is_told_with_what_it_takes() {
     assert!((secs("secs_per_evaluation") - secs("tflop_per_evaluation")).abs() < 1e-9, "{time}");
     let drawn = secs("secs_per_batch_drawn") / secs("secs_per_evaluation");
     assert!((drawn - 4.0).abs() < 0.05, "{time}");
-    assert!(secs("secs_per_distillation_step") > 2.9 * secs("secs_per_batch_drawn"), "{time}");
+    // Four steps: seven evaluations and, with frozen weights, four backwards of about the same work.
+    let distilled = secs("secs_per_distillation_step") / secs("secs_per_evaluation");
+    assert!((11.0..12.0).contains(&distilled), "{time}");
     let text = fewstep(&["inspect", &teacher().to_string_lossy(), "--height", "64", "--width", "64"]);
     let text = String::from_utf8(text.stdout).unwrap();
     assert!(text.starts_with("kind: model folder\n") && text.contains("\n  transformer:\n"), "{text}");

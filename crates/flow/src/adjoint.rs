@@ -3,8 +3,9 @@
 //! For x_{k+1} = x_k + (s_{k+1} − s_k)·v(x_k, s_k) and a = ∂L/∂x_{N+1}, each step is visited from the last to
 //! the first: one vector-Jacobian product through v(x_k, s_k) with cotangent (s_{k+1} − s_k)·a gives the step's
 //! share of the parameter gradient, and its input part is added to a. This is the chain rule itself, not a
-//! continuous approximation: it equals the gradient of the plain tape. Costs 2N velocities and N backwards;
-//! beyond one step's graph, only the N states are kept, which are as small as the noise.
+//! continuous approximation: it equals the gradient of the plain tape. Costs 2N velocities and N backwards, and a
+//! velocity less where the last step is taken on a [`Linearization`] that its product then uses; beyond one step's
+//! graph, only the N states are kept, which are as small as the noise.
 
 use burn::tensor::{Gradients, Tensor};
 use fewstep_kernels::inject;
@@ -55,6 +56,37 @@ pub struct PullBack<const D: usize> {
     pub parameters: Gradients,
 }
 
+/// A velocity at one state with its graph, which waits for a cotangent.
+pub struct Linearization<const D: usize> {
+    state: Tensor<D>,
+    velocity: Tensor<D>,
+}
+
+impl<const D: usize> Linearization<D> {
+    /// Runs `velocity` at `state` with a graph.
+    ///
+    /// # Shapes
+    /// `state` and the velocity: `[B, …]`, equal.
+    pub fn at(state: Tensor<D>, velocity: impl FnOnce(Tensor<D>) -> Tensor<D>) -> Self {
+        let state = state.inner().autodiff().require_grad();
+        Self { velocity: velocity(state.clone()), state }
+    }
+
+    /// The velocity's values.
+    pub fn velocity(&self) -> Tensor<D> {
+        self.velocity.clone().inner()
+    }
+
+    /// The vector-Jacobian product with a cotangent of the velocity's shape.
+    pub fn pull_back(self, cotangent: Tensor<D>) -> PullBack<D> {
+        let Self { state, velocity } = self;
+        let mut parameters = inject(velocity, cotangent).backward();
+        // A velocity that ignores its state has no gradient there, which is a gradient of zero.
+        let input_gradient = state.grad_remove(&mut parameters).unwrap_or_else(|| state.inner().zeros_like());
+        PullBack { input_gradient, parameters }
+    }
+}
+
 /// One vector-Jacobian product through a velocity: runs it at `state` with a graph and hands `cotangent` to
 /// its output.
 ///
@@ -65,11 +97,7 @@ pub fn pull_back<const D: usize>(
     cotangent: Tensor<D>,
     velocity: impl FnOnce(Tensor<D>) -> Tensor<D>,
 ) -> PullBack<D> {
-    let state = state.inner().autodiff().require_grad();
-    let mut parameters = inject(velocity(state.clone()), cotangent).backward();
-    // A velocity that ignores its state has no gradient there, which is a gradient of zero.
-    let input_gradient = state.grad_remove(&mut parameters).unwrap_or_else(|| state.inner().zeros_like());
-    PullBack { input_gradient, parameters }
+    Linearization::at(state, velocity).pull_back(cotangent)
 }
 
 #[cfg(test)]

@@ -156,11 +156,11 @@ impl Footprint {
 }
 
 impl Flops {
-    /// One optimiser step of direct distillation: every sampling step is run once to get there and once with a graph,
-    /// and, where blocks are checkpointed, their inside a third time.
+    /// One optimiser step of direct distillation: every sampling step but the last is run once to get there, each once
+    /// with a graph, and, where blocks are checkpointed, their inside once more.
     pub fn distillation_step(&self, num_inference_steps: usize, checkpointed: bool) -> u64 {
-        let forwards = if checkpointed { 3 } else { 2 };
-        num_inference_steps as u64 * (forwards * self.forward + self.backward)
+        let (steps, forwards) = (num_inference_steps as u64, if checkpointed { 3 } else { 2 });
+        (steps * forwards).saturating_sub(1) * self.forward + steps * self.backward
     }
 }
 

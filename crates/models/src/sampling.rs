@@ -64,7 +64,7 @@ pub fn sample_latents(
     noise: Tensor<4>,
     guidance: &Guidance,
 ) -> Tensor<4> {
-    states(denoiser, solver, grid, noise, guidance).last().expect("a grid has steps")
+    sample_states(denoiser, solver, grid, noise, guidance).last().expect("a grid has steps")
 }
 
 /// Draws latents by Euler steps from pure noise, as a model begins and ends a run on a grid.
@@ -92,11 +92,14 @@ pub fn sample_trajectory(
     noise: Tensor<4>,
     guidance: &Guidance,
 ) -> Vec<Tensor<4>> {
-    std::iter::once(noise.clone()).chain(states(denoiser, solver, grid, noise, guidance)).collect()
+    std::iter::once(noise.clone()).chain(sample_states(denoiser, solver, grid, noise, guidance)).collect()
 }
 
-/// The state after each step, kept in the denoiser's number type.
-fn states(
+/// The state after each step, kept in the denoiser's number type; a step is taken when its state is asked for.
+///
+/// # Shapes
+/// - `noise` and each state: `[B, C, H, W]`
+pub fn sample_states(
     denoiser: &impl Denoiser,
     solver: Solver,
     grid: &SigmaGrid,

@@ -4,10 +4,12 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
+use fewstep_flow::adjoint::Linearization;
+use fewstep_flow::sampler::Stepper;
 use fewstep_flow::{SigmaGrid, Solver, adjoint, path};
 #[cfg(test)]
 use fewstep_models::sampling::sample_latents;
-use fewstep_models::sampling::{Guidance, guided_velocity, latents_from_noise, sample_trajectory};
+use fewstep_models::sampling::{Guidance, guided_velocity, latents_from_noise, sample_states};
 use fewstep_models::{Condition, Denoiser, Model};
 
 use super::{GradientSum, scalar};
@@ -62,18 +64,21 @@ impl Direct {
         sum: &mut GradientSum,
     ) -> Result<f64, TrainError> {
         let problem = self.problem(model, batch)?;
-        let states = {
-            // Dropped before the optimiser runs, which updates weights in place only if it holds the one handle.
-            let frozen = model.valid();
-            sample_trajectory(&frozen, Solver::Euler, &problem.grid, problem.start, &problem.guidance)
-        };
-        let drawn = states.last().expect("a rollout has a last state").clone();
+        let states = problem.states_before_the_last_step(model);
+        let guidance = autodiff(problem.guidance.clone());
+        let linearized =
+            |state, sigma| Linearization::at(state, |state| guided_velocity(model, state, sigma, &guidance));
+        // The last step is the first one to be gone back through: its graph is there already.
+        let pair = problem.grid.pairs().next_back().expect("a grid has steps");
+        let state = states[problem.grid.steps() - 1].clone();
+        let last = linearized(state.clone(), pair.0);
+        let drawn = Stepper::new(Solver::Euler, &problem.grid).step(state, pair, |_, _| last.velocity());
         let loss = |state| self.loss(model.finish(state, &problem.grid), problem.target);
-        let (loss, cotangent) = loss_gradient(drawn, share, loss);
-        let guidance = autodiff(problem.guidance);
+        let (loss, cotangent) = loss_gradient(model.kept(drawn), share, loss);
+        let mut last = Some(last);
         adjoint::backward(&problem.grid, &states, cotangent, |_, state, sigma, cotangent| {
-            let velocity = |state| guided_velocity(model, state, sigma, &guidance);
-            let product = adjoint::pull_back(state, cotangent, velocity);
+            let velocity = last.take().unwrap_or_else(|| linearized(state, sigma));
+            let product = velocity.pull_back(cotangent);
             sum.add(model, product.parameters);
             product.input_gradient
         });
@@ -138,6 +143,17 @@ struct Problem {
     guidance: Guidance,
     start: Tensor<4>,
     target: Tensor<4>,
+}
+
+impl Problem {
+    /// The state that each step begins at.
+    fn states_before_the_last_step(&self, model: &Model) -> Vec<Tensor<4>> {
+        // Dropped before the optimiser runs, which updates weights in place only if it holds the one handle.
+        let frozen = model.valid();
+        let start = self.start.clone();
+        let next = sample_states(&frozen, Solver::Euler, &self.grid, start.clone(), &self.guidance);
+        std::iter::once(start).chain(next.take(self.grid.steps() - 1)).collect()
+    }
 }
 
 /// The loss, and the gradient of `share` times it, at the last state.
