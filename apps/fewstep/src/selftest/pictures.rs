@@ -45,7 +45,7 @@ fn conv_case(name: &str, kernel: usize, shape: ConvShape) -> Check {
 
 fn group_norm_case(name: &str, after: After) -> Check {
     memory_case(name, NUMBERS, 2.0, 1.5, SUMS, move |inputs| {
-        let x = inputs.learning([BATCH, CHANNELS, SIDE, SIDE], 1.0) + 0.5;
+        let x = inputs.learning([BATCH, CHANNELS, SIDE, SIDE], 1.0);
         let (weight, bias) = (inputs.learning([CHANNELS], 1.0), inputs.learning([CHANNELS], 1.0));
         let norm = GroupNorm { groups: GROUPS, epsilon: 1e-5, after };
         Box::new(move || group_norm(x.clone(), weight.clone(), bias.clone(), norm).flatten(0, 3))
