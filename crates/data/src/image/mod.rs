@@ -11,6 +11,7 @@ use ::image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, L
 
 use crate::{DataError, atomic, bounded};
 pub use size::{Resize, Size};
+use whole::has_broken_palette;
 pub(crate) use whole::is_cut_off;
 
 /// The largest side of a picture that is decoded. A file of a few bytes may claim any size.
@@ -68,9 +69,12 @@ impl Picture {
             reason: reason.to_string(),
         };
         let decoder = limited_decoder(Cursor::new(bytes), path)?;
+        let refused = |reason: &str| DataError::Picture { path: path.into(), reason: reason.into() };
         if is_cut_off(bytes) {
-            let reason = "the file is cut off".into();
-            return Err(DataError::Picture { path: path.into(), reason });
+            return Err(refused("the file is cut off"));
+        }
+        if has_broken_palette(bytes) {
+            return Err(refused("its palette ends within a colour"));
         }
         Ok(convert(DynamicImage::from_decoder(decoder).map_err(broken)?))
     }

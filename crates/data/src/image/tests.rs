@@ -147,16 +147,34 @@ fn a_picture_that_claims_a_huge_size_is_refused_before_decoding() {
     );
 }
 
-/// Png's CRC-32 of the header chunk, so that only its content is wrong.
+/// With the checksum of its header chunk, so that only its content is wrong.
 fn with_header_checksum(mut png: Vec<u8>) -> Vec<u8> {
-    let crc = png[12..29].iter().fold(u32::MAX, |crc, &byte| {
+    let crc = crc(&png[12..29]);
+    png[29..33].copy_from_slice(&crc.to_be_bytes());
+    png
+}
+
+/// Png's CRC-32.
+fn crc(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |crc, &byte| {
         (0..8).fold(
             crc ^ u32::from(byte),
             |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xEDB8_8320 } else { crc >> 1 },
         )
-    });
-    png[29..33].copy_from_slice(&(!crc).to_be_bytes());
-    png
+    })
+}
+
+#[test]
+fn a_palette_that_ends_within_a_colour_is_refused() {
+    let png = fs::read(data("mode_P.png")).unwrap();
+    let at = png.windows(4).position(|kind| kind == b"PLTE").unwrap();
+    let length = u32::from_be_bytes(png[at - 4..at].try_into().unwrap());
+    let end = at + 4 + length as usize;
+    let chunk = &png[at..end - 1];
+    let (shorter, checksum) = ((length - 1).to_be_bytes(), crc(chunk).to_be_bytes());
+    let broken = [&png[..at - 4], &shorter, chunk, &checksum, &png[end + 4..]].concat();
+    let error = Picture::decode(&broken, Path::new("a.png")).unwrap_err().to_string();
+    assert!(error.starts_with("a.png: no readable picture: its palette ends within a colour"), "{error}");
 }
 
 #[test]

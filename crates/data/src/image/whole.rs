@@ -1,5 +1,6 @@
 //! Whether a picture file is whole, where its decoder does not say: that of jpeg fills what is missing with grey, that of
-//! webp stops after the first picture of an animation. PIL refuses both.
+//! webp stops after the first picture of an animation. PIL refuses both. And what a decoder must not be given: png's
+//! panics at a palette that ends within a colour.
 
 const START: [u8; 2] = [0xff, 0xd8];
 const END: [u8; 2] = [0xff, 0xd9];
@@ -14,6 +15,23 @@ pub(crate) fn is_cut_off(file: &[u8]) -> bool {
         }
         _ => file.starts_with(&START) && !has_end(file),
     }
+}
+
+const PNG_START: [u8; 8] = *b"\x89PNG\r\n\x1a\n";
+
+/// Whether a file is a png with a palette that is no whole number of colours of three bytes.
+pub(crate) fn has_broken_palette(file: &[u8]) -> bool {
+    let Some(mut chunks) = file.strip_prefix(&PNG_START) else { return false };
+    while let [a, b, c, d, kind @ ..] = chunks {
+        let length = u32::from_be_bytes([*a, *b, *c, *d]) as usize;
+        if kind.starts_with(b"PLTE") && !length.is_multiple_of(3) {
+            return true;
+        }
+        // Behind the kind and the data comes a checksum.
+        let Some(rest) = length.checked_add(8).and_then(|behind| kind.get(behind..)) else { return false };
+        chunks = rest;
+    }
+    false
 }
 
 /// Whether a jpeg has the marker that ends its picture. The end of a thumbnail in front of it does not count.
