@@ -35,7 +35,7 @@ class Row:
 
 # Folders of goldens; prompt and seed of family_train.py.
 FAMILY_PROMPT, FAMILY_SEED = "a photo of a cat sitting on the red sofa", 9001
-FAMILIES = {"flux": "FLUX.1", "sd15": "Stable Diffusion 1.5", "sdxl": "SDXL", "zimage": "Z-Image"}
+FAMILIES = {"flux": "FLUX.1", "sd15": "Stable Diffusion 1.5", "sdxl": "SDXL", "zimage": "Z-Image", "wan": "Wan 2.1"}
 
 ROWS = {
     "lora-checkpointing": Row("distillation step, LoRA, checkpointing in both", "lora-checkpointing", "lora-checkpointing", 0.50, 0.35),
@@ -133,15 +133,23 @@ class Comparison:
         """The goldens' distillation of a family's small model, from a data set that holds its latents."""
         data, goldens = os.path.join(self.folder, "families", name), f"{ROOT}/goldens/{name}"
         os.makedirs(f"{data}/latents", exist_ok=True)
-        numbers = load_file(f"{goldens}/training.safetensors")
-        save_file({"latents": numbers["input_latents"][0]}, f"{data}/latents/0.safetensors")
-        Image.new("RGB", (64, 64)).save(f"{data}/0.png")
+        latents = load_file(f"{goldens}/training.safetensors")["input_latents"][0]
+        picture = Image.new("RGB", (64, 64))
+        if latents.ndim == 4:  # a video; its frames are stacked along the height here
+            channels, frames, height, width = latents.shape
+            latents, column, file = latents.reshape(channels, frames * height, width), "video", "0.webp"
+            shades = [Image.new("RGB", picture.size, (shade, 0, 0)) for shade in range(1, 4 * (frames - 1) + 1)]
+            picture.save(f"{data}/{file}", save_all=True, append_images=shades, lossless=True)
+        else:
+            column, file = "image", "0.png"
+            picture.save(f"{data}/{file}")
+        save_file({"latents": latents}, f"{data}/latents/0.safetensors")
         with open(f"{data}/metadata.csv", "w") as rows:
-            rows.write("image,prompt,seed,rand_device,num_inference_steps,cfg_scale\n"
-                       f"0.png,{FAMILY_PROMPT},{FAMILY_SEED},cpu,4,1\n")
+            rows.write(f"{column},prompt,seed,rand_device,num_inference_steps,cfg_scale\n"
+                       f"{file},{FAMILY_PROMPT},{FAMILY_SEED},cpu,4,1\n")
         return self.train(["--task", "direct_distill", "--model", f"{goldens}/model", "--dataset_base_path", data, "--lora_base_model",
                            "dit", "--lora_rank", "4", "--lora_checkpoint", f"{goldens}/lora_init.safetensors", "--learning_rate",
-                           "1e-3", *(["--max_prompt_tokens", "64"] if name == "flux" else [])])
+                           "1e-3", *(["--max_prompt_tokens", "64"] if name in ("flux", "wan") else [])])
 
     def train(self, flags):
         """A run of `fewstep train` with the peer's numbers."""
