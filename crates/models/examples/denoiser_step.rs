@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = LoadOptions { components: fewstep_models::Components::Denoiser, ..LoadOptions::default() };
     let model =
         Model::from_pretrained(&ModelSource::from(folder), &options)?.recomputing_blocks(!switch.is_empty());
-    let [channels, height, width] = model.latent_shape(side, side)?;
+    let [channels, height, width] = model.latent_shape([side, side])?;
     let device = Device::flex();
     let text = random([batch, TEXT, model.text_width()], 1, &device);
     let condition = Condition::new(text, vec![TEXT; batch]);

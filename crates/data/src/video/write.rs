@@ -16,8 +16,8 @@ use crate::{DataError, atomic};
 /// The rate of a video that has none: what published video models are trained on.
 const USUAL_FRAMES_PER_SECOND: f64 = 16.0;
 
-/// How coarsely the palette of a GIF's frame is sought, from 1 to 30: at 10 it has a tenth of the pixels.
-const GIF_PALETTE_SPEED: i32 = 10;
+/// Pixels from which the palette of a GIF's frame is sought.
+const GIF_PALETTE_PIXELS: usize = 40_000;
 
 impl Video {
     /// Writes the video, atomically, as the extension says:
@@ -80,7 +80,10 @@ fn mp4(size: Size) -> Vec<&'static str> {
 
 fn gif(video: &Video, file: &mut File) -> io::Result<()> {
     let mut file = BufWriter::new(file);
-    let mut encoder = GifEncoder::new_with_speed(&mut file, GIF_PALETTE_SPEED);
+    let size = video.frames()[0].size();
+    // 1 looks at every pixel, 10 at a tenth of them.
+    let speed = (size.height * size.width / GIF_PALETTE_PIXELS).clamp(1, 10);
+    let mut encoder = GifEncoder::new_with_speed(&mut file, speed as i32);
     encoder.set_repeat(Repeat::Infinite).map_err(as_io)?;
     for (frame, hundredths) in video.frames().iter().zip(video.durations(100.0)) {
         let delay = Delay::from_numer_denom_ms(10 * hundredths, 1);

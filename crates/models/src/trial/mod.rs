@@ -132,10 +132,10 @@ mod tests {
             let model =
                 Model::from_pretrained(&ModelSource::from(folder.path()), &LoadOptions::default()).unwrap();
             let condition = model.encode_prompts(&["a cat".to_owned()]).unwrap();
-            let latents = model.encode_images(random([1, 3, 64, 64], 1, &Device::flex()));
+            let latents = model.encode_images(random([1, 3, 64, 64], 1, &Device::flex()), 1);
             let sigma = Tensor::from_floats([0.7], &Device::flex());
             let velocity = model.velocity(latents, sigma, &condition);
-            let pixels = model.decode_latents(velocity.clone());
+            let pixels = model.decode_latents(velocity.clone(), 1);
             assert_eq!(pixels.dims(), [1, 3, 64, 64]);
             for (name, part) in [("text", values(condition.text)), ("velocity", values(velocity))] {
                 let square = part.iter().map(|x| x * x).sum::<f32>() / part.len() as f32;

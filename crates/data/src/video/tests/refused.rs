@@ -69,16 +69,20 @@ fn gif(width: u16, height: u16, rest: &[u8]) -> Vec<u8> {
         .concat()
 }
 
+/// A frame of one pixel, and the end.
+const FRAME: [u8; 16] = [0x2c, 0, 0, 0, 0, 1, 0, 1, 0, 0, 2, 2, 0x44, 1, 0, b';'];
+
 #[test]
 fn a_gif_without_frames_or_of_no_size_is_an_error() {
-    assert_eq!(error("a.gif", gif(8, 8, b";")), "a.gif: no readable video: it has no frames");
-    let empty = error("a.gif", gif(0, 8, b";"));
-    assert!(empty.starts_with("a.gif: no readable video: "), "{empty}");
+    for (width, rest) in [(8, &b";"[..]), (8, b""), (0, &FRAME)] {
+        let empty = error("a.gif", gif(width, 8, rest));
+        assert!(empty.starts_with("a.gif: no readable video: "), "{empty}");
+    }
 }
 
 #[test]
 fn sizes_out_of_bounds_are_refused_by_the_header() {
-    let error = error("a.gif", gif(u16::MAX, 8, b";"));
+    let error = error("a.gif", gif(u16::MAX, 8, &FRAME));
     assert!(error.starts_with("a.gif: found a picture of 65535x8 px, expected at most 16384 px"), "{error}");
 }
 
