@@ -137,6 +137,7 @@ fn pulled_back(model: &Model, side: usize) -> (Vec<f32>, Vec<(String, Option<Vec
         }
     }
     let condition = model.encode_prompts(&["a red apple".to_owned(), "a cat".to_owned()]).unwrap();
+    let condition = condition.with_frames(1);
     let [channels, height, width] = model.latent_shape([side, side]).unwrap();
     let model = model.clone().train();
     let noisy = random::<4>([2, channels, height, width], 3, &Device::flex()).autodiff().require_grad();

@@ -19,7 +19,7 @@ const SIDE: usize = 512;
 
 /// Bytes allocated at the worst moment of a forward and backward of the denoiser, beside what was there before.
 fn peak(model: &Model) -> f64 {
-    let condition = model.encode_prompts(&["a red apple".to_owned()]).unwrap().autodiff();
+    let condition = model.encode_prompts(&["a red apple".to_owned()]).unwrap().with_frames(1).autodiff();
     let [channels, height, width] = model.latent_shape([SIDE, SIDE]).unwrap();
     let model = model.clone().train();
     let noisy = random::<4>([1, channels, height, width], 3, &Device::flex()).autodiff().require_grad();

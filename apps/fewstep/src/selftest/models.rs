@@ -7,8 +7,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_kernels::with_plain_twins;
 use fewstep_models::{
-    Components, Condition, Denoiser, Extent, Footprint, LoadOptions, Model, ModelSource, Workload, trial_classes,
-    write_trial_model,
+    Components, Condition, Denoiser, Extent, Footprint, LoadOptions, Model, ModelSource, Workload,
+    trial_classes, write_trial_model,
 };
 use tempfile::TempDir;
 

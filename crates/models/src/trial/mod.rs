@@ -131,7 +131,7 @@ mod tests {
             assert!(write_trial_model(class, folder.path(), 1).unwrap());
             let model =
                 Model::from_pretrained(&ModelSource::from(folder.path()), &LoadOptions::default()).unwrap();
-            let condition = model.encode_prompts(&["a cat".to_owned()]).unwrap();
+            let condition = model.encode_prompts(&["a cat".to_owned()]).unwrap().with_frames(1);
             let latents = model.encode_images(random([1, 3, 64, 64], 1, &Device::flex()), 1);
             let sigma = Tensor::from_floats([0.7], &Device::flex());
             let velocity = model.velocity(latents, sigma, &condition);

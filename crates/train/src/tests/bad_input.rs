@@ -110,8 +110,8 @@ fn what_does_not_exist_here_is_refused_with_a_reason() {
         &["extra_inputs is edit_image"],
     );
     assert_says(
-        &fail(&Recipe { data_file_keys: names("video"), ..sft(&bench) }),
-        &["data_file_keys is video"],
+        &fail(&Recipe { data_file_keys: names("audio"), ..sft(&bench) }),
+        &["data_file_keys is audio"],
     );
     let half = Recipe { preset_lora_path: Some("x.safetensors".into()), ..sft(&bench) };
     assert_says(&fail(&half), &["preset_lora_path is given without preset_lora_model"]);
