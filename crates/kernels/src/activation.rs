@@ -99,7 +99,7 @@ pub(crate) fn exact_parts(x: f32) -> (f32, f32) {
         .mul_add(t, -0.255_714_54)
         .mul_add(t, 0.159_174_48)
         .mul_add(t, -0.023_110_04)
-        .mul_add(t, 0.105_508_085)
+        .mul_add(t, 0.105_508_08)
         .mul_add(t, 0.119_832_85)
         .mul_add(t, 0.139_861_87)
         .mul_add(t, 0.139_621_4);

@@ -90,7 +90,7 @@ struct Groups {
 impl Groups {
     fn new(norm: GroupNorm, channels: usize, pixels: usize) -> Self {
         let GroupNorm { groups, epsilon, after } = norm;
-        assert!(groups > 0 && channels % groups == 0, "{groups} groups of {channels} channels");
+        assert!(groups > 0 && channels.is_multiple_of(groups), "{groups} groups of {channels} channels");
         Self { groups, channels: channels / groups, pixels, epsilon, after }
     }
 

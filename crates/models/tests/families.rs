@@ -127,10 +127,13 @@ fn a_saved_model_draws_what_the_model_draws() {
     }
 }
 
+/// Gradients by the names of parameters; `None` where one has none.
+type ByName = Vec<(String, Option<Vec<f32>>)>;
+
 /// The velocity at fixed latents of a picture of `side` px, and the gradients by these and by all parameters, by name;
 /// `None` where one has none.
-fn pulled_back(model: &Model, side: usize) -> (Vec<f32>, Vec<(String, Option<Vec<f32>>)>) {
-    struct Read<'a>(&'a Gradients, Vec<(String, Option<Vec<f32>>)>);
+fn pulled_back(model: &Model, side: usize) -> (Vec<f32>, ByName) {
+    struct Read<'a>(&'a Gradients, ByName);
     impl NamedVisitor for Read<'_> {
         fn visit<const D: usize>(&mut self, name: &str, parameter: &Param<Tensor<D>>) {
             self.1.push((name.to_owned(), parameter.val().grad(self.0).map(values)));

@@ -278,6 +278,6 @@ mod tests {
         // 1e-6 off, of a thousandth of 100.
         assert!((of(vec![2e-6]) - 1e-5).abs() < 1e-9);
         assert_eq!(of(Vec::new()), f64::INFINITY);
-        assert_eq!(difference(&[output.clone()], &[output.clone(), large]), f64::INFINITY);
+        assert_eq!(difference(std::slice::from_ref(&output), &[output.clone(), large]), f64::INFINITY);
     }
 }
