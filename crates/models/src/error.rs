@@ -2,8 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use fewstep_data::image::MAX_SIDE_PX;
-
 /// Errors of loading, saving and running models.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -188,13 +186,15 @@ pub enum ModelError {
         /// The division factor of the family.
         factor: usize,
     },
-    /// A picture size nobody has the memory for.
-    #[error("{axis} {found} px, expected at most {MAX_SIDE_PX}")]
+    /// A picture size nobody has the memory for, or the model no places for.
+    #[error("{axis} {found} px, expected at most {most}")]
     TooLarge {
         /// "height" or "width".
         axis: &'static str,
         /// The size asked for, in pixels.
         found: usize,
+        /// The most pixels that a picture, or one of this model, has along a side.
+        most: usize,
     },
     /// A LoRA that was trained on other weights.
     #[error(

@@ -40,6 +40,23 @@ pub struct Encoding {
     pub flops_per_token: u64,
 }
 
+impl Encoding {
+    /// An autoencoder's, before text encoders are added.
+    pub(crate) fn of_pixels(per_pixel: u64) -> Self {
+        Self { per_token: 0, per_token_training: 0, per_pixel, flops_per_token: 0 }
+    }
+
+    /// With a text encoder that runs after those before it.
+    pub(crate) fn then(self, encoder: Self) -> Self {
+        Self {
+            per_token: self.per_token.max(encoder.per_token),
+            per_token_training: self.per_token_training + encoder.per_token_training,
+            per_pixel: self.per_pixel,
+            flops_per_token: self.flops_per_token + encoder.flops_per_token,
+        }
+    }
+}
+
 /// What a workload takes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Footprint {

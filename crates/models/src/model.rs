@@ -251,8 +251,9 @@ impl Model {
     /// `[C, H, W]` of the latents of a picture size in pixels.
     ///
     /// # Errors
-    /// If a side is no multiple of [`Model::division_factor`], or longer than pictures are.
+    /// If a side is no multiple of [`Model::division_factor`], or longer than pictures are, or the family's.
     pub fn latent_shape(&self, height: usize, width: usize) -> Result<[usize; 3], ModelError> {
+        check_sides([height, width], self.family().max_side_px())?;
         token_grid([height, width], self.division_factor())?;
         let scale = self.family().latent_factor();
         Ok([self.family().latent_channels(), height / scale, width / scale])
@@ -506,13 +507,20 @@ pub fn loaded_components(
 /// # Errors
 /// If a side is no multiple of it, or longer than pictures are.
 pub(crate) fn token_grid([height, width]: [usize; 2], factor: usize) -> Result<[usize; 2], ModelError> {
+    check_sides([height, width], MAX_SIDE_PX)?;
     for (axis, found) in [("height", height), ("width", width)] {
-        if found > MAX_SIDE_PX {
-            return Err(ModelError::TooLarge { axis, found });
-        }
         if found == 0 || !found.is_multiple_of(factor) {
             return Err(ModelError::Size { axis, found, factor });
         }
     }
     Ok([height / factor, width / factor])
+}
+
+/// Refuses pictures with a side of more than `most` pixels.
+pub(crate) fn check_sides([height, width]: [usize; 2], most: usize) -> Result<(), ModelError> {
+    let sides = [("height", height), ("width", width)];
+    match sides.into_iter().find(|(_, found)| *found > most) {
+        Some((axis, found)) => Err(ModelError::TooLarge { axis, found, most }),
+        None => Ok(()),
+    }
 }

@@ -6,7 +6,6 @@ use crate::model::token_grid;
 use crate::parts::autoencoder_kl::{AutoencoderKlConfig, latent_factor};
 use crate::parts::cost::{Batch, Held};
 use crate::parts::patches::PATCH;
-use crate::parts::t5::T5Config;
 use crate::parts::timestep::TIME_FEATURES;
 use crate::{Flops, ModelError, ModelSource};
 
@@ -65,21 +64,6 @@ impl TransformerConfig {
 
 /// What text encoders and autoencoder hold. CLIP is small beside T5.
 pub(super) fn encoding(source: &ModelSource) -> Result<Encoding, ModelError> {
-    let t5 = Configs::read(source)?.text_encoder_2;
-    let [width, inner, hidden, layers] =
-        [t5.d_model, t5.num_heads * t5.d_kv, t5.d_ff, t5.num_layers].map(|size| size as u64);
-    Ok(Encoding {
-        per_token: per_token(&t5),
-        per_token_training: layers * (4 * width + 8 * inner + 5 * hidden) + per_token(&t5),
-        per_pixel: AutoencoderKlConfig::read(source)?.numbers_per_pixel(),
-        flops_per_token: 2 * layers * (4 * width * inner + 3 * width * hidden),
-    })
-}
-
-/// The stream and its norm beside query, key and value, these by heads, and their output; or beside both branches of the
-/// MLP, the activation and the product. Scores of all heads come on top, a row of them for each token.
-fn per_token(t5: &T5Config) -> u64 {
-    let [width, inner, hidden] = [t5.d_model, t5.num_heads * t5.d_kv, t5.d_ff].map(|size| size as u64);
-    let scores = 3 * (t5.num_heads * super::TEXT_TOKENS) as u64;
-    (2 * width + 7 * inner + scores).max(2 * width + 4 * hidden)
+    let pixels = Encoding::of_pixels(AutoencoderKlConfig::read(source)?.numbers_per_pixel());
+    Ok(pixels.then(Configs::read(source)?.text_encoder_2.encoding(super::TEXT_TOKENS)))
 }

@@ -1,7 +1,16 @@
-//! Attention to states of another sequence.
+//! Attention: its heads, and attention to states of another sequence.
 
 use burn::tensor::Tensor;
 use burn::tensor::activation::softmax;
+
+/// Query, key and value side by side as the fused attention takes them.
+///
+/// # Shapes
+/// - `qkv`: `[B, T, 3 · K · E]`; output `[3, B, K, T, E]`
+pub(crate) fn by_heads(qkv: Tensor<3>, heads: usize) -> Tensor<5> {
+    let [batch, tokens, width] = qkv.dims();
+    qkv.reshape([batch, tokens, 3, heads, width / 3 / heads]).permute([2, 0, 3, 1, 4])
+}
 
 /// `softmax(q kᵀ / √E) v`.
 ///

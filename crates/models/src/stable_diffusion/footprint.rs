@@ -44,23 +44,8 @@ pub(super) fn evaluation(source: &ModelSource, workload: &Workload) -> Result<Ev
 
 /// What text encoders and autoencoder hold beside their weights.
 pub(super) fn encoding(source: &ModelSource, encoders: &[&'static str]) -> Result<Encoding, ModelError> {
-    let vae = AutoencoderKlConfig::read(source)?;
-    // At full resolution: a residual block's input, its norm's parts and result, the activation, the convolution's input
-    // by rows, and its output.
-    let per_pixel = 6 * vae.block_out_channels[0] as u64;
-    let mut sum = Encoding { per_token: 0, per_token_training: 0, per_pixel, flops_per_token: 0 };
-    for name in encoders {
-        let text = ClipTextConfig::read(source, name)?;
-        let [width, inner, layers] =
-            [text.hidden_size, text.intermediate_size, text.num_hidden_layers].map(|size| size as u64);
-        // The stream, its norm, query, key and value, these packed, and the attention's output; or the MLP before and
-        // after its activation. The states of all layers are there at the end.
-        let moment = (9 * width).max(2 * width + 2 * inner);
-        sum.per_token = sum.per_token.max(moment + layers * width);
-        sum.per_token_training += layers * (9 * width + 2 * inner) + moment;
-        sum.flops_per_token += 2 * layers * (4 * width * width + 2 * width * inner);
-    }
-    Ok(sum)
+    let pixels = Encoding::of_pixels(AutoencoderKlConfig::read(source)?.numbers_per_pixel());
+    encoders.iter().try_fold(pixels, |sum, name| Ok(sum.then(ClipTextConfig::read(source, name)?.encoding())))
 }
 
 /// Numbers and products of one sample, summed block by block.

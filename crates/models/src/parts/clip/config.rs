@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::config_file::ConfigFile;
 use crate::parts::activation::Activation;
-use crate::{ModelError, ModelSource, ranges};
+use crate::{Encoding, ModelError, ModelSource, ranges};
 
 /// Classes of text models, and of those whose pooled state is projected.
 const CLASSES: [&str; 2] = ["CLIPTextModel", WITH_PROJECTION];
@@ -76,6 +76,21 @@ impl ClipTextConfig {
         };
         // Without one, as the peers' argmax over nothing but zeros.
         row.iter().position(|id| Some(*id) == end).unwrap_or(0)
+    }
+
+    /// What the text model holds.
+    pub(crate) fn encoding(&self) -> Encoding {
+        let [width, inner, layers] =
+            [self.hidden_size, self.intermediate_size, self.num_hidden_layers].map(|size| size as u64);
+        // The stream, its norm, query, key and value, these packed, and the attention's output; or the MLP before and
+        // after its activation. The states of all layers are there at the end.
+        let moment = (9 * width).max(2 * width + 2 * inner);
+        Encoding {
+            per_token: moment + layers * width,
+            per_token_training: layers * (9 * width + 2 * inner) + moment,
+            per_pixel: 0,
+            flops_per_token: 2 * layers * (4 * width * width + 2 * width * inner),
+        }
     }
 
     fn check(&self) -> Result<(), String> {

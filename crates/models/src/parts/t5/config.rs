@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::config_file::ConfigFile;
-use crate::{ModelError, ModelSource, ranges};
+use crate::{Encoding, ModelError, ModelSource, ranges};
 
 /// Classes of encoders with positions of the first layer for all, and with positions of each layer's own.
 const CLASSES: [&str; 4] =
@@ -59,6 +59,22 @@ impl T5Config {
     /// Width of all heads together.
     pub(super) fn inner(&self) -> usize {
         self.num_heads * self.d_kv
+    }
+
+    /// What the encoder holds, for rows of so many tokens.
+    pub(crate) fn encoding(&self, tokens: usize) -> Encoding {
+        let [width, inner, hidden, layers] =
+            [self.d_model, self.inner(), self.d_ff, self.num_layers].map(|size| size as u64);
+        // The stream and its norm beside query, key and value, these by heads, and their output; or beside both branches
+        // of the MLP, the activation and the product. Scores of all heads come on top, a row of them for each token.
+        let scores = 3 * (self.num_heads * tokens) as u64;
+        let per_token = (2 * width + 7 * inner + scores).max(2 * width + 4 * hidden);
+        Encoding {
+            per_token,
+            per_token_training: layers * (4 * width + 8 * inner + 5 * hidden) + per_token,
+            per_pixel: 0,
+            flops_per_token: 2 * layers * (4 * width * inner + 3 * width * hidden),
+        }
     }
 
     fn check(&self) -> Result<(), String> {
