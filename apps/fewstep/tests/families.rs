@@ -12,8 +12,13 @@ use program::{fails, judge, run};
 use tempfile::TempDir;
 
 /// Families with the names of their denoisers.
-const FAMILIES: [(&str, &str); 4] =
-    [("flux", "transformer"), ("sd15", "unet"), ("sdxl", "unet"), ("zimage", "transformer")];
+const FAMILIES: [(&str, &str); 5] = [
+    ("flux", "transformer"),
+    ("sd15", "unet"),
+    ("sd3", "transformer"),
+    ("sdxl", "unet"),
+    ("zimage", "transformer"),
+];
 const SIZE: [&str; 4] = ["--height", "64", "--width", "64"];
 
 /// Teacher pictures of a family's tiny model in `data/`.

@@ -24,6 +24,7 @@ mod ranges;
 pub mod sampling;
 mod source;
 pub mod stable_diffusion;
+pub mod stable_diffusion_3;
 pub mod student;
 mod weights;
 pub mod z_image;

@@ -15,6 +15,7 @@ use crate::flux::{self, Flux};
 use crate::load_options::{rounded, store_weights};
 use crate::qwen_image::{self, QwenImage};
 use crate::stable_diffusion::{self, StableDiffusion};
+use crate::stable_diffusion_3::{self, StableDiffusion3};
 use crate::student::SigmaRule;
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
 use crate::z_image::{self, ZImage};
@@ -64,13 +65,21 @@ pub enum Model {
     QwenImage(QwenImage),
     /// See [`crate::stable_diffusion`].
     StableDiffusion(StableDiffusion),
+    /// See [`crate::stable_diffusion_3`].
+    StableDiffusion3(StableDiffusion3),
     /// See [`crate::z_image`].
     ZImage(ZImage),
 }
 
 /// Every family there is code for.
-pub(crate) static KINDS: [&dyn Kind; 5] =
-    [&flux::Kind, &qwen_image::Kind, &stable_diffusion::BASE, &stable_diffusion::XL, &z_image::Kind];
+pub(crate) static KINDS: [&dyn Kind; 6] = [
+    &flux::Kind,
+    &qwen_image::Kind,
+    &stable_diffusion::BASE,
+    &stable_diffusion::XL,
+    &stable_diffusion_3::Kind,
+    &z_image::Kind,
+];
 
 impl Model {
     fn family(&self) -> &dyn Family {
@@ -78,6 +87,7 @@ impl Model {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
+            Self::StableDiffusion3(model) => model,
             Self::ZImage(model) => model,
         }
     }
@@ -87,6 +97,7 @@ impl Model {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
+            Self::StableDiffusion3(model) => model,
             Self::ZImage(model) => model,
         }
     }

@@ -13,7 +13,7 @@ use fewstep_models::{
 };
 use fewstep_testkit::{assert_close, golden, values};
 
-const FAMILIES: [&str; 5] = ["flux", "qwen_image", "sd15", "sdxl", "zimage"];
+const FAMILIES: [&str; 6] = ["flux", "qwen_image", "sd15", "sd3", "sdxl", "zimage"];
 
 fn folder(family: &str) -> PathBuf {
     golden(&format!("{family}/model"))
