@@ -42,6 +42,7 @@ ROWS = {
     "lora-least": Row("distillation step, LoRA, our least memory against its fastest", "lora-checkpointing", "lora", 0.75, 0.30),
     "full-checkpointing": Row("distillation step, full, checkpointing in both", "full-checkpointing", "full-checkpointing", 0.50, 0.50),
     "lora": Row("distillation step, LoRA, checkpointing in neither", "lora", "lora", 0.65, 0.50),
+    "lora-recorded": Row("the same with all four student steps recorded", "lora-recorded", "lora", 0.65, 0.50),
     "full": Row("distillation step, full, checkpointing in neither", "full", "full", None),
     "sixteen-steps": Row("memory at 16 student steps against 4 (both ours)", "sixteen-steps", None, None, 1.05),
     "mmdit-train": Row("plain training step, batch 8", "mmdit-train", "mmdit-train", 0.75),
@@ -125,6 +126,8 @@ class Comparison:
             command += ["--trainable_models", "dit"]
         else:
             command += ["--lora_base_model", "dit", "--lora_rank", "8", "--lora_checkpoint", f"{self.inputs}/lora.safetensors"]
+        if name.endswith("recorded"):
+            command += ["--recorded_steps", str(student_steps)]
         if name.endswith("checkpointing") or name == "sixteen-steps":
             command.append("--use_gradient_checkpointing")
         return self.train(command)
