@@ -6,6 +6,7 @@ use fewstep_data::bounded;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::model::kind_of;
 use crate::{ModelError, ModelSource};
 
 /// One JSON file of a model folder.
@@ -16,20 +17,27 @@ pub(crate) struct ConfigFile {
 }
 
 impl ConfigFile {
-    /// A component's `config.json`.
+    /// A component's `config.json`; the published one where weights of its size were given without.
+    ///
+    /// # Errors
+    /// If there is none, and the weights are of another size, or it is damaged.
     pub(crate) fn of_component(source: &ModelSource, component: &'static str) -> Result<Self, ModelError> {
-        Self::read(source.config(component)?)
+        match source.config(component) {
+            Ok(path) => Self::read(path),
+            Err(without @ ModelError::NotBeside { .. }) => {
+                let kind = kind_of(source)?;
+                let files = source.weights(component).ok();
+                let json = files.and_then(|files| kind.published_config(component, &files)).ok_or(without)?;
+                Ok(Self { path: format!("{component}/config.json").into(), json })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Reads a file.
     pub(crate) fn read(path: PathBuf) -> Result<Self, ModelError> {
         let text = bounded::read_text(&path).map_err(ModelError::io(&path))?;
         Self::parsed(path, &text)
-    }
-
-    /// The published config of a component whose weights came without.
-    pub(crate) fn published(component: &str, json: Value) -> Self {
-        Self { path: format!("{component}/config.json").into(), json }
     }
 
     /// A small file that every model of the family shares; see [`ModelSource::text_or`].

@@ -131,17 +131,9 @@ pub(crate) trait Kind: Sync + Debug {
         &[]
     }
 
-    /// The published config of a component, for weights of its size that came without one.
-    ///
-    /// # Errors
-    /// `without`, the error of there being no config, where there is no such knowledge.
-    fn published_config(
-        &self,
-        _source: &ModelSource,
-        _component: &'static str,
-        without: ModelError,
-    ) -> Result<Value, ModelError> {
-        Err(without)
+    /// The published config of a component, for weights of its size that came without one; `None` for other weights.
+    fn published_config(&self, _component: &str, _files: &WeightFiles) -> Option<Value> {
+        None
     }
 
     /// Checks the configs of all components against each other.

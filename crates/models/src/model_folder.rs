@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::config_file::ConfigFile;
 use crate::family::Kind;
 use crate::weights::{carry_ignored, collect_component, copy_tree, is_weights, write};
 use crate::{Model, ModelError, ModelSource, WeightType};
@@ -42,9 +43,9 @@ fn write_around_files(
         match source.config(component) {
             Ok(config) => copy(&config, &target.join("config.json"))?,
             Err(ModelError::NotBeside { .. }) if files.is_empty() => continue,
-            Err(error) => {
-                let config = kind.published_config(source, component, error)?;
-                write_text(&target.join("config.json"), &config.to_string())?;
+            Err(_) => {
+                let config = ConfigFile::of_component(source, component)?;
+                write_text(&target.join("config.json"), &config.text())?;
             }
         }
         if unchanged.contains(component) && !files.is_empty() {

@@ -391,13 +391,8 @@ impl family::Kind for Kind {
         }
     }
 
-    fn published_config(
-        &self,
-        source: &ModelSource,
-        component: &'static str,
-        without: ModelError,
-    ) -> Result<Value, ModelError> {
-        published::config_of(source, component, without)
+    fn published_config(&self, component: &str, files: &WeightFiles) -> Option<Value> {
+        published::config_of(component, files)
     }
 
     fn published_files(&self) -> &'static [(&'static str, &'static str)] {

@@ -6,7 +6,6 @@ use super::{DENOISER, TEXT_ENCODER, TEXT_ENCODER_2};
 use crate::family::AUTOENCODER;
 use crate::parts::autoencoder_kl::is_without_quantiser;
 use crate::weights::WeightFiles;
-use crate::{ModelError, ModelSource};
 
 /// FLUX.1-dev's scheduler: μ from 0.5 at 256 to 1.15 at 4096 image tokens.
 pub(super) const SCHEDULER: &str = r#"{
@@ -57,23 +56,8 @@ pub(super) fn component_of(files: &WeightFiles) -> Option<&'static str> {
 }
 
 /// The published config of a component, for weights that came without one, as DiffSynth-Studio's scripts name them. A
-/// transformer may have any number of blocks of the published width.
-///
-/// # Errors
-/// `without`, the error of there being no config, where it is another or the weights have other sizes.
-pub(super) fn config_of(
-    source: &ModelSource,
-    component: &'static str,
-    without: ModelError,
-) -> Result<Value, ModelError> {
-    if !matches!(without, ModelError::NotBeside { .. }) {
-        return Err(without);
-    }
-    let Ok(files) = source.weights(component) else { return Err(without) };
-    published_config(&files, component).ok_or(without)
-}
-
-fn published_config(files: &WeightFiles, component: &str) -> Option<Value> {
+/// transformer may have any number of blocks of the published width. `None` for other weights.
+pub(super) fn config_of(component: &str, files: &WeightFiles) -> Option<Value> {
     let has = |key: &str, shape: &[usize]| files.shape(key).is_ok_and(|found| found == shape);
     match component {
         DENOISER if has("transformer_blocks.0.attn.norm_q.weight", &[128]) => {
@@ -145,19 +129,31 @@ fn published_config(files: &WeightFiles, component: &str) -> Option<Value> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
+    use super::super::config::TransformerConfig;
     use super::*;
     use crate::family::Kind as _;
-    use crate::{WeightType, save_tensors};
+    use crate::{ModelSource, WeightType, save_tensors};
     use fewstep_testkit::golden;
+    use tempfile::TempDir;
 
-    fn config(component: &str, tensors: &[(&str, &[usize])]) -> Option<Value> {
+    type Shapes<'a> = [(&'a str, &'a [usize])];
+
+    /// A file of zeros in a folder of its own.
+    fn weights(tensors: &Shapes<'_>) -> (TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("weights.safetensors");
         let zeros = tensors
             .iter()
             .map(|(key, shape)| ((*key).to_owned(), shape.to_vec(), vec![0.0; shape.iter().product()]));
         save_tensors(&path, zeros, WeightType::BF16, &Default::default()).unwrap();
-        published_config(&WeightFiles::open(&path).unwrap(), component)
+        (folder, path)
+    }
+
+    fn config(component: &str, tensors: &Shapes<'_>) -> Option<Value> {
+        let (_folder, path) = weights(tensors);
+        config_of(component, &WeightFiles::open(&path).unwrap())
     }
 
     #[test]
@@ -183,6 +179,23 @@ mod tests {
         assert_eq!(found["guidance_embeds"], false);
         let narrow = [("transformer_blocks.0.attn.norm_q.weight", &[64][..])];
         assert_eq!(config(DENOISER, &narrow), None);
+    }
+
+    #[test]
+    fn a_lone_file_in_the_authors_layout_is_loaded_by_its_published_config() {
+        let tensors: [(&str, &[usize]); 6] = [
+            ("double_blocks.0.img_attn.qkv.weight", &[384, 128]),
+            ("double_blocks.0.img_attn.norm.query_norm.scale", &[128]),
+            ("single_blocks.1.modulation.lin.bias", &[384]),
+            ("txt_in.weight", &[128, 48]),
+            ("vector_in.in_layer.weight", &[128, 40]),
+            ("img_in.weight", &[128, 64]),
+        ];
+        let (_folder, path) = weights(&tensors);
+        let source = ModelSource::from_files(&[vec![path]]).unwrap();
+        let found = TransformerConfig::read(&source).unwrap();
+        assert_eq!((found.num_layers, found.num_single_layers), (1, 2));
+        assert_eq!((found.num_attention_heads, found.joint_attention_dim), (1, 48));
     }
 
     #[test]

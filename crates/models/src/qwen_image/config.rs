@@ -19,7 +19,7 @@ pub(super) struct Configs {
 impl Configs {
     pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
         let (text_encoder, vae) = (TextEncoderConfig::read(source)?, VaeConfig::read(source)?);
-        let file = component_file(source, "transformer")?;
+        let file = ConfigFile::of_component(source, "transformer")?;
         let transformer = TransformerConfig::of(&file)?;
         let pairs = [
             (
@@ -167,7 +167,7 @@ impl Default for PromptTemplate {
 
 impl TransformerConfig {
     pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
-        Self::of(&component_file(source, "transformer")?)
+        Self::of(&ConfigFile::of_component(source, "transformer")?)
     }
 
     fn of(file: &ConfigFile) -> Result<Self, ModelError> {
@@ -224,7 +224,7 @@ impl TransformerConfig {
 
 impl TextEncoderConfig {
     pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
-        let mut file = component_file(source, "text_encoder")?;
+        let mut file = ConfigFile::of_component(source, "text_encoder")?;
         let architecture = file.json["architectures"][0].as_str().or(file.json["model_type"].as_str());
         let expected = ["Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text"];
         file.check_class("text_encoder", architecture, &expected)?;
@@ -370,19 +370,5 @@ impl PromptTemplate {
     pub(super) fn special_tokens(&self) -> impl Iterator<Item = &str> {
         let starts = self.text.match_indices("<|").map(|(start, _)| &self.text[start..]);
         starts.filter_map(|rest| Some(&rest[..rest.find("|>")? + 2]))
-    }
-}
-
-/// A component's `config.json`; the published one where weights of its size came without.
-pub(super) fn component_file(
-    source: &ModelSource,
-    component: &'static str,
-) -> Result<ConfigFile, ModelError> {
-    match source.config(component) {
-        Ok(path) => ConfigFile::read(path),
-        Err(error) => {
-            let config = published::config_of(source, component, error)?;
-            Ok(ConfigFile::published(component, config))
-        }
     }
 }

@@ -346,13 +346,8 @@ impl family::Kind for Kind {
         &[("model_index.json", published::MODEL_INDEX), (SCHEDULER_FILE, published::SCHEDULER)]
     }
 
-    fn published_config(
-        &self,
-        source: &ModelSource,
-        component: &'static str,
-        without: ModelError,
-    ) -> Result<Value, ModelError> {
-        published::config_of(source, component, without)
+    fn published_config(&self, component: &str, files: &WeightFiles) -> Option<Value> {
+        published::config_of(component, files)
     }
 
     fn trial(&self) -> Option<Trial> {

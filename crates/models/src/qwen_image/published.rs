@@ -4,7 +4,6 @@ use serde_json::{Value, json};
 
 use crate::parts::video_autoencoder;
 use crate::weights::WeightFiles;
-use crate::{ModelError, ModelSource};
 
 /// The published scheduler: μ from 0.5 at 256 to 0.9 at 8192 image tokens, the last sigma stretched to 0.02.
 pub(super) const SCHEDULER: &str = r#"{
@@ -84,22 +83,15 @@ pub(super) fn component_of(files: &WeightFiles) -> Option<&'static str> {
 }
 
 /// The published config of a component, for weights of its size that came without one, as DiffSynth-Studio's scripts
-/// name them.
-///
-/// # Errors
-/// `without`, the error of there being no config, where it is another or the weights have other sizes.
-pub(super) fn config_of(
-    source: &ModelSource,
-    component: &'static str,
-    without: ModelError,
-) -> Result<Value, ModelError> {
-    if !matches!(without, ModelError::NotBeside { .. }) || !has_published_size(source, component) {
-        return Err(without);
+/// name them; `None` for other weights.
+pub(super) fn config_of(component: &str, files: &WeightFiles) -> Option<Value> {
+    if !has_published_size(component, files) {
+        return None;
     }
     match component {
-        "transformer" => Ok(json!({"_class_name": "QwenImageTransformer2DModel"})),
-        "vae" => Ok(json!({"_class_name": "AutoencoderKLQwenImage"})),
-        "text_encoder" => Ok(json!({
+        "transformer" => Some(json!({"_class_name": "QwenImageTransformer2DModel"})),
+        "vae" => Some(json!({"_class_name": "AutoencoderKLQwenImage"})),
+        "text_encoder" => Some(json!({
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],
             "model_type": "qwen2_5_vl",
             "hidden_size": 3584,
@@ -110,12 +102,12 @@ pub(super) fn config_of(
             "rms_norm_eps": 1e-6,
             "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
         })),
-        _ => Err(without),
+        _ => None,
     }
 }
 
 /// Whether a component's files have some tensors of the published model; all of them are compared when they are loaded.
-fn has_published_size(source: &ModelSource, component: &'static str) -> bool {
+fn has_published_size(component: &str, files: &WeightFiles) -> bool {
     let marks: &[(&str, &[usize])] = match component {
         "transformer" => &[
             ("transformer_blocks.59.attn.to_q.weight", &[3072, 3072]),
@@ -132,7 +124,7 @@ fn has_published_size(source: &ModelSource, component: &'static str) -> bool {
         }
         _ => &[],
     };
-    let Ok(entries) = source.weights(component).map(|files| files.entries()) else { return false };
+    let entries = files.entries();
     let there = |(key, shape): &(&str, &[usize])| {
         entries.iter().any(|entry| entry.key.ends_with(key) && entry.shape == *shape)
     };

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{AUTOENCODER, DENOISER, FRAMES_PER_LATENT, TEXT_ENCODER, published};
+use super::{AUTOENCODER, DENOISER, FRAMES_PER_LATENT, TEXT_ENCODER};
 use crate::config_file::ConfigFile;
 use crate::parts::double_stream::Heads;
 use crate::parts::patches::PATCH;
@@ -19,7 +19,7 @@ pub(super) struct Configs {
 
 impl Configs {
     pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
-        let file = component_file(source, DENOISER)?;
+        let file = ConfigFile::of_component(source, DENOISER)?;
         let transformer = TransformerConfig::of(&file)?;
         let (text_encoder, vae) = (text_encoder(source)?, autoencoder(source)?);
         let pairs = [
@@ -35,25 +35,14 @@ impl Configs {
     }
 }
 
-/// A component's config; the published one for weights of a published size that came without.
-fn component_file(source: &ModelSource, component: &'static str) -> Result<ConfigFile, ModelError> {
-    match ConfigFile::of_component(source, component) {
-        Err(error @ ModelError::NotBeside { .. }) => {
-            let config = published::config_of(source, component, error)?;
-            Ok(ConfigFile::published(component, config))
-        }
-        other => other,
-    }
-}
-
 /// The text encoder's config, UMT5's.
 pub(super) fn text_encoder(source: &ModelSource) -> Result<T5Config, ModelError> {
-    T5Config::of(&component_file(source, TEXT_ENCODER)?, TEXT_ENCODER)
+    T5Config::read(source, TEXT_ENCODER)
 }
 
 /// The autoencoder's.
 pub(super) fn autoencoder(source: &ModelSource) -> Result<VideoAutoencoderConfig, ModelError> {
-    let file = component_file(source, AUTOENCODER)?;
+    let file = ConfigFile::of_component(source, AUTOENCODER)?;
     file.check_class(AUTOENCODER, file.class_name(), &["AutoencoderKLWan"])?;
     let config = VideoAutoencoderConfig::of(&file)?;
     match config.frames_per_latent() {
@@ -106,7 +95,7 @@ const QK_NORM: &str = "rms_norm_across_heads";
 
 impl TransformerConfig {
     pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
-        Self::of(&component_file(source, DENOISER)?)
+        Self::of(&ConfigFile::of_component(source, DENOISER)?)
     }
 
     fn of(file: &ConfigFile) -> Result<Self, ModelError> {

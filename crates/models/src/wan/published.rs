@@ -5,7 +5,6 @@ use serde_json::{Value, json};
 use super::{AUTOENCODER, DENOISER, TEXT_ENCODER, transformer};
 use crate::parts::{t5, video_autoencoder};
 use crate::weights::{KeyMap, WeightFiles};
-use crate::{ModelError, ModelSource};
 
 /// The scheduler of the published models, with the shift for 480 rows.
 pub(super) const SCHEDULER: &str = r#"{
@@ -50,26 +49,14 @@ pub(super) fn component_of(files: &WeightFiles) -> Option<&'static str> {
     video_autoencoder::is_of(files).then_some(AUTOENCODER)
 }
 
-/// The published config of a component, for weights of its size that came without one.
-///
-/// # Errors
-/// `without`, the error of there being no config, where it is another or the weights have other sizes.
-pub(super) fn config_of(
-    source: &ModelSource,
-    component: &'static str,
-    without: ModelError,
-) -> Result<Value, ModelError> {
-    if !matches!(without, ModelError::NotBeside { .. }) {
-        return Err(without);
-    }
-    let Ok(files) = source.weights(component) else { return Err(without) };
-    let config = match component {
-        DENOISER => transformer_of(&files),
-        TEXT_ENCODER => text_encoder_of(&files),
-        AUTOENCODER => autoencoder_of(&files),
+/// The published config of a component, for weights of its size that came without one; `None` for other weights.
+pub(super) fn config_of(component: &str, files: &WeightFiles) -> Option<Value> {
+    match component {
+        DENOISER => transformer_of(files),
+        TEXT_ENCODER => text_encoder_of(files),
+        AUTOENCODER => autoencoder_of(files),
         _ => None,
-    };
-    config.ok_or(without)
+    }
 }
 
 /// The size that tells the two published transformers apart; all tensors are compared when they are loaded.

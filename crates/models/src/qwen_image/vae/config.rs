@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::super::config::component_file;
+use crate::config_file::ConfigFile;
 use crate::parts::video_autoencoder::VideoAutoencoderConfig;
 use crate::{ModelError, ModelSource, ranges};
 
@@ -36,7 +36,7 @@ pub struct PixelUnshuffleConfig {
 
 impl VaeConfig {
     pub(in super::super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
-        let file = component_file(source, "vae")?;
+        let file = ConfigFile::of_component(source, "vae")?;
         file.check_class("vae", file.class_name(), &[PUBLISHED, PIXELS])?;
         if file.class_name() == Some(PUBLISHED) {
             return Ok(Self::AutoencoderKLQwenImage(VideoAutoencoderConfig::of(&file)?));
