@@ -10,6 +10,7 @@ use fewstep::{
 
 fn main() -> ExitCode {
     fewstep_kernels::tune_allocator();
+    fewstep_kernels::join_thread_pool();
     outlive_file_limit();
     let (cli, matches) = Cli::parse();
     let terminal = Terminal::new(false);

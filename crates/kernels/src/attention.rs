@@ -13,7 +13,7 @@ use crate::matmul::{Cores, Matrix, MatrixMut, Output, multiply};
 use crate::{parallel, plain, simd};
 
 /// Query rows whose scores exist at one time.
-const BLOCK: usize = 128;
+const BLOCK: usize = 64;
 
 /// Which keys the queries see. By default all.
 #[derive(Clone, Debug, Default)]
@@ -135,7 +135,7 @@ impl Attention {
         let mut log_sums = unwritten(batch * queries * heads);
         let outputs = parallel::pieces(&mut output, &units, width);
         let sums = parallel::pieces(&mut log_sums, &units, heads);
-        units.par_iter().zip(outputs).zip(sums).for_each(|((unit, output), sums)| {
+        units.par_iter().zip(outputs).zip(sums).with_max_len(1).for_each(|((unit, output), sums)| {
             let rows = unit.rows.len();
             let mut scores = unwritten(rows * keys);
             for head in 0..heads {
@@ -237,17 +237,19 @@ impl Attention {
         let [query, key, value] = output;
         let (of_query, of_key) = (queries * dim, keys * dim);
         let slabs = query.par_chunks_mut(of_query).zip(key.par_chunks_mut(of_key));
-        slabs.zip(value.par_chunks_mut(of_key)).enumerate().for_each(|(index, ((query, key), value))| {
-            let (sample, head) = (index / heads, index % heads);
-            let head = Head {
-                attention: self,
-                sample,
-                qkv: self.slabs(qkv, sample, head),
-                gradient: &gradient[sample * heads * of_query + head * dim..],
-                log_sums: &log_sums[sample * queries * heads + head..],
-            };
-            head.backward(query, key, value);
-        });
+        slabs.zip(value.par_chunks_mut(of_key)).enumerate().with_max_len(1).for_each(
+            |(index, ((query, key), value))| {
+                let (sample, head) = (index / heads, index % heads);
+                let head = Head {
+                    attention: self,
+                    sample,
+                    qkv: self.slabs(qkv, sample, head),
+                    gradient: &gradient[sample * heads * of_query + head * dim..],
+                    log_sums: &log_sums[sample * queries * heads + head..],
+                };
+                head.backward(query, key, value);
+            },
+        );
     }
 }
 

@@ -7,8 +7,8 @@ use burn::tensor::{DType, Tensor};
 use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
-use crate::matmul::{Cores, Matrix, MatrixMut, Output, multiply};
-use crate::weight::{HalfType, with_f32};
+use crate::matmul::{Cores, Matrix, MatrixMut, Output, Product, multiply_all};
+use crate::weight::{HalfType, Numbers};
 use crate::{parallel, plain, simd};
 
 /// A low-rank branch added to a linear layer: `scale · (x downᵀ) upᵀ`.
@@ -136,6 +136,14 @@ impl Layout {
         Matrix::strided(&matrix[part.first_column..], self.rows, part.output, self.width)
     }
 
+    /// Room for `rows` rows of each branch's rank.
+    fn branch_buffers(&self) -> Vec<Vec<f32>> {
+        self.parts
+            .iter()
+            .map(|part| unwritten(part.low_rank.map_or(0, |branch| self.rows * branch.rank)))
+            .collect()
+    }
+
     fn column_sums(&self, part: &Part, matrix: &[f32]) -> Vec<f32> {
         parallel::column_sums(matrix, self.width, part.first_column..part.first_column + part.output)
     }
@@ -158,46 +166,70 @@ impl Part {
         let (has_bias, rounded_to) = (projection.bias.is_some(), projection.rounded_to);
         Self { first_column, output, has_bias, low_rank, rounded_to }
     }
+
+    fn weight<'a>(&self, tensors: &'a [Values], input: usize) -> Matrix<'a> {
+        Matrix::of_numbers(Numbers::new(&tensors[WEIGHT], self.rounded_to), self.output, input)
+    }
+
+    /// Axes of one of its tensors.
+    fn shape(&self, tensor: usize, input: usize) -> Vec<usize> {
+        let rank = self.low_rank.map_or(0, |branch| branch.rank);
+        match tensor {
+            WEIGHT => vec![self.output, input],
+            BIAS => vec![self.output],
+            DOWN => vec![rank, input],
+            _ => vec![self.output, rank],
+        }
+    }
 }
 
-/// The output, and `x downᵀ` of each projection (empty where it has no branch).
+/// The tensors of one projection.
+fn tensors(values: &[Values], index: usize) -> &[Values] {
+    &values[1 + index * INPUTS..][..INPUTS]
+}
+
+/// The output, and what [`hidden`] gives.
 fn forward(layout: &Layout, values: &[Values]) -> (Vec<f32>, Vec<Vec<f32>>) {
+    let hidden = hidden(layout, values);
     let mut output = unwritten(layout.rows * layout.width);
-    let mode = match joined_bias(layout, values) {
-        Some(bias) => {
-            fill_rows(&mut output, &bias);
-            Output::Accumulate
+    if (1..=FEW_ROWS).contains(&layout.rows) {
+        for (index, (part, hidden)) in layout.parts.iter().zip(&hidden).enumerate() {
+            few_rows(layout, part, (&values[0], tensors(values, index)), hidden, &mut output);
         }
-        None => Output::Overwrite,
-    };
+        return (output, hidden);
+    }
     let x = Matrix::new(&values[0], layout.rows, layout.input);
-    let parts = layout.parts.iter().zip(values[1..].chunks_exact(INPUTS));
-    let hidden = parts.map(|(part, tensors)| {
-        let target = &mut output[part.first_column..];
-        add_product(layout, part, &values[0], &tensors[WEIGHT], (target, mode));
-        part.low_rank.map(|branch| add_branch(layout, (part, branch), x, tensors, target)).unwrap_or_default()
-    });
-    let hidden = hidden.collect();
+    let mut products = Vec::with_capacity(layout.parts.len());
+    let mut rest = MatrixMut::new(&mut output, layout.rows, layout.width);
+    for (index, (part, hidden)) in layout.parts.iter().zip(&hidden).enumerate() {
+        let tensors = tensors(values, index);
+        let (into, next) = rest.split_columns(part.output);
+        rest = next;
+        let mut product = Product::new(into, x, part.weight(tensors, layout.input).transposed());
+        if part.has_bias {
+            product.start = Output::Row(&tensors[BIAS]);
+        }
+        if let Some(Branch { rank, .. }) = part.low_rank {
+            let up = Matrix::new(&tensors[UP], part.output, rank).transposed();
+            product.terms.push((Matrix::new(hidden, layout.rows, rank), up));
+        }
+        products.push(product);
+    }
+    multiply_all(products, Cores::All);
     (output, hidden)
 }
 
-/// The part's `x Wᵀ` in its columns of the output.
-fn add_product(
-    layout: &Layout,
-    part: &Part,
-    x: &[f32],
-    weight: &Values,
-    (target, mode): (&mut [f32], Output),
-) {
-    with_f32(weight, part.rounded_to, |weight| {
-        if (1..=FEW_ROWS).contains(&layout.rows) {
-            return few_rows(layout, x, weight, (target, mode));
-        }
-        let x = Matrix::new(x, layout.rows, layout.input);
-        let weight = Matrix::new(weight, part.output, layout.input).transposed();
-        let columns = MatrixMut::strided(target, layout.rows, part.output, layout.width);
-        multiply((columns, mode), 1.0, x, weight, Cores::All);
+/// `scale · x downᵀ` of each projection, empty where it has no branch.
+fn hidden(layout: &Layout, values: &[Values]) -> Vec<Vec<f32>> {
+    let mut hidden = layout.branch_buffers();
+    let x = Matrix::new(&values[0], layout.rows, layout.input);
+    let products = layout.parts.iter().zip(&mut hidden).enumerate().filter_map(|(index, (part, hidden))| {
+        let Branch { rank, scale } = part.low_rank?;
+        let down = Matrix::new(&tensors(values, index)[DOWN], rank, layout.input).transposed();
+        Some(Product { scale, ..Product::new(MatrixMut::new(hidden, layout.rows, rank), x, down) })
     });
+    multiply_all(products.collect(), Cores::All);
+    hidden
 }
 
 /// Rows of x up to which a product is as fast as its weight is read, once and as it lies.
@@ -206,75 +238,44 @@ const FEW_ROWS: usize = 8;
 /// Rows of a weight that one piece of work reads.
 const WEIGHT_ROWS: usize = 64;
 
-/// `x Wᵀ` for few rows of x, by inner products.
-fn few_rows(layout: &Layout, x: &[f32], weight: &[f32], (target, mode): (&mut [f32], Output)) {
+/// One projection of few rows of x, by inner products, into its columns of the output.
+fn few_rows(
+    layout: &Layout,
+    part: &Part,
+    (x, tensors): (&[f32], &[Values]),
+    hidden: &[f32],
+    output: &mut [f32],
+) {
     let Layout { rows, input, width, .. } = *layout;
-    let outputs = weight.len() / input;
-    let mut products = unwritten(outputs * rows);
-    let pieces = products.par_chunks_mut(WEIGHT_ROWS * rows).zip(weight.par_chunks(WEIGHT_ROWS * input));
-    pieces.for_each(|(products, weights)| {
-        for (products, weights) in products.chunks_exact_mut(rows).zip(weights.chunks_exact(input)) {
-            for (product, x) in products.iter_mut().zip(x.chunks_exact(input)) {
-                *product = simd::dot(x, weights);
+    let rank = part.low_rank.map_or(0, |branch| branch.rank);
+    let weight = Numbers::new(&tensors[WEIGHT], part.rounded_to);
+    let mut sums = unwritten(part.output * rows);
+    sums.par_chunks_mut(WEIGHT_ROWS * rows).enumerate().for_each(|(piece, sums)| {
+        let mut widened = vec![0.0; input];
+        for (offset, sums) in sums.chunks_exact_mut(rows).enumerate() {
+            let column = piece * WEIGHT_ROWS + offset;
+            let weights = weight.lend(column * input..(column + 1) * input, &mut widened);
+            let up = if rank > 0 { &tensors[UP][column * rank..][..rank] } else { &[] };
+            let bias = if part.has_bias { tensors[BIAS][column] } else { 0.0 };
+            for (row, sum) in sums.iter_mut().enumerate() {
+                let added = simd::dot(&hidden[row * rank..][..rank], up);
+                *sum = bias + simd::dot(&x[row * input..][..input], weights) + added;
             }
         }
     });
-    for (row, target) in target.chunks_mut(width).enumerate().take(rows) {
-        for (target, products) in target.iter_mut().zip(products.chunks_exact(rows)) {
-            let before = if mode == Output::Accumulate { *target } else { 0.0 };
-            *target = before + products[row];
+    for (row, output) in output.chunks_mut(width).enumerate() {
+        let columns = &mut output[part.first_column..][..part.output];
+        for (target, sums) in columns.iter_mut().zip(sums.chunks_exact(rows)) {
+            *target = sums[row];
         }
     }
-}
-
-/// The biases side by side, zeros where a projection has none; nothing if none has.
-fn joined_bias(layout: &Layout, values: &[Values]) -> Option<Vec<f32>> {
-    if !layout.parts.iter().any(|part| part.has_bias) {
-        return None;
-    }
-    let mut joined = vec![0.0; layout.width];
-    for (part, tensors) in layout.parts.iter().zip(values[1..].chunks_exact(INPUTS)) {
-        if part.has_bias {
-            joined[part.first_column..][..part.output].copy_from_slice(&tensors[BIAS]);
-        }
-    }
-    Some(joined)
-}
-
-fn fill_rows(output: &mut [f32], row: &[f32]) {
-    parallel::for_row_blocks(output, row.len(), |_, rows| {
-        rows.chunks_exact_mut(row.len()).for_each(|target| target.copy_from_slice(row));
-    });
-}
-
-/// Adds the low-rank branch to the part's columns of `target`; gives `x downᵀ`.
-fn add_branch(
-    layout: &Layout,
-    at: (&Part, Branch),
-    x: Matrix,
-    tensors: &[Values],
-    target: &mut [f32],
-) -> Vec<f32> {
-    let (part, Branch { rank, scale }) = at;
-    let down = Matrix::new(&tensors[DOWN], rank, layout.input).transposed();
-    let up = Matrix::new(&tensors[UP], part.output, rank).transposed();
-    let hidden = product(layout.rows, rank, 1.0, x, down);
-    let columns = MatrixMut::strided(target, layout.rows, part.output, layout.width);
-    multiply((columns, Output::Accumulate), scale, Matrix::new(&hidden, layout.rows, rank), up, Cores::All);
-    hidden
-}
-
-/// `scale · left · right` in a new buffer.
-fn product(rows: usize, columns: usize, scale: f32, left: Matrix, right: Matrix) -> Vec<f32> {
-    let mut output = unwritten(rows * columns);
-    multiply((MatrixMut::new(&mut output, rows, columns), Output::Overwrite), scale, left, right, Cores::All);
-    output
 }
 
 /// What the pullback needs.
 struct Saved<const N: usize> {
     layout: Layout,
     values: [Values; N],
+    /// What [`hidden`] gave.
     hidden: Vec<Vec<f32>>,
     tracked: [bool; N],
 }
@@ -295,79 +296,90 @@ impl<const N: usize> Saved<N> {
     }
 
     fn pull_back(&self, gradient: &[f32], input_shape: &[usize]) -> [Option<Values>; N] {
-        let mut gradients = [const { None }; N];
-        let mut inner = Vec::new();
-        for index in 0..self.layout.parts.len() {
-            inner.push(self.inner_gradient(index, gradient));
-            let target = &mut gradients[1 + index * INPUTS..][..INPUTS];
-            self.parameter_gradients(index, gradient, &inner[index], target);
+        let inner = self.inner_gradients(gradient);
+        let shapes: [Vec<usize>; N] = std::array::from_fn(|index| match index.checked_sub(1) {
+            None => input_shape.to_vec(),
+            Some(index) => self.layout.parts[index / INPUTS].shape(index % INPUTS, self.layout.input),
+        });
+        let mut gradients: [Option<Vec<f32>>; N] = std::array::from_fn(|index| {
+            self.tracked[index].then(|| unwritten(shapes[index].iter().product()))
+        });
+        let (of_input, of_parameters) = gradients.split_first_mut().expect("x is the first input");
+        let mut products: Vec<Product> =
+            of_input.iter_mut().map(|into| self.input_gradient(gradient, &inner, into)).collect();
+        for (index, gradients) in of_parameters.chunks_exact_mut(INPUTS).enumerate() {
+            products.extend(self.parameter_gradients(index, gradient, &inner[index], gradients));
         }
-        gradients[0] =
-            self.tracked[0].then(|| Values::from_vec(self.input_gradient(gradient, &inner), input_shape));
-        gradients
+        multiply_all(products, Cores::All);
+        let mut shapes = shapes.iter();
+        gradients.map(|gradient| {
+            let shape = shapes.next().expect("a shape for each input");
+            gradient.map(|gradient| Values::from_vec(gradient, shape))
+        })
     }
 
-    fn tensors(&self, index: usize) -> &[Values] {
-        &self.values[1 + index * INPUTS..][..INPUTS]
-    }
-
-    /// The gradient of `x downᵀ`; empty without a branch.
-    fn inner_gradient(&self, index: usize, gradient: &[f32]) -> Vec<f32> {
-        let part = &self.layout.parts[index];
-        let Some(Branch { rank, scale }) = part.low_rank else { return Vec::new() };
-        let up = Matrix::new(&self.tensors(index)[UP], part.output, rank);
-        product(self.layout.rows, rank, scale, self.layout.columns(part, gradient), up)
-    }
-
-    fn parameter_gradients(
-        &self,
-        index: usize,
-        gradient: &[f32],
-        inner: &[f32],
-        into: &mut [Option<Values>],
-    ) {
-        let (part, tracked) = (&self.layout.parts[index], &self.tracked[1 + index * INPUTS..][..INPUTS]);
-        let (rows, input, output) = (self.layout.rows, self.layout.input, part.output);
-        let x = || Matrix::new(&self.values[0], rows, input);
-        let columns = self.layout.columns(part, gradient).transposed();
-        if tracked[WEIGHT] {
-            let weight = product(output, input, 1.0, columns, x());
-            into[WEIGHT] = Some(Values::from_vec(weight, &[output, input]));
-        }
-        if tracked[BIAS] {
-            let bias = self.layout.column_sums(part, gradient);
-            into[BIAS] = Some(Values::from_vec(bias, &[output]));
-        }
-        let Some(Branch { rank, scale }) = part.low_rank else { return };
-        if tracked[DOWN] {
-            let down = product(rank, input, 1.0, Matrix::new(inner, rows, rank).transposed(), x());
-            into[DOWN] = Some(Values::from_vec(down, &[rank, input]));
-        }
-        if tracked[UP] {
-            let up = product(output, rank, scale, columns, Matrix::new(&self.hidden[index], rows, rank));
-            into[UP] = Some(Values::from_vec(up, &[output, rank]));
-        }
-    }
-
-    fn input_gradient(&self, gradient: &[f32], inner: &[Vec<f32>]) -> Vec<f32> {
-        let Layout { rows, input, .. } = self.layout;
-        let mut output = unwritten(rows * input);
-        let mut mode = Output::Overwrite;
-        for (index, part) in self.layout.parts.iter().enumerate() {
-            let tensors = self.tensors(index);
-            let columns = self.layout.columns(part, gradient);
-            with_f32(&tensors[WEIGHT], part.rounded_to, |weight| {
-                let weight = Matrix::new(weight, part.output, input);
-                multiply((MatrixMut::new(&mut output, rows, input), mode), 1.0, columns, weight, Cores::All);
+    /// The gradients of `x downᵀ`; empty without a branch.
+    fn inner_gradients(&self, gradient: &[f32]) -> Vec<Vec<f32>> {
+        let layout = &self.layout;
+        let mut inner = layout.branch_buffers();
+        let products =
+            layout.parts.iter().zip(&mut inner).enumerate().filter_map(|(index, (part, inner))| {
+                let Branch { rank, scale } = part.low_rank?;
+                let up = Matrix::new(&tensors(&self.values, index)[UP], part.output, rank);
+                let into = MatrixMut::new(inner, layout.rows, rank);
+                Some(Product { scale, ..Product::new(into, layout.columns(part, gradient), up) })
             });
-            mode = Output::Accumulate;
-            if let Some(Branch { rank, .. }) = part.low_rank {
-                let down = Matrix::new(&tensors[DOWN], rank, input);
-                let inner = Matrix::new(&inner[index], rows, rank);
-                multiply((MatrixMut::new(&mut output, rows, input), mode), 1.0, inner, down, Cores::All);
+        multiply_all(products.collect(), Cores::All);
+        inner
+    }
+
+    /// Fills a projection's tracked gradients: the bias's at once, the others by products that are still to be done.
+    fn parameter_gradients<'a>(
+        &'a self,
+        index: usize,
+        gradient: &'a [f32],
+        inner: &'a [f32],
+        gradients: &'a mut [Option<Vec<f32>>],
+    ) -> impl Iterator<Item = Product<'a>> {
+        let Layout { rows, input, .. } = self.layout;
+        let part = &self.layout.parts[index];
+        let columns = self.layout.columns(part, gradient).transposed();
+        let rank = part.low_rank.map_or(0, |branch| branch.rank);
+        gradients.iter_mut().enumerate().filter_map(move |(tensor, into)| {
+            let into = into.as_mut()?;
+            if tensor == BIAS {
+                *into = self.layout.column_sums(part, gradient);
+                return None;
             }
-        }
-        output
+            let (left, right) = match tensor {
+                WEIGHT => (columns, Matrix::new(&self.values[0], rows, input)),
+                DOWN => {
+                    (Matrix::new(inner, rows, rank).transposed(), Matrix::new(&self.values[0], rows, input))
+                }
+                _ => (columns, Matrix::new(&self.hidden[index], rows, rank)),
+            };
+            let shape = part.shape(tensor, input);
+            Some(Product::new(MatrixMut::new(into, shape[0], shape[1]), left, right))
+        })
+    }
+
+    fn input_gradient<'a>(
+        &'a self,
+        gradient: &'a [f32],
+        inner: &'a [Vec<f32>],
+        into: &'a mut [f32],
+    ) -> Product<'a> {
+        let Layout { rows, input, .. } = self.layout;
+        let terms = self.layout.parts.iter().zip(inner).enumerate().flat_map(|(index, (part, inner))| {
+            let tensors = tensors(&self.values, index);
+            let base = (self.layout.columns(part, gradient), part.weight(tensors, input));
+            let branch = part.low_rank.map(|Branch { rank, .. }| {
+                (Matrix::new(inner, rows, rank), Matrix::new(&tensors[DOWN], rank, input))
+            });
+            [Some(base), branch].into_iter().flatten()
+        });
+        let terms = terms.collect();
+        Product { into: MatrixMut::new(into, rows, input), start: Output::Overwrite, scale: 1.0, terms }
     }
 }
 

@@ -29,6 +29,26 @@ pub(crate) fn vectorized<R>(body: impl FnOnce() -> R) -> R {
     LEVEL.dispatch(body)
 }
 
+/// Runs an operation that is written for any register width in the widest registers of this machine.
+pub(crate) fn dispatch<O: WithSimd>(operation: O) -> O::Output {
+    LEVEL.dispatch(operation)
+}
+
+/// f32 elements of the registers that [`dispatch`] chooses.
+pub(crate) fn lanes() -> usize {
+    dispatch(Lanes)
+}
+
+struct Lanes;
+
+impl WithSimd for Lanes {
+    type Output = usize;
+
+    fn with_simd<S: Simd>(self, _: S) -> usize {
+        S::F32_LANES
+    }
+}
+
 /// `e^x` with a relative error of about 1e-7 (Cephes' polynomial on ±ln2/2), in instructions that vectorise.
 ///
 /// Arguments below -87 give about 1e-38 and those above 88 about 1.6e38: no zero, infinity or denormal comes out.

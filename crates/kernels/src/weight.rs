@@ -1,11 +1,10 @@
 //! The weights of linear layers, stored in or rounded to two bytes a number and used as f32.
 
-use std::cell::Cell;
+use std::ops::Range;
 
 use burn::tensor::{DType, Tensor};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use crate::extension::{Stored, Values};
 use crate::simd;
@@ -35,61 +34,94 @@ impl HalfType {
     }
 }
 
-/// Elements of one piece of work.
-const PIECE: usize = 16 * 1024;
-
-thread_local! {
-    /// As long as the largest weight that came by. Freed and allocated anew it would end up between the activations
-    /// that backward keeps, each time somewhere else.
-    static BUFFER: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+/// The numbers of a factor of a product, which is done in f32.
+#[derive(Clone, Copy)]
+pub(crate) enum Numbers<'a> {
+    F32(&'a [f32]),
+    /// The nearest numbers of a half type are used.
+    Rounded(&'a [f32], HalfType),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
 }
 
-/// Lends a weight as f32: its own memory where that is f32 and nothing is rounded, otherwise the thread's buffer.
-pub(crate) fn with_f32<R>(
-    weight: &Values,
-    rounded_to: Option<HalfType>,
-    body: impl FnOnce(&[f32]) -> R,
-) -> R {
-    match (weight.stored(), rounded_to) {
-        (Stored::F32(values), None) => body(values),
-        (Stored::F32(values), Some(half)) => in_buffer(values, |from, to| round(half, from, to), body),
-        (Stored::Bf16(values), _) => in_buffer(values, widen_bf16, body),
-        (Stored::F16(values), _) => in_buffer(values, |from, to| from.convert_to_f32_slice(to), body),
+impl<'a> Numbers<'a> {
+    /// A weight's. Numbers of two bytes are what they are.
+    pub(crate) fn new(weight: &'a Values, rounded_to: Option<HalfType>) -> Self {
+        match (weight.stored(), rounded_to) {
+            (Stored::F32(values), None) => Self::F32(values),
+            (Stored::F32(values), Some(half)) => Self::Rounded(values, half),
+            (Stored::Bf16(values), _) => Self::Bf16(values),
+            (Stored::F16(values), _) => Self::F16(values),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::F32(values) | Self::Rounded(values, _) => values.len(),
+            Self::Bf16(values) => values.len(),
+            Self::F16(values) => values.len(),
+        }
+    }
+
+    /// Numbers that are f32 as they lie.
+    pub(crate) fn f32s(self) -> &'a [f32] {
+        match self {
+            Self::F32(values) => values,
+            _ => panic!("only a right factor is widened"),
+        }
+    }
+
+    /// Some of the numbers as f32: themselves, or widened into `buffer`.
+    pub(crate) fn lend<'b>(self, range: Range<usize>, buffer: &'b mut [f32]) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        if let Self::F32(values) = self {
+            return &values[range];
+        }
+        simd::vectorized(
+            #[inline(always)]
+            || self.widen(range, buffer),
+        );
+        buffer
+    }
+
+    /// Writes some of the numbers as f32.
+    #[inline(always)]
+    pub(crate) fn widen(self, range: Range<usize>, to: &mut [f32]) {
+        match self {
+            Self::F32(values) => to.copy_from_slice(&values[range]),
+            Self::Rounded(values, HalfType::Bf16) => {
+                each(
+                    &values[range],
+                    to,
+                    #[inline(always)]
+                    |value| bf16::from_f32(value).to_f32(),
+                );
+            }
+            Self::Rounded(values, HalfType::F16) => {
+                each(
+                    &values[range],
+                    to,
+                    #[inline(always)]
+                    |value| f16::from_f32(value).to_f32(),
+                );
+            }
+            Self::Bf16(values) => each(
+                &values[range],
+                to,
+                #[inline(always)]
+                |value| value.to_f32(),
+            ),
+            Self::F16(values) => values[range].convert_to_f32_slice(to),
+        }
     }
 }
 
-fn in_buffer<T: Sync, R>(
-    values: &[T],
-    convert: impl Fn(&[T], &mut [f32]) + Sync,
-    body: impl FnOnce(&[f32]) -> R,
-) -> R {
-    // Taken out, not borrowed: a thread that waits for others may come by here a second time.
-    let mut buffer = BUFFER.take();
-    if buffer.len() < values.len() {
-        drop(buffer);
-        buffer = vec![0.0; values.len()];
-    }
-    let target = &mut buffer[..values.len()];
-    target.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE)).for_each(|(to, from)| convert(from, to));
-    let result = body(target);
-    BUFFER.set(buffer);
-    result
-}
-
-fn widen_bf16(from: &[bf16], to: &mut [f32]) {
-    simd::vectorized(
+#[inline(always)]
+fn each<T: Copy>(from: &[T], to: &mut [f32], convert: impl Fn(T) -> f32) {
+    to.iter_mut().zip(from).for_each(
         #[inline(always)]
-        || to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32()),
-    );
-}
-
-fn round(half: HalfType, from: &[f32], to: &mut [f32]) {
-    let pairs = to.iter_mut().zip(from);
-    simd::vectorized(
-        #[inline(always)]
-        || match half {
-            HalfType::Bf16 => pairs.for_each(|(to, from)| *to = bf16::from_f32(*from).to_f32()),
-            HalfType::F16 => pairs.for_each(|(to, from)| *to = f16::from_f32(*from).to_f32()),
-        },
+        |(to, from)| *to = convert(*from),
     );
 }

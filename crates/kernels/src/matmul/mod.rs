@@ -1,0 +1,614 @@
+//! Sums of matrix products on strided views.
+//!
+//! The output is cut into pieces of rows and columns. A piece packs its columns of the right factors into panels as
+//! wide as a tile of registers, and reads the left factors as they lie (the loops of Goto and van de Geijn, "Anatomy of
+//! High-Performance Matrix Multiplication", 2008). The `gemm` crate packs a transposed factor on one core before it
+//! starts, which is a quarter of the time of a weight that few rows meet; here each piece packs its own part, widens stored
+//! weights of two bytes on the way, and adds a low-rank branch before the output is written. LOG.md has the comparison.
+//!
+//! Every element is summed in the same order however many threads there are.
+
+mod pack;
+mod tile;
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::simd;
+use crate::weight::Numbers;
+
+/// A read-only strided view.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    values: Numbers<'a>,
+    shape: Strided,
+}
+
+/// A writable view with contiguous rows.
+pub(crate) struct MatrixMut<'a> {
+    /// All elements of the rows are borrowed exclusively, but for those of views that [`MatrixMut::split_columns`] cut off.
+    first: *mut f32,
+    shape: Strided,
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+#[derive(Clone, Copy)]
+struct Strided {
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl Strided {
+    /// Number of elements from the first to the last, both included.
+    fn span(&self) -> usize {
+        if self.rows == 0 || self.columns == 0 {
+            return 0;
+        }
+        (self.rows - 1) * self.row_stride + (self.columns - 1) * self.column_stride + 1
+    }
+}
+
+impl<'a> Matrix<'a> {
+    /// Row-major values without gaps.
+    pub(crate) fn new(values: &'a [f32], rows: usize, columns: usize) -> Self {
+        Self::strided(values, rows, columns, columns)
+    }
+
+    /// Row-major values, `row_stride` elements from one row to the next.
+    pub(crate) fn strided(values: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+        Self { values: Numbers::F32(values), shape: Strided { rows, columns, row_stride, column_stride: 1 } }
+    }
+
+    /// Row-major numbers without gaps: a right factor, which is read as f32.
+    pub(crate) fn of_numbers(values: Numbers<'a>, rows: usize, columns: usize) -> Self {
+        Self { values, shape: Strided { rows, columns, row_stride: columns, column_stride: 1 } }
+    }
+
+    pub(crate) fn transposed(self) -> Self {
+        let Strided { rows, columns, row_stride, column_stride } = self.shape;
+        let shape =
+            Strided { rows: columns, columns: rows, row_stride: column_stride, column_stride: row_stride };
+        Self { values: self.values, shape }
+    }
+}
+
+impl<'a> MatrixMut<'a> {
+    /// Row-major values without gaps.
+    pub(crate) fn new(values: &'a mut [f32], rows: usize, columns: usize) -> Self {
+        Self::strided(values, rows, columns, columns)
+    }
+
+    /// Row-major values, `row_stride` elements from one row to the next.
+    pub(crate) fn strided(values: &'a mut [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+        assert!(row_stride >= columns, "rows of {columns} elements overlap at a stride of {row_stride}");
+        let shape = Strided { rows, columns, row_stride, column_stride: 1 };
+        assert!(shape.span() <= values.len(), "{} elements of {rows} rows", values.len());
+        Self { first: values.as_mut_ptr(), shape, borrow: PhantomData }
+    }
+
+    /// The first columns, and the rest.
+    pub(crate) fn split_columns(self, columns: usize) -> (Self, Self) {
+        assert!(columns <= self.shape.columns, "{columns} of {} columns", self.shape.columns);
+        let rest = Strided { columns: self.shape.columns - columns, ..self.shape };
+        let rest = Self { first: self.first.wrapping_add(columns), shape: rest, borrow: PhantomData };
+        (Self { shape: Strided { columns, ..self.shape }, ..self }, rest)
+    }
+}
+
+/// What is added to a product.
+#[derive(Clone, Copy)]
+pub(crate) enum Output<'a> {
+    /// Nothing: the output may hold anything before.
+    Overwrite,
+    /// The values that the output already holds.
+    Accumulate,
+    /// This row, to every row.
+    Row(&'a [f32]),
+}
+
+/// Cores a product runs on.
+#[derive(Clone, Copy)]
+pub(crate) enum Cores {
+    /// For products inside of a parallel loop.
+    One,
+    All,
+}
+
+/// `into = start + scale · Σ left · right` over all terms.
+pub(crate) struct Product<'a> {
+    pub(crate) into: MatrixMut<'a>,
+    pub(crate) start: Output<'a>,
+    pub(crate) scale: f32,
+    /// Left and right factor of each term.
+    pub(crate) terms: Vec<(Matrix<'a>, Matrix<'a>)>,
+}
+
+impl<'a> Product<'a> {
+    /// `left · right`.
+    pub(crate) fn new(into: MatrixMut<'a>, left: Matrix<'a>, right: Matrix<'a>) -> Self {
+        Self { into, start: Output::Overwrite, scale: 1.0, terms: vec![(left, right)] }
+    }
+
+    fn check(&self) {
+        let c = self.into.shape;
+        if let Output::Row(row) = self.start {
+            assert_eq!(row.len(), c.columns, "the row that is added");
+        }
+        for (left, right) in &self.terms {
+            let (a, b) = (left.shape, right.shape);
+            assert_eq!((a.rows, a.columns), (c.rows, b.rows), "left factor's rows and columns");
+            assert_eq!(b.columns, c.columns, "right factor's columns");
+            assert!(a.span() <= left.values.len() && b.span() <= right.values.len());
+        }
+    }
+}
+
+/// `output = scale · left · right`, or what [`Output`] says.
+pub(crate) fn multiply(into: (MatrixMut, Output), scale: f32, left: Matrix, right: Matrix, cores: Cores) {
+    let (into, start) = into;
+    multiply_all(vec![Product { into, start, scale, terms: vec![(left, right)] }], cores);
+}
+
+/// Products that do not depend on each other, in one parallel loop.
+pub(crate) fn multiply_all(products: Vec<Product>, cores: Cores) {
+    let threads = match cores {
+        Cores::One => 1,
+        Cores::All => rayon::current_num_threads(),
+    };
+    let mut plans: Vec<Plan> = products.into_iter().map(|product| Plan::new(product, threads)).collect();
+    if let ([plan], 1) = (plans.as_mut_slice(), threads) {
+        return (0..plan.pieces()).for_each(|piece| plan.work(piece));
+    }
+    let pieces: Vec<(usize, usize)> = plans
+        .iter()
+        .enumerate()
+        .flat_map(|(plan, of)| (0..of.pieces()).map(move |piece| (plan, piece)))
+        .collect();
+    let work = |(plan, piece): (usize, usize)| plans[plan].work(piece);
+    match cores {
+        Cores::One => pieces.into_iter().for_each(work),
+        Cores::All => pieces.into_par_iter().with_max_len(1).for_each(work),
+    }
+}
+
+/// Rows of a piece: as many as stay in the second-level cache with [`DEPTH`] columns of the left factor.
+const PIECE_ROWS: usize = 256;
+
+/// Terms of a sum between two visits of the output.
+const DEPTH: usize = 400;
+
+/// Rows of a left factor that are packed at one time: whole tiles, and whole blocks that are transposed.
+const LEFT_ROWS: usize = 24;
+
+/// Panels that a piece packs at one time.
+const PIECE_PANELS: usize = 4;
+
+/// Pieces for each thread, where there are as many: the more, the more evenly they end.
+const PIECES_PER_THREAD: usize = 4;
+
+/// How one product is cut.
+struct Plan<'a> {
+    into: Target,
+    /// Elements from one row of the output to the next.
+    stride: usize,
+    start: Output<'a>,
+    scale: f32,
+    terms: Vec<(Matrix<'a>, Matrix<'a>)>,
+    rows: usize,
+    columns: usize,
+    /// Elements of a register.
+    lanes: usize,
+    panels: usize,
+    /// Rows of each piece.
+    piece_rows: usize,
+    /// Panels of each piece.
+    group: usize,
+}
+
+/// The output, which the pieces share out among themselves.
+struct Target(*mut f32);
+
+// SAFETY: pieces write to disjoint elements (`Plan::work`), and the exclusive borrow lives as long as the plan.
+unsafe impl Sync for Target {}
+
+/// Columns of one panel, and the registers they fill, the last perhaps in part.
+#[derive(Clone)]
+struct Panel {
+    columns: Range<usize>,
+    registers: usize,
+}
+
+impl<'a> Plan<'a> {
+    fn new(product: Product<'a>, threads: usize) -> Self {
+        product.check();
+        let Product { into, start, scale, terms } = product;
+        let Strided { rows, columns, row_stride, .. } = into.shape;
+        let lanes = simd::lanes();
+        let (tile_rows, registers) = tile::shape(lanes);
+        let panels = columns.div_ceil(lanes).div_ceil(registers);
+        let wanted = threads * PIECES_PER_THREAD;
+        let piece_rows =
+            (rows * panels).div_ceil(wanted).next_multiple_of(tile_rows).clamp(tile_rows, PIECE_ROWS);
+        let group = (panels * rows.div_ceil(piece_rows)).div_ceil(wanted).clamp(1, PIECE_PANELS);
+        let into = Target(into.first);
+        Self {
+            into,
+            stride: row_stride,
+            start,
+            scale,
+            terms,
+            rows,
+            columns,
+            lanes,
+            panels,
+            piece_rows,
+            group,
+        }
+    }
+
+    fn pieces(&self) -> usize {
+        self.rows.div_ceil(self.piece_rows) * self.panels.div_ceil(self.group)
+    }
+
+    fn work(&self, piece: usize) {
+        let groups = self.panels.div_ceil(self.group);
+        let (block, group) = (piece / groups, piece % groups);
+        let rows = block * self.piece_rows..self.rows.min((block + 1) * self.piece_rows);
+        let panels = group * self.group..self.panels.min((group + 1) * self.group);
+        let panels = panels.map(|panel| self.panel(panel)).collect();
+        simd::dispatch(Piece { plan: self, rows, panels });
+    }
+
+    /// Registers are shared out evenly: two panels of two are faster than one of three and one of one.
+    fn panel(&self, index: usize) -> Panel {
+        let registers = self.columns.div_ceil(self.lanes);
+        let (first, last) = (index * registers / self.panels, (index + 1) * registers / self.panels);
+        Panel { columns: first * self.lanes..self.columns.min(last * self.lanes), registers: last - first }
+    }
+
+    /// The part of the terms' joined depth that comes in one visit of the output: pieces of terms, in order.
+    fn segments(&self, visit: usize, visits: usize) -> Vec<(usize, Range<usize>)> {
+        let depth = self.depth();
+        let (from, to) = (depth * visit / visits, depth * (visit + 1) / visits);
+        let mut before = 0;
+        let segments = self.terms.iter().enumerate().map(|(term, (left, _))| {
+            let depth = left.shape.columns;
+            let range =
+                from.clamp(before, before + depth) - before..to.clamp(before, before + depth) - before;
+            before += depth;
+            (term, range)
+        });
+        segments.filter(|(_, range)| !range.is_empty()).collect()
+    }
+
+    fn depth(&self) -> usize {
+        self.terms.iter().map(|(left, _)| left.shape.columns).sum()
+    }
+}
+
+/// What one thread computes: some rows of some columns.
+struct Piece<'a, 'p> {
+    plan: &'p Plan<'a>,
+    rows: Range<usize>,
+    panels: Vec<Panel>,
+}
+
+impl pulp::WithSimd for Piece<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, simd: S) {
+        let visits = self.plan.depth().div_ceil(DEPTH).max(1);
+        // Taken out, not borrowed: no closure may stand between here and the tiles, or it would be compiled apart, for
+        // the instructions that every machine has.
+        let mut scratch = pack::SCRATCH.take();
+        for visit in 0..visits {
+            self.visit(simd, self.plan.segments(visit, visits), visit == 0, &mut scratch);
+        }
+        pack::SCRATCH.set(scratch);
+    }
+}
+
+impl Piece<'_, '_> {
+    /// Adds the products of some segments.
+    #[inline(always)]
+    fn visit<S: pulp::Simd>(
+        &self,
+        simd: S,
+        segments: Vec<(usize, Range<usize>)>,
+        first: bool,
+        scratch: &mut pack::Scratch,
+    ) {
+        let plan = self.plan;
+        let depth: usize = segments.iter().map(|(_, range)| range.len()).sum();
+        let widths = self.panels.iter().map(|panel| panel.registers * S::F32_LANES);
+        scratch.reserve(depth * widths.sum::<usize>(), LEFT_ROWS * depth);
+        let mut before = 0;
+        for (term, rows) in &segments {
+            let part = pack::Part { right: plan.terms[*term].1, rows: rows.clone(), before, depth };
+            pack::pack_right(simd, part, &self.panels, scratch);
+            before += rows.len();
+        }
+        let mut lefts = Vec::with_capacity(segments.len());
+        for block in self.rows.clone().step_by(LEFT_ROWS) {
+            let block = block..self.rows.end.min(block + LEFT_ROWS);
+            self.lefts(&segments, block.clone(), scratch, &mut lefts);
+            self.tiles(simd, block, &mut lefts, (first, depth), scratch);
+        }
+    }
+
+    /// The rows of every segment's left factor: packed first, then pointed at.
+    #[inline(always)]
+    fn lefts(
+        &self,
+        segments: &[(usize, Range<usize>)],
+        rows: Range<usize>,
+        scratch: &mut pack::Scratch,
+        lefts: &mut Vec<tile::Rows>,
+    ) {
+        let left = |term: usize| self.plan.terms[term].0;
+        let mut offset = 0;
+        for (term, range) in segments {
+            pack::pack_left(left(*term), rows.clone(), range.clone(), offset, scratch);
+            offset += rows.len() * range.len();
+        }
+        lefts.clear();
+        offset = 0;
+        for (term, range) in segments {
+            lefts.push(pack::left_rows(left(*term), rows.clone(), range.clone(), offset, scratch));
+            offset += rows.len() * range.len();
+        }
+    }
+
+    /// All panels' tiles of some rows, whose left factors lie at `lefts`.
+    #[inline(always)]
+    fn tiles<S: pulp::Simd>(
+        &self,
+        simd: S,
+        rows: Range<usize>,
+        lefts: &mut [tile::Rows],
+        (first, depth): (bool, usize),
+        scratch: &pack::Scratch,
+    ) {
+        let plan = self.plan;
+        let (tile_rows, _) = tile::shape(S::F32_LANES);
+        for row in rows.clone().step_by(tile_rows) {
+            let tile_rows = tile_rows.min(rows.end - row);
+            let mut offset = 0;
+            for panel in &self.panels {
+                let start = match plan.start {
+                    _ if !first => Output::Accumulate,
+                    Output::Row(row) => Output::Row(&row[panel.columns.clone()]),
+                    other => other,
+                };
+                let tile = tile::Tile {
+                    lefts,
+                    panel: scratch.panels(offset),
+                    into: plan.into.0.wrapping_add(row * plan.stride + panel.columns.start),
+                    stride: plan.stride,
+                    rows: tile_rows,
+                    columns: panel.columns.len(),
+                    start,
+                    scale: plan.scale,
+                };
+                // SAFETY: `Product::check` found every element of output and factors inside its slice; `left_rows` and
+                // `pack_right` laid out as many rows, registers and terms as the tile reads; no other piece has these rows
+                // of these columns.
+                unsafe { tile.multiply(simd, panel.registers) };
+                offset += depth * panel.registers * S::F32_LANES;
+            }
+            lefts.iter_mut().for_each(|left| left.skip(tile_rows));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weight::HalfType;
+    use fewstep_testkit::{assert_close, random_values};
+    use half::{bf16, f16};
+
+    /// `start + scale · left · right` by three loops, all row-major.
+    fn three_loops(start: &[f32], scale: f32, left: &[f32], right: &[f32], depth: usize) -> Vec<f32> {
+        let columns = right.len() / depth;
+        let sum = |row: usize, column: usize| -> f32 {
+            (0..depth).map(|k| left[row * depth + k] * right[k * columns + column]).sum()
+        };
+        let indexed = start.iter().enumerate();
+        indexed.map(|(index, start)| start + scale * sum(index / columns, index % columns)).collect()
+    }
+
+    fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
+        (0..values.len())
+            .map(|index| (index % (values.len() / columns), index / (values.len() / columns)))
+            .map(|(row, column)| values[row * columns + column])
+            .collect()
+    }
+
+    /// Sums of up to 1,000 products in another order.
+    const TOLERANCE: f32 = 6e-5;
+
+    #[test]
+    fn products_of_every_layout_agree_with_three_loops() {
+        let shapes =
+            [(1, 1, 1), (7, 5, 3), (78, 79, 64), (33, 130, 17), (5, 8, 300), (300, 9, 40), (17, 65, 999)];
+        for (rows, columns, depth) in shapes {
+            let (left, right) = (random_values(rows * depth, 1), random_values(depth * columns, 2));
+            let (turned_left, turned_right) = (transposed(&left, depth), transposed(&right, columns));
+            let before = random_values(rows * columns, 3);
+            let expected = three_loops(&before, 0.5, &left, &right, depth);
+            let lefts =
+                [Matrix::new(&left, rows, depth), Matrix::new(&turned_left, depth, rows).transposed()];
+            let rights = [
+                Matrix::new(&right, depth, columns),
+                Matrix::new(&turned_right, columns, depth).transposed(),
+            ];
+            for (left, right) in lefts.into_iter().flat_map(|left| rights.map(|right| (left, right))) {
+                for cores in [Cores::One, Cores::All] {
+                    let mut found = before.clone();
+                    multiply(
+                        (MatrixMut::new(&mut found, rows, columns), Output::Accumulate),
+                        0.5,
+                        left,
+                        right,
+                        cores,
+                    );
+                    assert_close(&found, &expected, TOLERANCE);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn views_with_gaps_between_their_elements_are_read_and_the_gaps_of_the_output_are_kept() {
+        let (rows, columns, depth, gap) = (13, 21, 10, 3);
+        let shape =
+            |rows, columns| Strided { rows, columns, row_stride: columns * gap + 1, column_stride: gap };
+        let spread = |values: &[f32], shape: Strided| {
+            let mut spread = vec![f32::NAN; shape.span()];
+            for (index, value) in values.iter().enumerate() {
+                spread[index / shape.columns * shape.row_stride + index % shape.columns * gap] = *value;
+            }
+            spread
+        };
+        let (left, right) = (random_values(rows * depth, 1), random_values(depth * columns, 2));
+        let spread_left = spread(&left, shape(rows, depth));
+        let spread_right = spread(&right, shape(depth, columns));
+        let view = |values, shape| Matrix { values: Numbers::F32(values), shape };
+        let mut found = vec![7.0; rows * (columns + 2)];
+        let into = MatrixMut::strided(&mut found, rows, columns, columns + 2);
+        let (left_view, right_view) =
+            (view(&spread_left, shape(rows, depth)), view(&spread_right, shape(depth, columns)));
+        multiply((into, Output::Overwrite), 1.0, left_view, right_view, Cores::All);
+        let expected = three_loops(&vec![0.0; rows * columns], 1.0, &left, &right, depth);
+        for (found, expected) in found.chunks(columns + 2).zip(expected.chunks(columns)) {
+            assert_close(&found[..columns], expected, TOLERANCE);
+            assert_eq!(found[columns..], [7.0, 7.0]);
+        }
+    }
+
+    #[test]
+    fn terms_are_summed_and_a_row_is_added_to_every_row() {
+        let (rows, columns) = (20, 50);
+        let depths = [500, 8, 450];
+        let lefts = depths.map(|depth| random_values(rows * depth, depth as u64));
+        let rights = depths.map(|depth| random_values(depth * columns, 1 + depth as u64));
+        let row = random_values(columns, 9);
+        let mut expected = row.repeat(rows);
+        for ((left, right), depth) in lefts.iter().zip(&rights).zip(depths) {
+            expected = three_loops(&expected, -2.0, left, right, depth);
+        }
+        let mut found = vec![f32::NAN; rows * columns];
+        let terms = lefts.iter().zip(&rights).zip(depths).map(|((left, right), depth)| {
+            (Matrix::new(left, rows, depth), Matrix::new(right, depth, columns))
+        });
+        let into = MatrixMut::new(&mut found, rows, columns);
+        let product = Product { into, start: Output::Row(&row), scale: -2.0, terms: terms.collect() };
+        multiply_all(vec![product], Cores::All);
+        assert_close(&found, &expected, 3.0 * TOLERANCE);
+    }
+
+    #[test]
+    fn products_without_depth_are_what_they_start_from() {
+        let mut found = vec![f32::NAN; 6];
+        let into = MatrixMut::new(&mut found, 2, 3);
+        let none = (Matrix::new(&[], 2, 0), Matrix::new(&[], 0, 3));
+        multiply_all(
+            vec![Product { into, start: Output::Row(&[1.0, 2.0, 3.0]), scale: 1.0, terms: vec![none] }],
+            Cores::All,
+        );
+        assert_eq!(found, [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]);
+    }
+
+    #[test]
+    fn columns_of_one_output_are_products_of_their_own() {
+        let (rows, depth, widths) = (9, 12, [5, 30]);
+        let left = random_values(rows * depth, 1);
+        let rights = widths.map(|width| random_values(depth * width, width as u64));
+        let mut found = vec![f32::NAN; rows * 35];
+        let (first, second) = MatrixMut::new(&mut found, rows, 35).split_columns(5);
+        let left_view = Matrix::new(&left, rows, depth);
+        let products =
+            [first, second].into_iter().zip(&rights).zip(widths).map(|((into, right), width)| {
+                Product::new(into, left_view, Matrix::new(right, depth, width))
+            });
+        multiply_all(products.collect(), Cores::All);
+        let expected =
+            [0, 1].map(|part| three_loops(&vec![0.0; rows * widths[part]], 1.0, &left, &rights[part], depth));
+        for (row, found) in found.chunks(35).enumerate() {
+            assert_close(&found[..5], &expected[0][row * 5..][..5], TOLERANCE);
+            assert_close(&found[5..], &expected[1][row * 30..][..30], TOLERANCE);
+        }
+    }
+
+    #[test]
+    fn right_factors_of_two_bytes_are_their_f32s() {
+        let (rows, columns, depth) = (30, 70, 90);
+        let (left, right) = (random_values(rows * depth, 1), random_values(depth * columns, 2));
+        let left = Matrix::new(&left, rows, depth);
+        let bf16s: Vec<bf16> = right.iter().map(|value| bf16::from_f32(*value)).collect();
+        let f16s: Vec<f16> = right.iter().map(|value| f16::from_f32(*value)).collect();
+        let of_bf16: Vec<f32> = bf16s.iter().map(|value| value.to_f32()).collect();
+        let of_f16: Vec<f32> = f16s.iter().map(|value| value.to_f32()).collect();
+        let run = |right: Matrix| {
+            let mut found = vec![f32::NAN; rows * columns];
+            multiply(
+                (MatrixMut::new(&mut found, rows, columns), Output::Overwrite),
+                1.0,
+                left,
+                right,
+                Cores::All,
+            );
+            found
+        };
+        for (numbers, plain) in [
+            (Numbers::Bf16(&bf16s), &of_bf16),
+            (Numbers::F16(&f16s), &of_f16),
+            (Numbers::Rounded(&right, HalfType::Bf16), &of_bf16),
+            (Numbers::Rounded(&right, HalfType::F16), &of_f16),
+        ] {
+            assert_eq!(
+                run(Matrix::of_numbers(numbers, depth, columns)),
+                run(Matrix::new(plain, depth, columns))
+            );
+            let turned = |numbers| Matrix::of_numbers(numbers, columns, depth).transposed();
+            assert_eq!(run(turned(numbers)), run(turned(Numbers::F32(plain))));
+        }
+    }
+
+    #[test]
+    fn the_cut_into_pieces_does_not_change_a_bit() {
+        let (rows, columns, depth) = (300, 200, 120);
+        let (left, right) = (random_values(rows * depth, 1), random_values(columns * depth, 2));
+        let run = |threads: usize| {
+            let mut found = vec![f32::NAN; rows * columns];
+            let into = MatrixMut::new(&mut found, rows, columns);
+            let right = Matrix::new(&right, columns, depth).transposed();
+            let plan = Plan::new(Product::new(into, Matrix::new(&left, rows, depth), right), threads);
+            (0..plan.pieces()).for_each(|piece| plan.work(piece));
+            (plan.pieces(), found)
+        };
+        let ((few, by_one), (many, by_sixteen)) = (run(1), run(16));
+        assert!(few < many, "{few} pieces for one thread, {many} for sixteen");
+        assert_eq!(by_one, by_sixteen);
+    }
+
+    #[test]
+    #[should_panic(expected = "left factor's rows and columns")]
+    fn factors_that_do_not_fit_are_refused() {
+        let mut output = [0.0; 4];
+        let into = MatrixMut::new(&mut output, 2, 2);
+        multiply(
+            (into, Output::Overwrite),
+            1.0,
+            Matrix::new(&[1.0; 6], 2, 3),
+            Matrix::new(&[1.0; 4], 2, 2),
+            Cores::One,
+        );
+    }
+}

@@ -1,0 +1,178 @@
+//! The innermost loops: a tile of the output that stays in registers while its terms are summed.
+
+use pulp::{MemMask, Simd};
+
+use super::Output;
+
+/// The most rows of a tile, and the most registers side by side in a row.
+const ROWS: usize = 8;
+const REGISTERS: usize = 3;
+
+/// Rows of a tile and registers in each, by the elements of a register. The sums, a row of the right factor and an element
+/// of the left one fill the 32 registers of AVX-512 and NEON, or the 16 of AVX2 but for one, which compilers need.
+pub(super) const fn shape(lanes: usize) -> (usize, usize) {
+    if lanes == 8 { (6, 2) } else { (ROWS, REGISTERS) }
+}
+
+/// Some rows of a left factor, each contiguous.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    pub(super) first: *const f32,
+    /// Elements from one row to the next.
+    pub(super) stride: usize,
+    pub(super) depth: usize,
+}
+
+impl Rows {
+    /// Leaves out the first rows.
+    #[inline(always)]
+    pub(super) fn skip(&mut self, rows: usize) {
+        self.first = self.first.wrapping_add(rows * self.stride);
+    }
+}
+
+/// One tile of the output.
+pub(super) struct Tile<'a> {
+    /// The rows of each term's left factor.
+    pub(super) lefts: &'a [Rows],
+    /// The same terms' right factors, one after the other, the tile's columns of each row in whole registers.
+    pub(super) panel: *const f32,
+    pub(super) into: *mut f32,
+    /// Elements from one row of the output to the next.
+    pub(super) stride: usize,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) start: Output<'a>,
+    pub(super) scale: f32,
+}
+
+impl Tile<'_> {
+    /// # Safety
+    /// All rows of `lefts` are readable as far as they say, `panel` for the sum of their depths times `registers`,
+    /// `into` may be written in `rows` rows of `columns`, and a row that is added has as many columns.
+    #[inline(always)]
+    pub(super) unsafe fn multiply<S: Simd>(self, simd: S, registers: usize) {
+        // SAFETY: as this function's.
+        unsafe {
+            match registers {
+                1 => self.by_rows::<S, 1>(simd),
+                2 => self.by_rows::<S, 2>(simd),
+                _ => self.by_rows::<S, REGISTERS>(simd),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn by_rows<S: Simd, const R: usize>(self, simd: S) {
+        // SAFETY: as `multiply`'s; the number of rows is the tile's.
+        unsafe {
+            match self.rows {
+                1 => self.sum::<S, 1, R>(simd),
+                2 => self.sum::<S, 2, R>(simd),
+                3 => self.sum::<S, 3, R>(simd),
+                4 => self.sum::<S, 4, R>(simd),
+                5 => self.sum::<S, 5, R>(simd),
+                6 => self.sum::<S, 6, R>(simd),
+                7 => self.sum::<S, 7, R>(simd),
+                _ => self.sum::<S, ROWS, R>(simd),
+            }
+        }
+    }
+
+    /// Loops over `M` and `R` are unrolled: only so do the sums stay in registers.
+    #[inline(always)]
+    unsafe fn sum<S: Simd, const M: usize, const R: usize>(self, simd: S) {
+        let mut sums = [[simd.splat_f32s(0.0); R]; M];
+        let mut panel = self.panel.cast::<S::f32s>();
+        for left in self.lefts {
+            for term in 0..left.depth {
+                let mut right = [simd.splat_f32s(0.0); R];
+                for (register, right) in right.iter_mut().enumerate() {
+                    // SAFETY: the panel has `R` registers for each term.
+                    *right = unsafe { panel.add(register).read_unaligned() };
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: each of the `M` rows has `depth` elements.
+                    let left = simd.splat_f32s(unsafe { *left.first.add(row * left.stride + term) });
+                    for (sum, right) in sums.iter_mut().zip(right) {
+                        *sum = simd.mul_add_f32s(left, right, *sum);
+                    }
+                }
+                // SAFETY: at most one past the panel's end.
+                panel = unsafe { panel.add(R) };
+            }
+        }
+        // SAFETY: as `multiply`'s.
+        unsafe { self.store(simd, sums) };
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd, const M: usize, const R: usize>(self, simd: S, sums: [[S::f32s; R]; M]) {
+        let scale = simd.splat_f32s(self.scale);
+        let last = self.columns - (R - 1) * S::F32_LANES;
+        let edge = Edge { is_full: last == S::F32_LANES, mask: mask(simd, last) };
+        let (added, added_stride) = match self.start {
+            Output::Overwrite => (None, 0),
+            Output::Accumulate => (Some(self.into.cast_const()), self.stride),
+            Output::Row(row) => (Some(row.as_ptr()), 0),
+        };
+        // Two loops, not one with a branch: each is short enough to be unrolled.
+        // SAFETY: lanes past the last column are masked, everything else is inside of what `multiply` was promised.
+        unsafe {
+            if let Some(added) = added {
+                for (row, sums) in sums.into_iter().enumerate() {
+                    for (register, sum) in sums.into_iter().enumerate() {
+                        let (edge, column) = ((register + 1 == R).then_some(&edge), register * S::F32_LANES);
+                        let added = load(simd, edge, added.add(row * added_stride + column));
+                        let sum = simd.mul_add_f32s(sum, scale, added);
+                        store(simd, edge, self.into.add(row * self.stride + column), sum);
+                    }
+                }
+            } else {
+                for (row, sums) in sums.into_iter().enumerate() {
+                    for (register, sum) in sums.into_iter().enumerate() {
+                        let (edge, column) = ((register + 1 == R).then_some(&edge), register * S::F32_LANES);
+                        let sum = simd.mul_f32s(sum, scale);
+                        store(simd, edge, self.into.add(row * self.stride + column), sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The last register of a row.
+struct Edge<S: Simd> {
+    is_full: bool,
+    mask: MemMask<S::m32s>,
+}
+
+/// The first lanes. Without pulp's shortcuts, which are calls.
+#[inline(always)]
+fn mask<S: Simd>(simd: S, lanes: usize) -> MemMask<S::m32s> {
+    MemMask::new(simd.mask_between_m32s(0, lanes as u32).mask())
+}
+
+/// # Safety
+/// What the register holds of a row may be read.
+#[inline(always)]
+unsafe fn load<S: Simd>(simd: S, edge: Option<&Edge<S>>, from: *const f32) -> S::f32s {
+    match edge {
+        // SAFETY: as this function's.
+        Some(edge) if !edge.is_full => unsafe { simd.mask_load_ptr_f32s(edge.mask, from) },
+        // SAFETY: as this function's.
+        _ => unsafe { from.cast::<S::f32s>().read_unaligned() },
+    }
+}
+
+/// # Safety
+/// What the register holds of a row may be written.
+#[inline(always)]
+unsafe fn store<S: Simd>(simd: S, edge: Option<&Edge<S>>, into: *mut f32, values: S::f32s) {
+    match edge {
+        // SAFETY: as this function's.
+        Some(edge) if !edge.is_full => unsafe { simd.mask_store_ptr_f32s(edge.mask, into, values) },
+        // SAFETY: as this function's.
+        _ => unsafe { into.cast::<S::f32s>().write_unaligned(values) },
+    }
+}
