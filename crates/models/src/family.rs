@@ -6,6 +6,7 @@
 use std::fmt::Debug;
 
 use burn::tensor::{Device, Tensor};
+use fewstep_data::image::MAX_SIDE_PX;
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::guidance::guided;
 use fewstep_flow::schedule::{GridRequest, SchedulerConfig};
@@ -257,6 +258,11 @@ pub(crate) trait Family: Debug {
 
     /// Picture sides are multiples of this many pixels, and an image token is a square of them.
     fn division_factor(&self) -> usize;
+
+    /// The longest side of a picture in pixels.
+    fn max_side_px(&self) -> usize {
+        MAX_SIDE_PX
+    }
 
     /// The velocity of [`crate::Denoiser`].
     fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4>;

@@ -276,10 +276,11 @@ impl Model {
     /// `[C, latent frames · H, W]` of the latents of a picture or a video.
     ///
     /// # Errors
-    /// If a side is no multiple of [`Model::division_factor`], or longer than pictures are, or the family cannot draw so
-    /// many frames.
+    /// If a side is no multiple of [`Model::division_factor`], or longer than pictures are, or the family's; or the family
+    /// cannot draw so many frames.
     pub fn latent_shape(&self, extent: impl Into<Extent>) -> Result<[usize; 3], ModelError> {
         let Extent { frames, height, width } = extent.into();
+        check_sides([height, width], self.family().max_side_px())?;
         token_grid([height, width], self.division_factor())?;
         let (frames, scale) = (self.kind().latent_frames(frames)?, self.family().latent_factor());
         Ok([self.family().latent_channels(), frames * (height / scale), width / scale])
@@ -557,13 +558,20 @@ pub fn loaded_components(
 /// # Errors
 /// If a side is no multiple of it, or longer than pictures are.
 pub(crate) fn token_grid([height, width]: [usize; 2], factor: usize) -> Result<[usize; 2], ModelError> {
+    check_sides([height, width], MAX_SIDE_PX)?;
     for (axis, found) in [("height", height), ("width", width)] {
-        if found > MAX_SIDE_PX {
-            return Err(ModelError::TooLarge { axis, found });
-        }
         if found == 0 || !found.is_multiple_of(factor) {
             return Err(ModelError::Size { axis, found, factor });
         }
     }
     Ok([height / factor, width / factor])
+}
+
+/// Refuses pictures with a side of more than `most` pixels.
+pub(crate) fn check_sides([height, width]: [usize; 2], most: usize) -> Result<(), ModelError> {
+    let sides = [("height", height), ("width", width)];
+    match sides.into_iter().find(|(_, found)| *found > most) {
+        Some((axis, found)) => Err(ModelError::TooLarge { axis, found, most }),
+        None => Ok(()),
+    }
 }

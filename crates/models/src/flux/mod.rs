@@ -31,6 +31,7 @@ use crate::load_options::{rounded, store_weights};
 use crate::model_folder::SCHEDULER_FILE;
 use crate::parts::autoencoder_kl::{self, AutoencoderKl, AutoencoderKlConfig};
 use crate::parts::clip::{self, ClipTextConfig, ClipTextEncoder, ClipTokenizer};
+use crate::parts::double_stream;
 use crate::parts::patches;
 use crate::parts::t5::{self, T5Config, T5Encoder, T5Tokenizer};
 use crate::trial::Trial;
@@ -374,7 +375,7 @@ impl family::Kind for Kind {
         match component {
             TEXT_ENCODER => Some(&clip::KEYS),
             TEXT_ENCODER_2 => Some(&t5::KEYS),
-            DENOISER => Some(&transformer::KEYS),
+            DENOISER => Some(&double_stream::KEYS),
             AUTOENCODER => Some(&autoencoder_kl::KEYS),
             _ => None,
         }
@@ -421,7 +422,7 @@ impl family::Kind for Kind {
             }
             DENOISER => expected(
                 &Transformer::unfilled(&TransformerConfig::read(source)?, &device),
-                &transformer::KEYS,
+                &double_stream::KEYS,
             ),
             AUTOENCODER => AutoencoderKl::expected(source)?,
             _ => TensorShapes::new(),
