@@ -15,6 +15,7 @@ use crate::flux::{self, Flux};
 use crate::load_options::{rounded, store_weights};
 use crate::qwen_image::{self, QwenImage};
 use crate::stable_diffusion::{self, StableDiffusion};
+use crate::stable_diffusion_3::{self, StableDiffusion3};
 use crate::student::SigmaRule;
 use crate::wan::{self, Wan};
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
@@ -65,6 +66,8 @@ pub enum Model {
     QwenImage(QwenImage),
     /// See [`crate::stable_diffusion`].
     StableDiffusion(StableDiffusion),
+    /// See [`crate::stable_diffusion_3`].
+    StableDiffusion3(StableDiffusion3),
     /// See [`crate::wan`].
     Wan(Wan),
     /// See [`crate::z_image`].
@@ -72,11 +75,12 @@ pub enum Model {
 }
 
 /// Every family there is code for.
-pub(crate) static KINDS: [&dyn Kind; 6] = [
+pub(crate) static KINDS: [&dyn Kind; 7] = [
     &flux::Kind,
     &qwen_image::Kind,
     &stable_diffusion::BASE,
     &stable_diffusion::XL,
+    &stable_diffusion_3::Kind,
     &wan::Kind,
     &z_image::Kind,
 ];
@@ -87,6 +91,7 @@ impl Model {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
+            Self::StableDiffusion3(model) => model,
             Self::Wan(model) => model,
             Self::ZImage(model) => model,
         }
@@ -97,6 +102,7 @@ impl Model {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
+            Self::StableDiffusion3(model) => model,
             Self::Wan(model) => model,
             Self::ZImage(model) => model,
         }
