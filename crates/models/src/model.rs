@@ -10,7 +10,7 @@ use fewstep_flow::guidance::guided;
 use fewstep_flow::schedule::{GridRequest, SchedulerConfig, TrainingLevels};
 use fewstep_flow::{SigmaGrid, Solver};
 
-use crate::family::{AUTOENCODER, Defaults, Family, Kind};
+use crate::family::{AUTOENCODER, Defaults, Family, Kind, Sizes};
 use crate::flux::{self, Flux};
 use crate::load_options::{rounded, store_weights};
 use crate::qwen_image::{self, QwenImage};
@@ -189,6 +189,10 @@ impl Model {
     fn kind(&self) -> &'static dyn Kind {
         self.family().kind()
     }
+
+    fn sizes(&self) -> &Sizes {
+        &self.family().settings().sizes
+    }
 }
 
 impl Model {
@@ -219,12 +223,12 @@ impl Model {
 
     /// J, the width of the text states that the denoiser reads.
     pub fn text_width(&self) -> usize {
-        self.family().text_width()
+        self.sizes().text_width
     }
 
     /// P, the width of the pooled states that the denoiser reads; `None` where it reads none.
     pub fn pooled_width(&self) -> Option<usize> {
-        self.family().pooled_width()
+        self.sizes().pooled_width
     }
 
     /// What the model is usually run with.
@@ -286,10 +290,11 @@ impl Model {
     /// cannot draw so many frames.
     pub fn latent_shape(&self, extent: impl Into<Extent>) -> Result<[usize; 3], ModelError> {
         let Extent { frames, height, width } = extent.into();
-        check_sides([height, width], self.family().max_side_px())?;
-        token_grid([height, width], self.division_factor())?;
-        let (frames, scale) = (self.kind().latent_frames(frames)?, self.family().latent_factor());
-        Ok([self.family().latent_channels(), frames * (height / scale), width / scale])
+        let Sizes { latent_channels, latent_factor, division_factor, max_side_px, .. } = *self.sizes();
+        check_sides([height, width], max_side_px)?;
+        token_grid([height, width], division_factor)?;
+        let frames = self.kind().latent_frames(frames)?;
+        Ok([latent_channels, frames * (height / latent_factor), width / latent_factor])
     }
 
     /// Frames per latent frame after the first, which has one of its own; `None` where the family draws pictures alone.
@@ -299,7 +304,7 @@ impl Model {
 
     /// Picture sides are multiples of this many pixels.
     pub fn division_factor(&self) -> usize {
-        self.family().division_factor()
+        self.sizes().division_factor
     }
 
     /// The sigma grid of inference, which is also the one a student is trained on.

@@ -26,7 +26,7 @@ pub use transformer::Transformer;
 use self::config::{Configs, TextConfigs};
 use self::text::{Encoders, Tokenizers};
 use crate::config_file::ConfigFile;
-use crate::family::{self, AUTOENCODER, Defaults, Family, Settings};
+use crate::family::{self, AUTOENCODER, Defaults, Family, Settings, Sizes};
 use crate::footprint::{Evaluation, Workload};
 use crate::load_options::{rounded, store_weights};
 use crate::model_folder::SCHEDULER_FILE;
@@ -68,21 +68,7 @@ pub struct StableDiffusion3 {
     #[module(skip)]
     tokenizers: Option<Tokenizers>,
     #[module(skip)]
-    sizes: Sizes,
-    #[module(skip)]
     settings: Settings,
-}
-
-/// What is known of a model whichever of its components were loaded.
-#[derive(Clone, Copy, Debug)]
-struct Sizes {
-    latent_channels: usize,
-    latent_factor: usize,
-    /// J.
-    text_width: usize,
-    /// P.
-    pooled_width: usize,
-    max_side_px: usize,
 }
 
 /// The components with weights.
@@ -143,20 +129,20 @@ impl StableDiffusion3 {
         let scheduler = ConfigFile::shared(source, SCHEDULER_FILE, published::SCHEDULER)?;
         let tokenizers = parts.encoders.as_ref().map(|encoders| Tokenizers::read(source, encoders));
         let tokenizers = tokenizers.transpose()?;
-        let sizes = Sizes::read(source, &parts)?;
+        let sizes = sizes(source, &parts)?;
         let (clips, text_encoder_3) = match parts.encoders {
             Some(Encoders { clips: [first, second], t5 }) => ([Some(first), Some(second)], t5),
             None => ([None, None], None),
         };
         let [text_encoder, text_encoder_2] = clips;
         Ok(Self {
-            sizes,
             tokenizers,
             settings: Settings {
                 scheduler: SchedulerConfig::from_json(&scheduler.text())?,
                 conventions: options.conventions.or_max_prompt_tokens(TEXT_TOKENS),
                 dtype: options.dtype,
                 components: options.components,
+                sizes,
             },
             text_encoder,
             text_encoder_2,
@@ -176,33 +162,34 @@ impl StableDiffusion3 {
     }
 }
 
-impl Sizes {
-    /// From the transformer's config where there is one, otherwise from those of the encoders.
-    fn read(source: &ModelSource, parts: &Parts) -> Result<Self, ModelError> {
-        let latent_factor = autoencoder_kl::latent_factor(source)?;
-        let config = match &parts.transformer {
-            Some(transformer) => Ok(transformer.config().clone()),
-            None => TransformerConfig::read(source),
-        };
-        let t5 = parts.encoders.as_ref().and_then(|encoders| encoders.t5.as_ref());
-        match (config, t5) {
-            (Ok(config), _) => Ok(Self {
-                latent_channels: config.in_channels,
-                latent_factor,
-                text_width: config.joint_attention_dim,
-                pooled_width: config.pooled_projection_dim,
-                max_side_px: max_side_px(&config, latent_factor * PATCH),
-            }),
-            // Given files of the encoders alone.
-            (Err(ModelError::NotBeside { .. }), Some(t5)) => Ok(Self {
-                latent_channels: AutoencoderKlConfig::read(source)?.latent_channels,
-                latent_factor,
-                text_width: t5.config().d_model,
-                pooled_width: TextConfigs::read(source)?.pooled_width(),
-                max_side_px: MAX_SIDE_PX,
-            }),
-            (Err(error), _) => Err(error),
-        }
+/// From the transformer's config where there is one, otherwise from those of the encoders.
+fn sizes(source: &ModelSource, parts: &Parts) -> Result<Sizes, ModelError> {
+    let latent_factor = autoencoder_kl::latent_factor(source)?;
+    let division_factor = latent_factor * PATCH;
+    let config = match &parts.transformer {
+        Some(transformer) => Ok(transformer.config().clone()),
+        None => TransformerConfig::read(source),
+    };
+    let t5 = parts.encoders.as_ref().and_then(|encoders| encoders.t5.as_ref());
+    match (config, t5) {
+        (Ok(config), _) => Ok(Sizes {
+            latent_channels: config.in_channels,
+            latent_factor,
+            division_factor,
+            max_side_px: max_side_px(&config, division_factor),
+            text_width: config.joint_attention_dim,
+            pooled_width: Some(config.pooled_projection_dim),
+        }),
+        // Given files of the encoders alone.
+        (Err(ModelError::NotBeside { .. }), Some(t5)) => Ok(Sizes {
+            latent_channels: AutoencoderKlConfig::read(source)?.latent_channels,
+            latent_factor,
+            division_factor,
+            max_side_px: MAX_SIDE_PX,
+            text_width: t5.config().d_model,
+            pooled_width: Some(TextConfigs::read(source)?.pooled_width()),
+        }),
+        (Err(error), _) => Err(error),
     }
 }
 
@@ -239,36 +226,12 @@ impl Family for StableDiffusion3 {
         tokenizers.ok_or(not_loaded)?.length(prompt, self.t5_tokens())
     }
 
-    fn text_width(&self) -> usize {
-        self.sizes.text_width
-    }
-
-    fn pooled_width(&self) -> Option<usize> {
-        Some(self.sizes.pooled_width)
-    }
-
     fn encode_images(&self, pixels: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.autoencoder().encode(pixels)
     }
 
     fn decode_latents(&self, latents: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.autoencoder().decode(latents)
-    }
-
-    fn latent_channels(&self) -> usize {
-        self.sizes.latent_channels
-    }
-
-    fn latent_factor(&self) -> usize {
-        self.sizes.latent_factor
-    }
-
-    fn division_factor(&self) -> usize {
-        self.sizes.latent_factor * PATCH
-    }
-
-    fn max_side_px(&self) -> usize {
-        self.sizes.max_side_px
     }
 
     fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {

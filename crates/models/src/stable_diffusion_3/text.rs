@@ -104,7 +104,7 @@ impl super::StableDiffusion3 {
         }
         let joined = Tensor::cat(states.iter().map(ClipStates::penultimate).collect(), 2);
         let pooled = Tensor::cat(states.into_iter().map(|states| states.pooled).collect(), 1);
-        let (width, tokens, device) = (self.sizes.text_width, self.t5_tokens(), joined.device());
+        let (width, tokens, device) = (self.settings.sizes.text_width, self.t5_tokens(), joined.device());
         let long = match (&self.text_encoder_3, &tokenizers.t5) {
             (Some(t5), Some(tokenizer)) => t5.forward(&tokenizer.encode(prompts, tokens)?.ids, None),
             _ => Tensor::zeros([prompts.len(), tokens, width], &device),
