@@ -35,7 +35,8 @@ class Row:
 
 # Folders of goldens; prompt and seed of family_train.py.
 FAMILY_PROMPT, FAMILY_SEED = "a photo of a cat sitting on the red sofa", 9001
-FAMILIES = {"flux": "FLUX.1", "sd15": "Stable Diffusion 1.5", "sdxl": "SDXL", "zimage": "Z-Image", "wan": "Wan 2.1"}
+FAMILIES = {"flux": "FLUX.1", "sd15": "Stable Diffusion 1.5", "sd3": "Stable Diffusion 3", "sdxl": "SDXL", "zimage": "Z-Image",
+            "wan": "Wan 2.1"}
 
 ROWS = {
     "lora-checkpointing": Row("distillation step, LoRA, checkpointing in both", "lora-checkpointing", "lora-checkpointing", 0.50, 0.35),
@@ -152,7 +153,7 @@ class Comparison:
                        f"{file},{FAMILY_PROMPT},{FAMILY_SEED},cpu,4,1\n")
         return self.train(["--task", "direct_distill", "--model", f"{goldens}/model", "--dataset_base_path", data, "--lora_base_model",
                            "dit", "--lora_rank", "4", "--lora_checkpoint", f"{goldens}/lora_init.safetensors", "--learning_rate",
-                           "1e-3", *(["--max_prompt_tokens", "64"] if name in ("flux", "wan") else [])])
+                           "1e-3", *(["--max_prompt_tokens", "64"] if name in ("flux", "sd3", "wan") else [])])
 
     def train(self, flags):
         """A run of `fewstep train` with the peer's numbers."""

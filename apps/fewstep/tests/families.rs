@@ -14,9 +14,10 @@ use program::{fails, judge, run};
 use tempfile::TempDir;
 
 /// Families with the names of their denoisers.
-const FAMILIES: [(&str, &str); 5] = [
+const FAMILIES: [(&str, &str); 6] = [
     ("flux", "transformer"),
     ("sd15", "unet"),
+    ("sd3", "transformer"),
     ("sdxl", "unet"),
     ("wan", "transformer"),
     ("zimage", "transformer"),

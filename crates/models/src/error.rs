@@ -2,8 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use fewstep_data::image::MAX_SIDE_PX;
-
 use crate::family::MAX_FRAMES;
 
 /// Errors of loading, saving and running models.
@@ -198,13 +196,15 @@ pub enum ModelError {
         /// Frames per latent frame after the first; `None` where the family draws pictures alone.
         frames_per_latent: Option<usize>,
     },
-    /// A picture size nobody has the memory for.
-    #[error("{axis} {found} px, expected at most {MAX_SIDE_PX}")]
+    /// A picture size nobody has the memory for, or the model no places for.
+    #[error("{axis} {found} px, expected at most {most}")]
     TooLarge {
         /// "height" or "width".
         axis: &'static str,
         /// The size asked for, in pixels.
         found: usize,
+        /// The most pixels that a picture, or one of this model, has along a side.
+        most: usize,
     },
     /// A LoRA that was trained on other weights.
     #[error(

@@ -50,6 +50,25 @@ pub(crate) struct Settings {
     pub(crate) dtype: WeightType,
     /// What was loaded.
     pub(crate) components: Components,
+    /// What is known whichever components were.
+    pub(crate) sizes: Sizes,
+}
+
+/// The sizes of what goes into a model and comes out of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    /// C.
+    pub(crate) latent_channels: usize,
+    /// Pixels per latent pixel along one side.
+    pub(crate) latent_factor: usize,
+    /// Picture sides are multiples of this many pixels, and an image token is a square of them.
+    pub(crate) division_factor: usize,
+    /// The longest side of a picture in pixels.
+    pub(crate) max_side_px: usize,
+    /// J, the width of the text states that the denoiser reads.
+    pub(crate) text_width: usize,
+    /// P, the width of the pooled states that the denoiser reads; `None` where it reads none.
+    pub(crate) pooled_width: Option<usize>,
 }
 
 /// A family before anything of a model is loaded.
@@ -233,14 +252,6 @@ pub(crate) trait Family: Debug {
     /// If the prompt cannot be tokenised.
     fn prompt_tokens(&self, prompt: &str) -> Result<PromptLength, ModelError>;
 
-    /// J, the width of the text states that the denoiser reads.
-    fn text_width(&self) -> usize;
-
-    /// P, the width of the pooled states that the denoiser reads; `None` where it reads none.
-    fn pooled_width(&self) -> Option<usize> {
-        None
-    }
-
     /// Pictures `[B, 3, frames · height, width]` in [−1, 1] to latents `[B, C, latent frames · H, W]`. Other than one
     /// frame only where [`Kind::frames_per_latent`] allows for them.
     fn encode_images(&self, pixels: Tensor<4>, frames: usize) -> Tensor<4>;
@@ -248,15 +259,6 @@ pub(crate) trait Family: Debug {
     /// Latents `[B, C, latent frames · H, W]` to pictures `[B, 3, frames · height, width]`, not clamped; frames as in
     /// [`Family::encode_images`].
     fn decode_latents(&self, latents: Tensor<4>, frames: usize) -> Tensor<4>;
-
-    /// C.
-    fn latent_channels(&self) -> usize;
-
-    /// Pixels per latent pixel along one side.
-    fn latent_factor(&self) -> usize;
-
-    /// Picture sides are multiples of this many pixels, and an image token is a square of them.
-    fn division_factor(&self) -> usize;
 
     /// The velocity of [`crate::Denoiser`].
     fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4>;

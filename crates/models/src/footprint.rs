@@ -45,6 +45,36 @@ pub struct Encoding {
     pub flops_per_pixel: u64,
 }
 
+impl Encoding {
+    /// Text encoders that run one after the other; nothing is said of pixels.
+    pub(crate) fn in_turn(encoders: impl IntoIterator<Item = Self>) -> Self {
+        let none = Self {
+            per_token: 0,
+            per_token_training: 0,
+            per_pixel: 0,
+            flops_per_token: 0,
+            flops_per_pixel: 0,
+        };
+        encoders.into_iter().fold(none, |sum, encoder| Self {
+            per_token: sum.per_token.max(encoder.per_token),
+            per_token_training: sum.per_token_training + encoder.per_token_training,
+            flops_per_token: sum.flops_per_token + encoder.flops_per_token,
+            ..none
+        })
+    }
+
+    /// Of a text encoder that gives `tokens` of each `states` that the denoiser reads.
+    pub(crate) fn of_part(self, tokens: usize, states: usize) -> Self {
+        let part = |of_one: u64| (of_one * tokens as u64).div_ceil(states as u64);
+        Self {
+            per_token: part(self.per_token),
+            per_token_training: part(self.per_token_training),
+            flops_per_token: part(self.flops_per_token),
+            ..self
+        }
+    }
+}
+
 /// What a workload takes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Footprint {

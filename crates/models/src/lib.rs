@@ -25,6 +25,7 @@ mod ranges;
 pub mod sampling;
 mod source;
 pub mod stable_diffusion;
+pub mod stable_diffusion_3;
 pub mod student;
 mod trial;
 pub mod wan;

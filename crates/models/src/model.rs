@@ -10,11 +10,12 @@ use fewstep_flow::guidance::guided;
 use fewstep_flow::schedule::{GridRequest, SchedulerConfig, TrainingLevels};
 use fewstep_flow::{SigmaGrid, Solver};
 
-use crate::family::{AUTOENCODER, Defaults, Family, Kind};
+use crate::family::{AUTOENCODER, Defaults, Family, Kind, Sizes};
 use crate::flux::{self, Flux};
 use crate::load_options::{rounded, store_weights};
 use crate::qwen_image::{self, QwenImage};
 use crate::stable_diffusion::{self, StableDiffusion};
+use crate::stable_diffusion_3::{self, StableDiffusion3};
 use crate::student::SigmaRule;
 use crate::wan::{self, Wan};
 use crate::weights::{KeyMap, TensorShapes, WeightType, compare};
@@ -65,6 +66,8 @@ pub enum Model {
     QwenImage(QwenImage),
     /// See [`crate::stable_diffusion`].
     StableDiffusion(StableDiffusion),
+    /// See [`crate::stable_diffusion_3`].
+    StableDiffusion3(StableDiffusion3),
     /// See [`crate::wan`].
     Wan(Wan),
     /// See [`crate::z_image`].
@@ -72,11 +75,12 @@ pub enum Model {
 }
 
 /// Every family there is code for.
-pub(crate) static KINDS: [&dyn Kind; 6] = [
+pub(crate) static KINDS: [&dyn Kind; 7] = [
     &flux::Kind,
     &qwen_image::Kind,
     &stable_diffusion::BASE,
     &stable_diffusion::XL,
+    &stable_diffusion_3::Kind,
     &wan::Kind,
     &z_image::Kind,
 ];
@@ -87,6 +91,7 @@ impl Model {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
+            Self::StableDiffusion3(model) => model,
             Self::Wan(model) => model,
             Self::ZImage(model) => model,
         }
@@ -97,6 +102,7 @@ impl Model {
             Self::Flux(model) => model,
             Self::QwenImage(model) => model,
             Self::StableDiffusion(model) => model,
+            Self::StableDiffusion3(model) => model,
             Self::Wan(model) => model,
             Self::ZImage(model) => model,
         }
@@ -183,6 +189,10 @@ impl Model {
     fn kind(&self) -> &'static dyn Kind {
         self.family().kind()
     }
+
+    fn sizes(&self) -> &Sizes {
+        &self.family().settings().sizes
+    }
 }
 
 impl Model {
@@ -213,12 +223,12 @@ impl Model {
 
     /// J, the width of the text states that the denoiser reads.
     pub fn text_width(&self) -> usize {
-        self.family().text_width()
+        self.sizes().text_width
     }
 
     /// P, the width of the pooled states that the denoiser reads; `None` where it reads none.
     pub fn pooled_width(&self) -> Option<usize> {
-        self.family().pooled_width()
+        self.sizes().pooled_width
     }
 
     /// What the model is usually run with.
@@ -276,13 +286,15 @@ impl Model {
     /// `[C, latent frames · H, W]` of the latents of a picture or a video.
     ///
     /// # Errors
-    /// If a side is no multiple of [`Model::division_factor`], or longer than pictures are, or the family cannot draw so
-    /// many frames.
+    /// If a side is no multiple of [`Model::division_factor`], or longer than pictures are, or the family's; or the family
+    /// cannot draw so many frames.
     pub fn latent_shape(&self, extent: impl Into<Extent>) -> Result<[usize; 3], ModelError> {
         let Extent { frames, height, width } = extent.into();
-        token_grid([height, width], self.division_factor())?;
-        let (frames, scale) = (self.kind().latent_frames(frames)?, self.family().latent_factor());
-        Ok([self.family().latent_channels(), frames * (height / scale), width / scale])
+        let Sizes { latent_channels, latent_factor, division_factor, max_side_px, .. } = *self.sizes();
+        check_sides([height, width], max_side_px)?;
+        token_grid([height, width], division_factor)?;
+        let frames = self.kind().latent_frames(frames)?;
+        Ok([latent_channels, frames * (height / latent_factor), width / latent_factor])
     }
 
     /// Frames per latent frame after the first, which has one of its own; `None` where the family draws pictures alone.
@@ -292,7 +304,7 @@ impl Model {
 
     /// Picture sides are multiples of this many pixels.
     pub fn division_factor(&self) -> usize {
-        self.family().division_factor()
+        self.sizes().division_factor
     }
 
     /// The sigma grid of inference, which is also the one a student is trained on.
@@ -557,13 +569,20 @@ pub fn loaded_components(
 /// # Errors
 /// If a side is no multiple of it, or longer than pictures are.
 pub(crate) fn token_grid([height, width]: [usize; 2], factor: usize) -> Result<[usize; 2], ModelError> {
+    check_sides([height, width], MAX_SIDE_PX)?;
     for (axis, found) in [("height", height), ("width", width)] {
-        if found > MAX_SIDE_PX {
-            return Err(ModelError::TooLarge { axis, found });
-        }
         if found == 0 || !found.is_multiple_of(factor) {
             return Err(ModelError::Size { axis, found, factor });
         }
     }
     Ok([height / factor, width / factor])
+}
+
+/// Refuses pictures with a side of more than `most` pixels.
+pub(crate) fn check_sides([height, width]: [usize; 2], most: usize) -> Result<(), ModelError> {
+    let sides = [("height", height), ("width", width)];
+    match sides.into_iter().find(|(_, found)| *found > most) {
+        Some((axis, found)) => Err(ModelError::TooLarge { axis, found, most }),
+        None => Ok(()),
+    }
 }

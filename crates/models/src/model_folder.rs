@@ -78,6 +78,9 @@ pub(crate) fn write_component(
     (dtype, info): (WeightType, &BTreeMap<String, String>),
 ) -> Result<(), ModelError> {
     let mut tensors = collect_component(model, component, dtype);
+    if tensors.is_empty() {
+        return Ok(()); // a component that this model does without
+    }
     let keys = model.keys(component);
     match source.weights(component) {
         Ok(files) => carry_ignored(&mut tensors, &files, keys, dtype)?,

@@ -15,7 +15,7 @@ use fewstep_models::{
 };
 use fewstep_testkit::{assert_close, golden, random, values};
 
-const FAMILIES: [&str; 6] = ["flux", "qwen_image", "sd15", "sdxl", "wan", "zimage"];
+const FAMILIES: [&str; 7] = ["flux", "qwen_image", "sd15", "sd3", "sdxl", "wan", "zimage"];
 
 fn folder(family: &str) -> PathBuf {
     golden(&format!("{family}/model"))

@@ -34,7 +34,7 @@ fn peak(model: &Model) -> f64 {
 
 #[test]
 fn recomputed_blocks_take_less_memory_than_kept_ones() {
-    for family in ["flux", "qwen_image", "sd15", "sdxl", "zimage"] {
+    for family in ["flux", "qwen_image", "sd15", "sd3", "sdxl", "wan", "zimage"] {
         let source = ModelSource::from(&golden(&format!("{family}/model")));
         let model = Model::from_pretrained(&source, &LoadOptions::default()).unwrap();
         peak(&model); // what threads allocate once and keep

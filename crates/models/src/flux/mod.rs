@@ -14,6 +14,7 @@ mod trial;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use fewstep_data::image::MAX_SIDE_PX;
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::schedule::{GridRequest, Schedule, SchedulerConfig, ShiftOverride, SigmaRounding};
@@ -25,12 +26,13 @@ pub use transformer::{Told, Transformer};
 
 use self::config::Configs;
 use crate::config_file::ConfigFile;
-use crate::family::{self, AUTOENCODER, Defaults, Family, Settings};
+use crate::family::{self, AUTOENCODER, Defaults, Family, Settings, Sizes};
 use crate::footprint::{Evaluation, Workload};
 use crate::load_options::{rounded, store_weights};
 use crate::model_folder::SCHEDULER_FILE;
 use crate::parts::autoencoder_kl::{self, AutoencoderKl, AutoencoderKlConfig};
 use crate::parts::clip::{self, ClipTextConfig, ClipTextEncoder, ClipTokenizer};
+use crate::parts::double_stream;
 use crate::parts::patches;
 use crate::parts::t5::{self, T5Config, T5Encoder, T5Tokenizer};
 use crate::trial::Trial;
@@ -66,8 +68,6 @@ pub struct Flux {
     #[module(skip)]
     tokenizers: Option<Tokenizers>,
     #[module(skip)]
-    sizes: Sizes,
-    #[module(skip)]
     settings: Settings,
 }
 
@@ -75,19 +75,6 @@ pub struct Flux {
 struct Tokenizers {
     clip: ClipTokenizer,
     t5: T5Tokenizer,
-}
-
-/// What is known of a model whichever of its components were loaded.
-#[derive(Clone, Debug)]
-struct Sizes {
-    latent_channels: usize,
-    latent_factor: usize,
-    /// J.
-    text_width: usize,
-    /// P.
-    pooled_width: usize,
-    /// Whether the transformer is told a guidance scale.
-    embeds_guidance: bool,
 }
 
 /// The components with weights.
@@ -157,13 +144,13 @@ impl Flux {
             _ => None,
         };
         Ok(Self {
-            sizes: Sizes::read(source, &parts)?,
             tokenizers,
             settings: Settings {
                 scheduler: SchedulerConfig::from_json(&scheduler.text())?,
                 conventions: options.conventions.or_max_prompt_tokens(TEXT_TOKENS),
                 dtype: options.dtype,
                 components: options.components,
+                sizes: sizes(source, &parts)?,
             },
             text_encoder: parts.text_encoder,
             text_encoder_2: parts.text_encoder_2,
@@ -206,32 +193,28 @@ impl Tokenizers {
     }
 }
 
-impl Sizes {
-    /// From the transformer where there is one, otherwise from the encoders and the autoencoder.
-    fn read(source: &ModelSource, parts: &Parts) -> Result<Self, ModelError> {
-        let latent_factor = autoencoder_kl::latent_factor(source)?;
-        let encoders = (&parts.text_encoder, &parts.text_encoder_2);
-        match (&parts.transformer, encoders) {
-            (Some(transformer), _) => {
-                let config = transformer.config();
-                Ok(Self {
-                    latent_channels: config.latent_channels(),
-                    latent_factor,
-                    text_width: config.joint_attention_dim,
-                    pooled_width: config.pooled_projection_dim,
-                    embeds_guidance: config.guidance_embeds,
-                })
-            }
-            (None, (Some(clip), Some(t5))) => Ok(Self {
-                latent_channels: AutoencoderKlConfig::read(source)?.latent_channels,
-                latent_factor,
-                text_width: t5.config().d_model,
-                pooled_width: clip.config().pooled_width(),
-                embeds_guidance: false, // without a denoiser there is nobody to tell
-            }),
-            _ => unreachable!("every choice of components has the denoiser or the encoders"),
+/// From the transformer where there is one, otherwise from the encoders and the autoencoder.
+fn sizes(source: &ModelSource, parts: &Parts) -> Result<Sizes, ModelError> {
+    let latent_factor = autoencoder_kl::latent_factor(source)?;
+    let (latent_channels, text_width, pooled_width) = match parts {
+        Parts { transformer: Some(transformer), .. } => {
+            let config = transformer.config();
+            (config.latent_channels(), config.joint_attention_dim, config.pooled_projection_dim)
         }
-    }
+        Parts { text_encoder: Some(clip), text_encoder_2: Some(t5), .. } => {
+            let latent_channels = AutoencoderKlConfig::read(source)?.latent_channels;
+            (latent_channels, t5.config().d_model, clip.config().pooled_width())
+        }
+        _ => unreachable!("every choice of components has the denoiser or the encoders"),
+    };
+    Ok(Sizes {
+        latent_channels,
+        latent_factor,
+        division_factor: latent_factor * patches::PATCH,
+        max_side_px: MAX_SIDE_PX,
+        text_width,
+        pooled_width: Some(pooled_width),
+    })
 }
 
 impl Family for Flux {
@@ -249,7 +232,8 @@ impl Family for Flux {
 
     /// As the published pipelines: 28 steps of the models that are told a guidance scale, 4 of those made for few.
     fn defaults(&self) -> Defaults {
-        let embedded_guidance = self.sizes.embeds_guidance.then_some(EMBEDDED_GUIDANCE);
+        let is_told = |transformer: &Transformer| transformer.config().guidance_embeds;
+        let embedded_guidance = self.transformer.as_ref().is_some_and(is_told).then_some(EMBEDDED_GUIDANCE);
         let num_inference_steps = if embedded_guidance.is_some() { 28 } else { 4 };
         Defaults { num_inference_steps, cfg_scale: 1.0, embedded_guidance }
     }
@@ -271,32 +255,12 @@ impl Family for Flux {
         Ok(PromptLength { found: self.tokenizers()?.t5.count(prompt)?, limit, dropped: 0, states: limit })
     }
 
-    fn text_width(&self) -> usize {
-        self.sizes.text_width
-    }
-
-    fn pooled_width(&self) -> Option<usize> {
-        Some(self.sizes.pooled_width)
-    }
-
     fn encode_images(&self, pixels: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.autoencoder().encode(pixels)
     }
 
     fn decode_latents(&self, latents: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.autoencoder().decode(latents)
-    }
-
-    fn latent_channels(&self) -> usize {
-        self.sizes.latent_channels
-    }
-
-    fn latent_factor(&self) -> usize {
-        self.sizes.latent_factor
-    }
-
-    fn division_factor(&self) -> usize {
-        self.sizes.latent_factor * patches::PATCH
     }
 
     fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {
@@ -374,7 +338,7 @@ impl family::Kind for Kind {
         match component {
             TEXT_ENCODER => Some(&clip::KEYS),
             TEXT_ENCODER_2 => Some(&t5::KEYS),
-            DENOISER => Some(&transformer::KEYS),
+            DENOISER => Some(&double_stream::KEYS),
             AUTOENCODER => Some(&autoencoder_kl::KEYS),
             _ => None,
         }
@@ -421,7 +385,7 @@ impl family::Kind for Kind {
             }
             DENOISER => expected(
                 &Transformer::unfilled(&TransformerConfig::read(source)?, &device),
-                &transformer::KEYS,
+                &double_stream::KEYS,
             ),
             AUTOENCODER => AutoencoderKl::expected(source)?,
             _ => TensorShapes::new(),

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::{DENOISER, TEXT_ENCODER, TEXT_ENCODER_2};
 use crate::family::AUTOENCODER;
 use crate::parts::autoencoder_kl::is_without_quantiser;
+use crate::parts::t5;
 use crate::weights::WeightFiles;
 
 /// FLUX.1-dev's scheduler: μ from 0.5 at 256 to 1.15 at 4096 image tokens.
@@ -41,11 +42,7 @@ pub(super) fn component_of(files: &WeightFiles) -> Option<&'static str> {
     {
         return Some(DENOISER);
     }
-    // Positions in a second layer are UMT5's.
-    let positions = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight";
-    if all(&["encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"])
-        && !files.contains(positions)
-    {
+    if t5::is_of(files) {
         return Some(TEXT_ENCODER_2);
     }
     // With a projection it is a larger CLIP, which this family does not have.

@@ -10,26 +10,13 @@ use fewstep_kernels::{
 };
 
 use super::config::TransformerConfig;
-use crate::parts::double_stream::{Block, EPSILON, Heads, OUTPUT, Scale, Shared, Streams, key_mask};
+use crate::parts::double_stream::{Block, EPSILON, Heads, KEYS, OUTPUT, Scale, Shared, Streams, key_mask};
 use crate::parts::linear::Linear;
 use crate::parts::rotary::exact_table;
 use crate::parts::single_stream::qkv_of_one;
-use crate::parts::timestep::{TIME_FEATURES, TwoLayers, sinusoidal};
-use crate::weights::{KeyMap, load};
+use crate::parts::timestep::TimeTextEmbed;
+use crate::weights::load;
 use crate::{Condition, ModelError, ModelSource, WeightType};
-
-pub(super) const KEYS: KeyMap = KeyMap {
-    rules: &[
-        (".img_mod.", ".norm1.linear."),
-        (".txt_mod.", ".norm1_context.linear."),
-        (".img_mlp.up.", ".ff.net.0.proj."),
-        (".img_mlp.down.", ".ff.net.2."),
-        (".txt_mlp.up.", ".ff_context.net.0.proj."),
-        (".txt_mlp.down.", ".ff_context.net.2."),
-        (".to_out.", ".to_out.0."),
-    ],
-    ..KeyMap::PLAIN
-};
 
 /// Parameters that start at zero when trained from scratch.
 pub(super) const ZERO_AT_START: &[&str] = &["img_mod", "txt_mod", "norm.linear", "norm_out", "proj_out"];
@@ -77,15 +64,6 @@ pub struct Transformer {
     /// Backward passes compute the inside of each block again instead of keeping it.
     #[module(skip)]
     recomputes_blocks: bool,
-}
-
-/// What modulates every block: the sum of what becomes of time, guidance and pooled text.
-#[derive(Module, Debug)]
-struct TimeTextEmbed {
-    timestep_embedder: TwoLayers,
-    /// In models that were distilled from guidance.
-    guidance_embedder: Option<TwoLayers>,
-    text_embedder: TwoLayers,
 }
 
 #[derive(Module, Debug)]
@@ -138,13 +116,13 @@ impl Transformer {
         let heads = config.heads();
         let width = heads.width();
         let linear = |input, output| Linear::unfilled(input, output, true, device);
-        let embedder = |input| TwoLayers::unfilled(input, width, device);
         Self {
-            time_text_embed: TimeTextEmbed {
-                timestep_embedder: embedder(TIME_FEATURES),
-                guidance_embedder: config.guidance_embeds.then(|| embedder(TIME_FEATURES)),
-                text_embedder: embedder(config.pooled_projection_dim),
-            },
+            time_text_embed: TimeTextEmbed::unfilled(
+                config.pooled_projection_dim,
+                width,
+                config.guidance_embeds,
+                device,
+            ),
             context_embedder: linear(config.joint_attention_dim, width),
             x_embedder: linear(config.in_channels, width),
             transformer_blocks: (0..config.num_layers).map(|_| Block::unfilled(heads, device)).collect(),
@@ -232,8 +210,9 @@ impl Transformer {
         grid: [usize; 2],
     ) -> (Streams, Shared) {
         let text_tokens = condition.text.dims()[1];
+        let (time, guidance) = (told.time * FEATURE_SCALE, told.guidance * FEATURE_SCALE);
         let shared = Shared {
-            time: silu(self.time_text_embed.forward(told, condition)),
+            time: silu(self.time_text_embed.forward(time, guidance, condition)),
             rotary: joint_table(text_tokens, grid, self.config.axes_dims_rope),
             keys: key_mask(condition, grid[0] * grid[1]),
             gelu: Gelu::Tanh,
@@ -261,35 +240,6 @@ impl Transformer {
         }
         linears.push(("norm_out.linear".to_owned(), &mut self.norm_out.linear));
         linears.push(("proj_out".to_owned(), &mut self.proj_out));
-        linears
-    }
-}
-
-impl TimeTextEmbed {
-    /// `[B, D]`
-    fn forward(&self, told: Told, condition: &Condition) -> Tensor<2> {
-        let pooled = condition.pooled.clone().expect("the condition has pooled states");
-        let features = |value: Tensor<1>| sinusoidal(value * FEATURE_SCALE, TIME_FEATURES, 1.0);
-        let guidance = Tensor::full(told.time.dims(), told.guidance, &told.time.device());
-        let mut sum = self.timestep_embedder.forward(features(told.time));
-        if let Some(embedder) = &self.guidance_embedder {
-            sum = sum + embedder.forward(features(guidance));
-        }
-        sum + self.text_embedder.forward(pooled)
-    }
-
-    fn linears(&mut self) -> Vec<(String, &mut Linear)> {
-        let embedders = [
-            ("timestep_embedder", Some(&mut self.timestep_embedder)),
-            ("guidance_embedder", self.guidance_embedder.as_mut()),
-            ("text_embedder", Some(&mut self.text_embedder)),
-        ];
-        let mut linears = Vec::new();
-        for (name, embedder) in embedders {
-            let Some(TwoLayers { linear_1, linear_2 }) = embedder else { continue };
-            linears.push((format!("time_text_embed.{name}.linear_1"), linear_1));
-            linears.push((format!("time_text_embed.{name}.linear_2"), linear_2));
-        }
         linears
     }
 }

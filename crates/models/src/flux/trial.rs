@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::family::AUTOENCODER;
-use crate::trial::{Trial, Words, autoencoder_kl, clip};
+use crate::trial::{Trial, Words, autoencoder_kl, clip, t5};
 
 /// Told a guidance scale, as FLUX.1-dev is.
 pub(super) fn trial() -> Trial {
@@ -13,14 +13,10 @@ pub(super) fn trial() -> Trial {
         "num_attention_heads": 4, "joint_attention_dim": 128, "pooled_projection_dim": 128,
         "axes_dims_rope": [16, 24, 24], "guidance_embeds": true, "patch_size": 1,
     });
-    let t5 = json!({
-        "architectures": ["T5EncoderModel"], "vocab_size": Words::T5.count(), "d_model": 128, "d_kv": 32,
-        "d_ff": 256, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu",
-    });
     Trial {
         configs: vec![
             (super::TEXT_ENCODER, clip("CLIPTextModel", "quick_gelu")),
-            (super::TEXT_ENCODER_2, t5),
+            (super::TEXT_ENCODER_2, t5("T5EncoderModel", 128)),
             (super::DENOISER, transformer),
             (AUTOENCODER, autoencoder_kl(16, false)),
         ],

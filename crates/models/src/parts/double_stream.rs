@@ -1,16 +1,33 @@
 //! The block of a double-stream transformer (MMDiT): image and text tokens have their own weights and meet in one
-//! attention. Qwen-Image and FLUX are made of it; their files call its parts differently.
+//! attention. Stable Diffusion 3, where it comes from (arXiv 2403.03206), Qwen-Image and FLUX are made of it; their files
+//! call its parts differently.
+
+mod attention;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use fewstep_kernels::{
-    AttentionOptions, Gelu, KeyMask, Modulation, QkvStream, RotaryTable, attention, gated_residual, gelu,
-    joint_qkv, linear_concat, norm_modulate, recomputed, split_tokens,
+    Gelu, KeyMask, Modulation, RotaryTable, gated_residual, gelu, norm_modulate, recomputed, split_tokens,
 };
 
+use self::attention::{JointAttention, OwnAttention};
 use crate::Condition;
 use crate::parts::linear::Linear;
-use crate::weights::unfilled;
+use crate::weights::{KeyMap, unfilled};
+
+/// How most of diffusers' models call a block's parts.
+pub(crate) const KEYS: KeyMap = KeyMap {
+    rules: &[
+        (".img_mod.", ".norm1.linear."),
+        (".txt_mod.", ".norm1_context.linear."),
+        (".img_mlp.up.", ".ff.net.0.proj."),
+        (".img_mlp.down.", ".ff.net.2."),
+        (".txt_mlp.up.", ".ff_context.net.0.proj."),
+        (".txt_mlp.down.", ".ff_context.net.2."),
+        (".to_out.", ".to_out.0."),
+    ],
+    ..KeyMap::PLAIN
+};
 
 /// Of all norms.
 pub(crate) const EPSILON: f32 = 1e-6;
@@ -20,7 +37,10 @@ pub(crate) const ATTENTION: Modulation = Modulation { shift: 0, scale: 1 };
 const ATTENTION_GATE: usize = 2;
 const MLP: Modulation = Modulation { shift: 3, scale: 4 };
 const MLP_GATE: usize = 5;
-/// The modulation after the last block has its scale first.
+/// Of the image's attention to itself.
+const OWN_ATTENTION: Modulation = Modulation { shift: 6, scale: 7 };
+const OWN_ATTENTION_GATE: usize = 8;
+/// The modulation after the last block, and of text that ends in a block, has its scale first.
 pub(crate) const OUTPUT: Modulation = Modulation { shift: 1, scale: 0 };
 
 /// K heads of E numbers each.
@@ -39,6 +59,42 @@ impl Heads {
     }
 }
 
+/// What a block may leave out, and have beside.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    pub(crate) heads: Heads,
+    pub(crate) qk_norm: QkNorm,
+    pub(crate) text: TextStream,
+    pub(crate) image: ImageAttention,
+}
+
+/// What happens to queries and keys, head by head, before they meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum QkNorm {
+    /// An RMS norm, and then the rotation by their places.
+    Rms,
+    /// Nothing: there are no rotary positions either.
+    Absent,
+}
+
+/// What becomes of the text in a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TextStream {
+    /// The next block reads it.
+    GoesOn,
+    /// It is attended to for the last time.
+    Ends,
+}
+
+/// What the image attends to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ImageAttention {
+    /// Both streams.
+    Joint,
+    /// Both streams, and itself once more (the dual attention of Stable Diffusion 3.5, which has no rotary positions).
+    JointAndOwn,
+}
+
 /// The weight of an RMS norm.
 #[derive(Module, Debug)]
 pub(crate) struct Scale {
@@ -51,24 +107,11 @@ pub(crate) struct Block {
     pub(crate) img_mod: Linear,
     pub(crate) txt_mod: Linear,
     pub(crate) attn: JointAttention,
+    /// Of the image alone, in blocks of [`ImageAttention::JointAndOwn`].
+    attn2: Option<OwnAttention>,
     img_mlp: Mlp,
-    txt_mlp: Mlp,
-}
-
-#[derive(Module, Debug)]
-pub(crate) struct JointAttention {
-    pub(crate) to_q: Linear,
-    to_k: Linear,
-    to_v: Linear,
-    pub(crate) to_out: Linear,
-    add_q_proj: Linear,
-    pub(crate) add_k_proj: Linear,
-    add_v_proj: Linear,
-    pub(crate) to_add_out: Linear,
-    pub(crate) norm_q: Scale,
-    norm_k: Scale,
-    norm_added_q: Scale,
-    pub(crate) norm_added_k: Scale,
+    /// Absent where the text ends.
+    txt_mlp: Option<Mlp>,
 }
 
 #[derive(Module, Debug)]
@@ -83,17 +126,10 @@ pub(crate) struct Streams {
     pub(crate) text: Tensor<3>,
 }
 
-/// The modulations of the two streams, `[B, 6 D]` each.
+/// The modulations of the two streams, `[B, 6 D]` each in the usual block.
 struct Modulations {
     image: Tensor<2>,
     text: Tensor<2>,
-}
-
-/// One of the two streams.
-#[derive(Clone, Copy)]
-enum Side {
-    Image,
-    Text,
 }
 
 /// What every block of one evaluation shares.
@@ -142,20 +178,42 @@ impl Scale {
     }
 }
 
+impl Layout {
+    /// The usual block.
+    pub(crate) fn whole(heads: Heads) -> Self {
+        Self { heads, qk_norm: QkNorm::Rms, text: TextStream::GoesOn, image: ImageAttention::Joint }
+    }
+
+    fn norm(&self, device: &Device) -> Option<Scale> {
+        (self.qk_norm == QkNorm::Rms).then(|| Scale::unfilled(self.heads.dim, device))
+    }
+}
+
 impl Block {
+    /// The usual block.
     pub(crate) fn unfilled(heads: Heads, device: &Device) -> Self {
-        let width = heads.width();
+        Self::unfilled_as(&Layout::whole(heads), device)
+    }
+
+    pub(crate) fn unfilled_as(layout: &Layout, device: &Device) -> Self {
+        let width = layout.heads.width();
+        let (goes_on, own) = (layout.text == TextStream::GoesOn, layout.image == ImageAttention::JointAndOwn);
+        let modulation = |chunks| Linear::unfilled(width, chunks * width, true, device);
         Self {
-            img_mod: Linear::unfilled(width, 6 * width, true, device),
-            txt_mod: Linear::unfilled(width, 6 * width, true, device),
-            attn: JointAttention::unfilled(heads, device),
+            img_mod: modulation(if own { 9 } else { 6 }),
+            txt_mod: modulation(if goes_on { 6 } else { 2 }),
+            attn: JointAttention::unfilled(layout, device),
+            attn2: own.then(|| OwnAttention::unfilled(layout, device)),
             img_mlp: Mlp::unfilled(width, device),
-            txt_mlp: Mlp::unfilled(width, device),
+            txt_mlp: goes_on.then(|| Mlp::unfilled(width, device)),
         }
     }
 
     /// Its projections by their names here, in the order of `names`.
-    pub(crate) fn linears(&mut self, names: [&'static str; 14]) -> Vec<(&'static str, &mut Linear)> {
+    pub(crate) fn linears<const N: usize>(
+        &mut self,
+        names: [&'static str; N],
+    ) -> Vec<(&'static str, &mut Linear)> {
         let attn = &mut self.attn;
         let mut all = vec![
             ("img_mod", &mut self.img_mod),
@@ -166,13 +224,15 @@ impl Block {
             ("attn.add_k_proj", &mut attn.add_k_proj),
             ("attn.add_v_proj", &mut attn.add_v_proj),
             ("attn.to_out", &mut attn.to_out),
-            ("attn.to_add_out", &mut attn.to_add_out),
             ("img_mlp.up", &mut self.img_mlp.up),
             ("img_mlp.down", &mut self.img_mlp.down),
             ("txt_mod", &mut self.txt_mod),
-            ("txt_mlp.up", &mut self.txt_mlp.up),
-            ("txt_mlp.down", &mut self.txt_mlp.down),
         ];
+        all.extend(attn.to_add_out.as_mut().map(|linear| ("attn.to_add_out", linear)));
+        if let Some(mlp) = &mut self.txt_mlp {
+            all.extend([("txt_mlp.up", &mut mlp.up), ("txt_mlp.down", &mut mlp.down)]);
+        }
+        all.extend(self.attn2.iter_mut().flat_map(OwnAttention::linears));
         all.sort_by_key(|(name, _)| names.iter().position(|at| at == name).expect("names has all of them"));
         all
     }
@@ -200,20 +260,14 @@ impl Block {
     fn kept(&self, streams: Streams, shared: &Shared) -> Streams {
         let (attended, modulations) = self.attend(&streams, shared);
         Streams {
-            image: self.after_attention(
-                Side::Image,
-                streams.image,
-                attended.image,
-                modulations.image,
-                shared,
-            ),
-            text: self.after_attention(Side::Text, streams.text, attended.text, modulations.text, shared),
+            image: self.image_after(streams.image, attended.image, modulations.image, shared),
+            text: self.text_after(streams.text, attended.text, modulations.text, shared),
         }
     }
 
     fn kept_image(&self, streams: Streams, shared: &Shared) -> Tensor<3> {
         let (attended, modulations) = self.attend(&streams, shared);
-        self.after_attention(Side::Image, streams.image, attended.image, modulations.image, shared)
+        self.image_after(streams.image, attended.image, modulations.image, shared)
     }
 
     fn recomputed(
@@ -234,74 +288,48 @@ impl Block {
         let text = self.txt_mod.forward(shared.time.clone());
         let normed = Streams {
             image: norm_modulate(streams.image.clone(), image.clone(), ATTENTION, EPSILON),
-            text: norm_modulate(streams.text.clone(), text.clone(), ATTENTION, EPSILON),
+            text: norm_modulate(streams.text.clone(), text.clone(), self.text_modulation(), EPSILON),
         };
         (self.attn.attend(normed, shared), Modulations { image, text })
     }
 
-    /// The rest of one stream: the attention's projection and the MLP, each gated into the residual.
-    fn after_attention(
+    fn text_modulation(&self) -> Modulation {
+        if self.txt_mlp.is_some() { ATTENTION } else { OUTPUT }
+    }
+
+    /// The rest of the image's stream: the attentions' projections and the MLP, each gated into the residual.
+    fn image_after(
         &self,
-        side: Side,
         x: Tensor<3>,
         attended: Tensor<3>,
         modulation: Tensor<2>,
         shared: &Shared,
     ) -> Tensor<3> {
-        let (projection, mlp) = match side {
-            Side::Image => (&self.attn.to_out, &self.img_mlp),
-            Side::Text => (&self.attn.to_add_out, &self.txt_mlp),
+        let own = self.attn2.as_ref().map(|attention| {
+            let normed = norm_modulate(x.clone(), modulation.clone(), OWN_ATTENTION, EPSILON);
+            attention.forward(normed, shared.heads)
+        });
+        let x = gated_residual(x, self.attn.to_out.forward(attended), modulation.clone(), ATTENTION_GATE);
+        let x = match own {
+            Some(update) => gated_residual(x, update, modulation.clone(), OWN_ATTENTION_GATE),
+            None => x,
+        };
+        self.img_mlp.forward(x, modulation, shared.gelu)
+    }
+
+    /// The same of the text, where it goes on.
+    fn text_after(
+        &self,
+        x: Tensor<3>,
+        attended: Tensor<3>,
+        modulation: Tensor<2>,
+        shared: &Shared,
+    ) -> Tensor<3> {
+        let (Some(projection), Some(mlp)) = (&self.attn.to_add_out, &self.txt_mlp) else {
+            panic!("after a block in which the text ends, there is none")
         };
         let x = gated_residual(x, projection.forward(attended), modulation.clone(), ATTENTION_GATE);
         mlp.forward(x, modulation, shared.gelu)
-    }
-}
-
-impl JointAttention {
-    fn unfilled(heads: Heads, device: &Device) -> Self {
-        let square = || Linear::unfilled(heads.width(), heads.width(), true, device);
-        let norm = || Scale::unfilled(heads.dim, device);
-        Self {
-            to_q: square(),
-            to_k: square(),
-            to_v: square(),
-            to_out: square(),
-            add_q_proj: square(),
-            add_k_proj: square(),
-            add_v_proj: square(),
-            to_add_out: square(),
-            norm_q: norm(),
-            norm_k: norm(),
-            norm_added_q: norm(),
-            norm_added_k: norm(),
-        }
-    }
-
-    /// Attends over [text, image]; the streams are still to be projected.
-    pub(crate) fn attend(&self, streams: Streams, shared: &Shared) -> Streams {
-        let (text_tokens, image_tokens) = (streams.text.dims()[1], streams.image.dims()[1]);
-        let image = [&self.to_q, &self.to_k, &self.to_v].map(Linear::projection);
-        let text = [&self.add_q_proj, &self.add_k_proj, &self.add_v_proj].map(Linear::projection);
-        let qkv = joint_qkv(
-            QkvStream {
-                qkv: linear_concat(streams.text, text),
-                norm_q: self.norm_added_q.weight.val(),
-                norm_k: self.norm_added_k.weight.val(),
-            },
-            QkvStream {
-                qkv: linear_concat(streams.image, image),
-                norm_q: self.norm_q.weight.val(),
-                norm_k: self.norm_k.weight.val(),
-            },
-            shared.heads,
-            &shared.rotary,
-            EPSILON,
-        ); // [3, B, K, S + N, E]
-        let joint = attention(qkv, AttentionOptions { keys: shared.keys.clone(), causal: false }); // [B, S + N, D]
-        Streams {
-            text: split_tokens(joint.clone(), 0..text_tokens),
-            image: split_tokens(joint, text_tokens..text_tokens + image_tokens),
-        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Parts that families share.
 
 pub(crate) mod activation;
+pub(crate) mod attention;
 pub(crate) mod autoencoder_kl;
 pub(crate) mod clip;
 pub(crate) mod conv;

@@ -17,6 +17,7 @@ mod vae;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use fewstep_data::image::MAX_SIDE_PX;
 use fewstep_flow::guidance::{guided, rescaled};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::path::velocity_of_clean;
@@ -33,7 +34,7 @@ pub use vae::{PixelUnshuffle, PixelUnshuffleConfig, Vae, VaeConfig};
 
 use self::config::Configs;
 use crate::config_file::ConfigFile;
-use crate::family::{self, AUTOENCODER, Defaults, Family, Settings};
+use crate::family::{self, AUTOENCODER, Defaults, Family, Settings, Sizes};
 use crate::footprint::{Evaluation, Workload};
 use crate::load_options::{rounded, store_weights};
 use crate::model_folder::SCHEDULER_FILE;
@@ -169,6 +170,7 @@ impl QwenImage {
             Ok(tokenizer)
         };
         let tokenizer = parts.text_encoder.as_ref().map(read).transpose()?;
+        let sizes = sizes(&parts);
         Ok(Self {
             text_encoder: parts.text_encoder,
             transformer: parts.transformer.map(|transformer| transformer.with_gelu(conventions.gelu)),
@@ -179,6 +181,7 @@ impl QwenImage {
                 conventions,
                 dtype: options.dtype,
                 components: options.components,
+                sizes,
             },
         })
     }
@@ -214,6 +217,24 @@ fn resolved(conventions: Conventions) -> Conventions {
     })
 }
 
+/// Of the text states from the transformer where there is one, otherwise from the encoder.
+fn sizes(parts: &Parts) -> Sizes {
+    let text_width = match (&parts.transformer, &parts.text_encoder) {
+        (Some(transformer), _) => transformer.text_width(),
+        (None, Some(encoder)) => encoder.width(),
+        (None, None) => unreachable!("every choice of components has one of the two"),
+    };
+    let latent_factor = parts.vae.factor();
+    Sizes {
+        latent_channels: parts.vae.channels(),
+        latent_factor,
+        division_factor: latent_factor * patches::PATCH,
+        max_side_px: MAX_SIDE_PX,
+        text_width,
+        pooled_width: None,
+    }
+}
+
 impl Family for QwenImage {
     fn kind(&self) -> &'static dyn family::Kind {
         &Kind
@@ -242,32 +263,12 @@ impl Family for QwenImage {
         self.tokenizer()?.length(prompt)
     }
 
-    fn text_width(&self) -> usize {
-        match (&self.transformer, &self.text_encoder) {
-            (Some(transformer), _) => transformer.text_width(),
-            (None, Some(encoder)) => encoder.width(),
-            (None, None) => unreachable!("every choice of components has one of the two"),
-        }
-    }
-
     fn encode_images(&self, pixels: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.vae.encode(pixels)
     }
 
     fn decode_latents(&self, latents: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.vae.decode(latents)
-    }
-
-    fn latent_channels(&self) -> usize {
-        self.vae.channels()
-    }
-
-    fn latent_factor(&self) -> usize {
-        self.vae.factor()
-    }
-
-    fn division_factor(&self) -> usize {
-        self.vae.factor() * patches::PATCH
     }
 
     fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {

@@ -5,7 +5,7 @@ use super::config::UnetConfig;
 use crate::footprint::{Activations, Encoding, Evaluation, Flops, Workload};
 use crate::model::token_grid;
 use crate::parts::autoencoder_kl::AutoencoderKlConfig;
-use crate::parts::clip::ClipTextConfig;
+use crate::parts::clip::{self, ClipTextConfig};
 use crate::{ModelError, ModelSource};
 
 /// What one evaluation on a batch takes.
@@ -43,25 +43,10 @@ pub(super) fn evaluation(source: &ModelSource, workload: &Workload) -> Result<Ev
 /// What text encoders and autoencoder hold beside their weights.
 pub(super) fn encoding(source: &ModelSource, encoders: &[&'static str]) -> Result<Encoding, ModelError> {
     let vae = AutoencoderKlConfig::read(source)?;
-    let mut sum = Encoding {
-        per_token: 0,
-        per_token_training: 0,
-        per_pixel: vae.numbers_per_pixel(),
-        flops_per_token: 0,
-        flops_per_pixel: vae.flops_per_pixel(),
-    };
-    for name in encoders {
-        let text = ClipTextConfig::read(source, name)?;
-        let [width, inner, layers] =
-            [text.hidden_size, text.intermediate_size, text.num_hidden_layers].map(|size| size as u64);
-        // The stream, its norm, query, key and value, these packed, and the attention's output; or the MLP before and
-        // after its activation. The states of all layers are there at the end.
-        let moment = (9 * width).max(2 * width + 2 * inner);
-        sum.per_token = sum.per_token.max(moment + layers * width);
-        sum.per_token_training += layers * (9 * width + 2 * inner) + moment;
-        sum.flops_per_token += 2 * layers * (4 * width * width + 2 * width * inner);
-    }
-    Ok(sum)
+    let texts = encoders.iter().map(|name| Ok(clip::encoding(&ClipTextConfig::read(source, name)?)));
+    let text = Encoding::in_turn(texts.collect::<Result<Vec<_>, ModelError>>()?);
+    let (per_pixel, flops_per_pixel) = (vae.numbers_per_pixel(), vae.flops_per_pixel());
+    Ok(Encoding { per_pixel, flops_per_pixel, ..text })
 }
 
 /// Numbers and products of one sample, summed block by block.

@@ -17,6 +17,7 @@ mod unet;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
+use fewstep_data::image::MAX_SIDE_PX;
 use fewstep_flow::diffusion::{DiffusionConfig, NoiseTable, preserving, scale};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::schedule::SchedulerConfig;
@@ -29,7 +30,7 @@ pub use unet::{AddedCondition, Unet, UnetCondition};
 use self::kind::Configs;
 use self::text::TextEncoders;
 use crate::config_file::ConfigFile;
-use crate::family::{self, Defaults, Family, Settings};
+use crate::family::{self, Defaults, Family, Settings, Sizes};
 use crate::load_options::{rounded, store_weights};
 use crate::model_folder::SCHEDULER_FILE;
 use crate::parts::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
@@ -55,24 +56,11 @@ pub struct StableDiffusion {
     /// What goes with the text encoders.
     #[module(skip)]
     text: TextEncoders,
-    #[module(skip)]
-    sizes: Sizes,
     /// σ of the timesteps that the UNet is told.
     #[module(skip)]
     table: NoiseTable,
     #[module(skip)]
     settings: Settings,
-}
-
-/// What is known of components that may not be loaded.
-#[derive(Clone, Copy, Debug)]
-struct Sizes {
-    /// C.
-    channels: usize,
-    /// Pixels per latent pixel along one side.
-    factor: usize,
-    /// J.
-    text_width: usize,
 }
 
 /// The components with weights.
@@ -163,12 +151,12 @@ impl StableDiffusion {
         let text = TextEncoders::read(kind, source, &parts.text_encoders, &options.conventions)?;
         let conventions =
             options.conventions.or_max_prompt_tokens(text.limit().unwrap_or(text::PUBLISHED_LIMIT));
+        let sizes = sizes(source, &parts, kind)?;
         let [text_encoder, text_encoder_2] = parts.text_encoders;
         Ok(Self {
             kind,
             text_encoder,
             text_encoder_2,
-            sizes: Sizes::read(source, parts.unet.as_ref(), kind)?,
             unet: parts.unet,
             vae: parts.vae,
             text,
@@ -178,6 +166,7 @@ impl StableDiffusion {
                 conventions,
                 dtype: options.dtype,
                 components: options.components,
+                sizes,
             },
         })
     }
@@ -198,28 +187,35 @@ impl StableDiffusion {
     fn added(&self, latents: [usize; 4], condition: &Condition) -> Option<AddedCondition> {
         let pooled = condition.pooled.clone()?;
         let [batch, _, height, width] = latents;
-        let [height, width] = [height, width].map(|side| (side * self.sizes.factor) as f32);
+        let [height, width] = [height, width].map(|side| (side * self.settings.sizes.latent_factor) as f32);
         let sizes = [height, width, 0.0, 0.0, height, width];
         let sizes = TensorData::new(sizes.repeat(batch), [batch, config::SIZES]);
         Some(AddedCondition { sizes: Tensor::from_data(sizes, &pooled.device()), pooled })
     }
 }
 
-impl Sizes {
-    fn read(source: &ModelSource, unet: Option<&Unet>, kind: &Kind) -> Result<Self, ModelError> {
-        let text_width = match unet {
-            Some(unet) => unet.config().cross_attention_dim,
-            None => kind.text_width(source)?,
-        };
-        match (AutoencoderKlConfig::read(source), unet) {
-            (Ok(vae), _) => Ok(Self { channels: vae.latent_channels, factor: vae.factor(), text_width }),
-            // Given files of the denoiser alone.
-            (Err(ModelError::NotBeside { .. }), Some(unet)) => {
-                Ok(Self { channels: unet.config().in_channels, factor: PUBLISHED_FACTOR, text_width })
-            }
-            (Err(error), _) => Err(error),
+/// From the UNet where there is one, otherwise from the encoders. The UNet takes latents of any size.
+fn sizes(source: &ModelSource, parts: &Parts, kind: &Kind) -> Result<Sizes, ModelError> {
+    let (text_width, pooled_width) = match (&parts.unet, &parts.text_encoders) {
+        (Some(unet), _) => (unet.config().cross_attention_dim, unet.config().pooled_width()),
+        (None, [_, second]) => {
+            (kind.text_width(source)?, second.as_ref().map(|encoder| encoder.config().pooled_width()))
         }
-    }
+    };
+    let (latent_channels, latent_factor) = match (AutoencoderKlConfig::read(source), &parts.unet) {
+        (Ok(vae), _) => (vae.latent_channels, vae.factor()),
+        // Given files of the denoiser alone.
+        (Err(ModelError::NotBeside { .. }), Some(unet)) => (unet.config().in_channels, PUBLISHED_FACTOR),
+        (Err(error), _) => return Err(error),
+    };
+    Ok(Sizes {
+        latent_channels,
+        latent_factor,
+        division_factor: latent_factor,
+        max_side_px: MAX_SIDE_PX,
+        text_width,
+        pooled_width,
+    })
 }
 
 impl Family for StableDiffusion {
@@ -252,36 +248,12 @@ impl Family for StableDiffusion {
         self.text.length(prompt)
     }
 
-    fn text_width(&self) -> usize {
-        self.sizes.text_width
-    }
-
-    fn pooled_width(&self) -> Option<usize> {
-        match (&self.unet, &self.text_encoder_2) {
-            (Some(unet), _) => unet.config().pooled_width(),
-            (None, encoder) => encoder.as_ref().map(|encoder| encoder.config().pooled_width()),
-        }
-    }
-
     fn encode_images(&self, pixels: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.vae().encode(pixels)
     }
 
     fn decode_latents(&self, latents: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.vae().decode(latents)
-    }
-
-    fn latent_channels(&self) -> usize {
-        self.sizes.channels
-    }
-
-    fn latent_factor(&self) -> usize {
-        self.sizes.factor
-    }
-
-    /// The UNet takes latents of any size.
-    fn division_factor(&self) -> usize {
-        self.sizes.factor
     }
 
     fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {

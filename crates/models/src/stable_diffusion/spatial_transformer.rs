@@ -7,6 +7,7 @@ use fewstep_kernels::{
 };
 
 use super::config::UnetConfig;
+use crate::parts::attention::by_heads;
 use crate::parts::conv::Conv2d;
 use crate::parts::linear::Linear;
 use crate::parts::norm::{GroupNorm, LayerNorm};
@@ -197,11 +198,8 @@ impl Attention {
 
     /// Attention among the tokens themselves.
     fn among(&self, x: Tensor<3>) -> Tensor<3> {
-        let [batch, tokens, width] = x.dims();
         let projections = [&self.to_q, &self.to_k, &self.to_v].map(Linear::projection);
-        let qkv = linear_concat(x, projections)
-            .reshape([batch, tokens, 3, self.heads, width / self.heads])
-            .permute([2, 0, 3, 1, 4]); // [3, B, K, N, E]
+        let qkv = by_heads(linear_concat(x, projections), self.heads);
         self.to_out.forward(attention(qkv, AttentionOptions::default()))
     }
 

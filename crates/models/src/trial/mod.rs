@@ -101,6 +101,14 @@ pub(crate) fn clip(class: &str, activation: &str) -> Value {
     })
 }
 
+/// The config of T5's encoder, or of UMT5's; `class` is the one that its file names.
+pub(crate) fn t5(class: &str, width: usize) -> Value {
+    json!({
+        "architectures": [class], "vocab_size": Words::T5.count(), "d_model": width, "d_kv": 32,
+        "d_ff": 2 * width, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu",
+    })
+}
+
 /// The config of an autoencoder whose pixels are 8 on a side.
 pub(crate) fn autoencoder_kl(latent_channels: usize, quantizes: bool) -> Value {
     let (down, up) = (["DownEncoderBlock2D"; 4], ["UpDecoderBlock2D"; 4]);

@@ -16,6 +16,7 @@ mod trial;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use fewstep_data::image::MAX_SIDE_PX;
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::schedule::{GridRequest, Schedule, SchedulerConfig, ShiftOverride, SigmaRounding};
@@ -27,7 +28,7 @@ pub use transformer::Transformer;
 
 use self::config::Configs;
 use crate::config_file::ConfigFile;
-use crate::family::{self, AUTOENCODER, Defaults, Family, Kind as _, Settings};
+use crate::family::{self, AUTOENCODER, Defaults, Family, Kind as _, Settings, Sizes};
 use crate::footprint::{Evaluation, Workload};
 use crate::load_options::{rounded, store_weights};
 use crate::model_folder::SCHEDULER_FILE;
@@ -70,18 +71,7 @@ pub struct Wan {
     #[module(skip)]
     tokenizer: Option<T5Tokenizer>,
     #[module(skip)]
-    sizes: Sizes,
-    #[module(skip)]
     settings: Settings,
-}
-
-/// What is known of a model whichever of its components were loaded.
-#[derive(Clone, Copy, Debug)]
-struct Sizes {
-    latent_channels: usize,
-    latent_factor: usize,
-    /// J.
-    text_width: usize,
 }
 
 /// The components with weights.
@@ -146,12 +136,12 @@ impl Wan {
         };
         Ok(Self {
             tokenizer: parts.text_encoder.as_ref().map(read).transpose()?,
-            sizes: Sizes::read(source, &parts)?,
             settings: Settings {
                 scheduler: SchedulerConfig::from_json(&scheduler.text())?,
                 conventions: options.conventions.or_max_prompt_tokens(TEXT_TOKENS),
                 dtype: options.dtype,
                 components: options.components,
+                sizes: sizes(source, &parts)?,
             },
             text_encoder: parts.text_encoder,
             transformer: parts.transformer,
@@ -196,22 +186,22 @@ fn latent_frames(frames: usize) -> Result<usize, ModelError> {
     Kind.latent_frames(frames)
 }
 
-impl Sizes {
-    /// From the transformer where there is one, otherwise from the encoders.
-    fn read(source: &ModelSource, parts: &Parts) -> Result<Self, ModelError> {
-        let latent_factor = latent_factor(source)?;
-        match (&parts.transformer, &parts.text_encoder) {
-            (Some(transformer), _) => {
-                let TransformerConfig { in_channels, text_dim, .. } = *transformer.config();
-                Ok(Self { latent_channels: in_channels, latent_factor, text_width: text_dim })
-            }
-            (None, Some(encoder)) => {
-                let latent_channels = config::autoencoder(source)?.z_dim;
-                Ok(Self { latent_channels, latent_factor, text_width: encoder.config().d_model })
-            }
-            (None, None) => unreachable!("every choice of components has one of the two"),
-        }
-    }
+/// From the transformer where there is one, otherwise from the encoders.
+fn sizes(source: &ModelSource, parts: &Parts) -> Result<Sizes, ModelError> {
+    let latent_factor = latent_factor(source)?;
+    let (latent_channels, text_width) = match (&parts.transformer, &parts.text_encoder) {
+        (Some(transformer), _) => (transformer.config().in_channels, transformer.config().text_dim),
+        (None, Some(encoder)) => (config::autoencoder(source)?.z_dim, encoder.config().d_model),
+        (None, None) => unreachable!("every choice of components has one of the two"),
+    };
+    Ok(Sizes {
+        latent_channels,
+        latent_factor,
+        division_factor: latent_factor * PATCH,
+        max_side_px: MAX_SIDE_PX,
+        text_width,
+        pooled_width: None,
+    })
 }
 
 impl Family for Wan {
@@ -245,28 +235,12 @@ impl Family for Wan {
         Ok(PromptLength { found, limit, dropped: 0, states: limit })
     }
 
-    fn text_width(&self) -> usize {
-        self.sizes.text_width
-    }
-
     fn encode_images(&self, pixels: Tensor<4>, frames: usize) -> Tensor<4> {
         self.autoencoder().encode(pixels, frames)
     }
 
     fn decode_latents(&self, latents: Tensor<4>, frames: usize) -> Tensor<4> {
         self.autoencoder().decode(latents, frames)
-    }
-
-    fn latent_channels(&self) -> usize {
-        self.sizes.latent_channels
-    }
-
-    fn latent_factor(&self) -> usize {
-        self.sizes.latent_factor
-    }
-
-    fn division_factor(&self) -> usize {
-        self.sizes.latent_factor * PATCH
     }
 
     fn velocity(&self, noisy: Tensor<4>, sigma: Tensor<1>, condition: &Condition) -> Tensor<4> {

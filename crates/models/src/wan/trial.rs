@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::{AUTOENCODER, DENOISER, TEXT_ENCODER};
-use crate::trial::{Trial, Words};
+use crate::trial::{Trial, Words, t5};
 
 pub(super) fn trial() -> Trial {
     let transformer = json!({
@@ -12,15 +12,15 @@ pub(super) fn trial() -> Trial {
         "text_dim": 128, "freq_dim": 256, "ffn_dim": 512, "cross_attn_norm": true, "eps": 1e-6,
         "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
     });
-    let text_encoder = json!({
-        "architectures": ["UMT5EncoderModel"], "vocab_size": Words::T5.count(), "d_model": 128, "d_kv": 32,
-        "d_ff": 256, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu",
-    });
     let vae = json!({
         "_class_name": "AutoencoderKLWan", "base_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1,
     });
     Trial {
-        configs: vec![(TEXT_ENCODER, text_encoder), (DENOISER, transformer), (AUTOENCODER, vae)],
+        configs: vec![
+            (TEXT_ENCODER, t5("UMT5EncoderModel", 128)),
+            (DENOISER, transformer),
+            (AUTOENCODER, vae),
+        ],
         tokenizers: vec![("tokenizer", Words::T5)],
     }
 }

@@ -10,6 +10,7 @@ mod trial;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use fewstep_data::image::MAX_SIDE_PX;
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::schedule::SchedulerConfig;
 use fewstep_kernels::HalfType;
@@ -19,7 +20,7 @@ pub use transformer::Transformer;
 
 use self::config::Configs;
 use crate::config_file::ConfigFile;
-use crate::family::{self, AUTOENCODER, Defaults, Family, Settings};
+use crate::family::{self, AUTOENCODER, Defaults, Family, Settings, Sizes};
 use crate::footprint::{Evaluation, Workload};
 use crate::load_options::{rounded, store_weights};
 use crate::model_folder::SCHEDULER_FILE;
@@ -73,18 +74,7 @@ pub struct ZImage {
     #[module(skip)]
     tokenizer: Option<PromptTokenizer>,
     #[module(skip)]
-    sizes: Sizes,
-    #[module(skip)]
     settings: Settings,
-}
-
-/// What is known of a model whichever of its components were loaded.
-#[derive(Clone, Copy, Debug)]
-struct Sizes {
-    latent_channels: usize,
-    latent_factor: usize,
-    /// J.
-    text_width: usize,
 }
 
 /// The components with weights.
@@ -152,12 +142,12 @@ impl ZImage {
         };
         Ok(Self {
             tokenizer: parts.text_encoder.as_ref().map(read).transpose()?,
-            sizes: Sizes::read(source, &parts)?,
             settings: Settings {
                 scheduler: SchedulerConfig::from_json(&scheduler.text())?,
                 conventions,
                 dtype: options.dtype,
                 components: options.components,
+                sizes: sizes(source, &parts)?,
             },
             text_encoder: parts.text_encoder,
             transformer: parts.transformer,
@@ -200,22 +190,22 @@ fn template() -> PromptTemplate {
     }
 }
 
-impl Sizes {
-    /// From the transformer where there is one, otherwise from the encoders.
-    fn read(source: &ModelSource, parts: &Parts) -> Result<Self, ModelError> {
-        let latent_factor = autoencoder_kl::latent_factor(source)?;
-        match (&parts.transformer, &parts.text_encoder) {
-            (Some(transformer), _) => {
-                let TransformerConfig { in_channels, cap_feat_dim, .. } = *transformer.config();
-                Ok(Self { latent_channels: in_channels, latent_factor, text_width: cap_feat_dim })
-            }
-            (None, Some(encoder)) => {
-                let latent_channels = AutoencoderKlConfig::read(source)?.latent_channels;
-                Ok(Self { latent_channels, latent_factor, text_width: encoder.width() })
-            }
-            (None, None) => unreachable!("every choice of components has one of the two"),
-        }
-    }
+/// From the transformer where there is one, otherwise from the encoders.
+fn sizes(source: &ModelSource, parts: &Parts) -> Result<Sizes, ModelError> {
+    let latent_factor = autoencoder_kl::latent_factor(source)?;
+    let (latent_channels, text_width) = match (&parts.transformer, &parts.text_encoder) {
+        (Some(transformer), _) => (transformer.config().in_channels, transformer.config().cap_feat_dim),
+        (None, Some(encoder)) => (AutoencoderKlConfig::read(source)?.latent_channels, encoder.width()),
+        (None, None) => unreachable!("every choice of components has one of the two"),
+    };
+    Ok(Sizes {
+        latent_channels,
+        latent_factor,
+        division_factor: latent_factor * PATCH,
+        max_side_px: MAX_SIDE_PX,
+        text_width,
+        pooled_width: None,
+    })
 }
 
 impl Family for ZImage {
@@ -246,28 +236,12 @@ impl Family for ZImage {
         self.tokenizer()?.length(prompt)
     }
 
-    fn text_width(&self) -> usize {
-        self.sizes.text_width
-    }
-
     fn encode_images(&self, pixels: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.autoencoder().encode(pixels)
     }
 
     fn decode_latents(&self, latents: Tensor<4>, _frames: usize) -> Tensor<4> {
         self.autoencoder().decode(latents)
-    }
-
-    fn latent_channels(&self) -> usize {
-        self.sizes.latent_channels
-    }
-
-    fn latent_factor(&self) -> usize {
-        self.sizes.latent_factor
-    }
-
-    fn division_factor(&self) -> usize {
-        self.sizes.latent_factor * PATCH
     }
 
     /// A picture's positions follow its text's length, so that samples of other lengths are evaluated one by one.

@@ -1,5 +1,5 @@
-//! Losses, gradients and optimiser steps of the families against DiffSynth-Studio's (goldens/flux, sd15, sdxl, wan, zimage):
-//! the same recipe for all of them.
+//! Losses, gradients and optimiser steps of the families against DiffSynth-Studio's (goldens/flux, sd15, sd3, sdxl, wan,
+//! zimage): the same recipe for all of them.
 //!
 //! Of models that predict noise, the peer's losses are of the noise, from the noised picture; here they are of velocities.
 
@@ -41,8 +41,8 @@ struct Peer {
 }
 
 impl Peer {
-    fn all() -> [Self; 5] {
-        ["flux", "sd15", "sdxl", "wan", "zimage"].map(Self::new)
+    fn all() -> [Self; 6] {
+        ["flux", "sd15", "sd3", "sdxl", "wan", "zimage"].map(Self::new)
     }
 
     /// Those that predict noise.
@@ -79,7 +79,7 @@ impl Peer {
             model: golden(&format!("{family}/model")),
             dataset_base_path: base.into(),
             trainable_models: vec!["dit".into()],
-            max_prompt_tokens: ["flux", "wan"].contains(&family).then_some(64),
+            max_prompt_tokens: ["flux", "sd3", "wan"].contains(&family).then_some(64),
             ..Recipe::compatible(Compat::Diffsynth)
         };
         let init = base.join("lora_init.safetensors");

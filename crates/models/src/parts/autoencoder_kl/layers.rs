@@ -5,6 +5,7 @@ use burn::tensor::{Device, Tensor};
 use fewstep_kernels::{AttentionOptions, attention, linear_concat};
 
 use super::config::AutoencoderKlConfig;
+use crate::parts::attention::by_heads;
 use crate::parts::conv::{Conv2d, Padding, Resample};
 use crate::parts::linear::Linear;
 use crate::parts::norm::GroupNorm;
@@ -191,9 +192,7 @@ impl Attention {
         let tokens = height * width;
         let normed = self.group_norm.forward(x.clone()).reshape([batch, channels, tokens]).swap_dims(1, 2);
         let projections = [&self.to_q, &self.to_k, &self.to_v].map(Linear::projection);
-        let qkv = linear_concat(normed, projections)
-            .reshape([batch, tokens, 3, 1, channels])
-            .permute([2, 0, 3, 1, 4]); // [3, B, 1, H · W, C]
+        let qkv = by_heads(linear_concat(normed, projections), 1); // [3, B, 1, H · W, C]
         let attended = self.to_out.forward(attention(qkv, AttentionOptions::default())); // [B, H · W, C]
         attended.swap_dims(1, 2).reshape([batch, channels, height, width]) + x
     }

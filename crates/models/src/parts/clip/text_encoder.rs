@@ -6,6 +6,7 @@ use burn::tensor::{Device, Int, Tensor};
 use fewstep_kernels::{AttentionOptions, HalfType, attention, linear_concat};
 
 use super::config::ClipTextConfig;
+use crate::parts::attention::by_heads;
 use crate::parts::embedding::{Embedding, padded_ids};
 use crate::parts::linear::Linear;
 use crate::parts::norm::LayerNorm;
@@ -226,11 +227,8 @@ impl SelfAttention {
     }
 
     fn forward(&self, x: Tensor<3>, heads: usize) -> Tensor<3> {
-        let [batch, tokens, width] = x.dims();
         let projections = [&self.q_proj, &self.k_proj, &self.v_proj].map(Linear::projection);
-        let qkv = linear_concat(x, projections)
-            .reshape([batch, tokens, 3, heads, width / heads])
-            .permute([2, 0, 3, 1, 4]); // [3, B, K, T, E]
+        let qkv = by_heads(linear_concat(x, projections), heads);
         self.out_proj.forward(attention(qkv, AttentionOptions { keys: None, causal: true }))
     }
 }

@@ -7,6 +7,7 @@ use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use fewstep_kernels::{Gate, Gelu, HalfType, glu, linear_concat, rms_norm};
 
 use super::config::T5Config;
+use crate::parts::attention::by_heads;
 use crate::parts::double_stream::Scale;
 use crate::parts::embedding::{Embedding, padded_ids};
 use crate::parts::linear::Linear;
@@ -254,9 +255,7 @@ impl SelfAttention {
     ) -> Tensor<3> {
         let [batch, tokens, _] = x.dims();
         let projections = [&self.q, &self.k, &self.v].map(Linear::projection);
-        let heads = linear_concat(x, projections)
-            .reshape([batch, tokens, 3, config.num_heads, config.d_kv])
-            .permute([2, 0, 3, 1, 4]); // [3, B, K, T, E]
+        let heads = by_heads(linear_concat(x, projections), config.num_heads);
         let [query, key, value] = [0, 1, 2].map(|part| heads.clone().narrow(0, part, 1).squeeze_dim::<4>(0));
         let scores = query.matmul(key.swap_dims(2, 3)) + bias;
         let scores = match hidden {

@@ -100,12 +100,15 @@ fn joint_attention_equals_the_peers() {
             let normed = rms_norm(x.reshape([batch, tokens * heads, dim]), norm.weight.val(), EPSILON);
             normed.reshape([batch, tokens, heads, dim])
         };
-        case.check(heads(block.attn.to_q.forward(image.clone()), &block.attn.norm_q), "block0.norm_q");
+        case.check(
+            heads(block.attn.to_q.forward(image.clone()), block.attn.norm_q.as_ref().unwrap()),
+            "block0.norm_q",
+        );
         let key = block.attn.add_k_proj.forward(text.clone());
-        case.check(heads(key, &block.attn.norm_added_k), "block0.norm_added_k");
+        case.check(heads(key, block.attn.norm_added_k.as_ref().unwrap()), "block0.norm_added_k");
         let attended = block.attn.attend(Streams { image, text }, &case.shared);
         case.check(block.attn.to_out.forward(attended.image), "block0.attn_out_image");
-        case.check(block.attn.to_add_out.forward(attended.text), "block0.attn_out_text");
+        case.check(block.attn.to_add_out.as_ref().unwrap().forward(attended.text), "block0.attn_out_text");
     }
 }
 
