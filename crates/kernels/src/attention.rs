@@ -10,10 +10,10 @@ use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::matmul::{Cores, Matrix, MatrixMut, Output, multiply};
-use crate::{parallel, plain, simd};
+use crate::{plain, simd};
 
 /// Query rows whose scores exist at one time.
-const BLOCK: usize = 64;
+const BLOCK: usize = 128;
 
 /// Which keys the queries see. By default all.
 #[derive(Clone, Debug, Default)]
@@ -126,29 +126,44 @@ struct Attention {
 }
 
 impl Attention {
-    /// The output, and the log-sum-exp of each query row as `[batch, tokens, heads]`.
+    /// The output, and the log-sum-exp of each query row as `[batch, heads, queries]`.
     fn forward(&self, qkv: [&[f32]; 3]) -> (Vec<f32>, Vec<f32>) {
         let Self { batch, heads, queries, keys, dim, .. } = *self;
-        let width = heads * dim;
-        let units = parallel::units_of(batch, queries, BLOCK);
-        let mut output = unwritten(batch * queries * width);
-        let mut log_sums = unwritten(batch * queries * heads);
-        let outputs = parallel::pieces(&mut output, &units, width);
-        let sums = parallel::pieces(&mut log_sums, &units, heads);
-        units.par_iter().zip(outputs).zip(sums).with_max_len(1).for_each(|((unit, output), sums)| {
-            let rows = unit.rows.len();
-            let mut scores = unwritten(rows * keys);
-            for head in 0..heads {
-                let [query, key, value] = self.slabs(qkv, unit.sample, head);
-                self.scores(&query[unit.rows.start * dim..], key, &mut scores);
-                self.softmax(unit, &mut scores, sums.iter_mut().skip(head).step_by(heads));
-                let target = MatrixMut::strided(&mut output[head * dim..], rows, dim, width);
-                let value = Matrix::new(value, keys, dim);
-                let weights = Matrix::new(&scores, rows, keys);
-                multiply((target, Output::Overwrite), 1.0, weights, value, Cores::One);
-            }
+        let mut output = unwritten(batch * queries * heads * dim);
+        let mut log_sums = unwritten(batch * heads * queries);
+        self.pieces(&mut output, &mut log_sums).into_par_iter().with_max_len(1).for_each(|piece| {
+            let Piece { sample, head, rows, output, log_sums } = piece;
+            let mut scores = unwritten(rows.len() * keys);
+            let [query, key, value] = self.slabs(qkv, sample, head);
+            self.scores(&query[rows.start * dim..], key, &mut scores);
+            self.softmax(sample, rows.clone(), &mut scores, log_sums);
+            let (weights, value) = (Matrix::new(&scores, rows.len(), keys), Matrix::new(value, keys, dim));
+            multiply((output, Output::Overwrite), 1.0, weights, value, Cores::One);
         });
         (output, log_sums)
+    }
+
+    /// Shares output and log-sum-exps out among blocks of queries of every head.
+    fn pieces<'a>(&self, output: &'a mut [f32], log_sums: &'a mut [f32]) -> Vec<Piece<'a>> {
+        let Self { heads, queries, dim, .. } = *self;
+        let mut pieces = Vec::new();
+        let samples = output.chunks_exact_mut(queries * heads * dim);
+        for (sample, (output, log_sums)) in
+            samples.zip(log_sums.chunks_exact_mut(heads * queries)).enumerate()
+        {
+            let mut other_heads = MatrixMut::new(output, queries, heads * dim);
+            for (head, log_sums) in log_sums.chunks_exact_mut(queries).enumerate() {
+                let (mut other_rows, rest) = other_heads.split_columns(dim);
+                other_heads = rest;
+                for (block, log_sums) in log_sums.chunks_mut(BLOCK).enumerate() {
+                    let (output, rest) = other_rows.split_rows(log_sums.len());
+                    other_rows = rest;
+                    let rows = block * BLOCK..block * BLOCK + log_sums.len();
+                    pieces.push(Piece { sample, head, rows, output, log_sums });
+                }
+            }
+        }
+        pieces
     }
 
     /// Query, key and value of one head, `[tokens, dim]` each, of `[batch, heads, tokens, dim]`.
@@ -213,19 +228,14 @@ impl Attention {
         }
     }
 
-    /// Turns scores into weights, row by row.
-    fn softmax<'a>(
-        &self,
-        unit: &parallel::Unit,
-        scores: &mut [f32],
-        sums: impl Iterator<Item = &'a mut f32>,
-    ) {
-        let rows = scores.chunks_exact_mut(self.keys).zip(unit.rows.clone()).zip(sums);
+    /// Turns scores of some queries into weights, row by row.
+    fn softmax(&self, sample: usize, queries: Range<usize>, scores: &mut [f32], log_sums: &mut [f32]) {
+        let rows = scores.chunks_exact_mut(self.keys).zip(queries).zip(log_sums);
         simd::vectorized(
             #[inline(always)]
             || {
                 for ((row, query), log_sum) in rows {
-                    *log_sum = softmax_row(row, self.visible(unit.sample, query));
+                    *log_sum = softmax_row(row, self.visible(sample, query));
                 }
             },
         );
@@ -245,12 +255,21 @@ impl Attention {
                     sample,
                     qkv: self.slabs(qkv, sample, head),
                     gradient: &gradient[sample * heads * of_query + head * dim..],
-                    log_sums: &log_sums[sample * queries * heads + head..],
+                    log_sums: &log_sums[index * queries..][..queries],
                 };
                 head.backward(query, key, value);
             },
         );
     }
+}
+
+/// Some queries of one head of one sample, for the forward.
+struct Piece<'a> {
+    sample: usize,
+    head: usize,
+    rows: Range<usize>,
+    output: MatrixMut<'a>,
+    log_sums: &'a mut [f32],
 }
 
 /// Weights of one row; gives its log-sum-exp.
@@ -287,7 +306,7 @@ struct Head<'a> {
     qkv: [&'a [f32]; 3],
     /// Of the output, from this head's first column on; rows are `heads · dim` apart.
     gradient: &'a [f32],
-    /// From this head's first column on; rows are `heads` apart.
+    /// Of each query.
     log_sums: &'a [f32],
 }
 
@@ -322,7 +341,7 @@ impl Head<'_> {
 
     /// The weights again, and the gradient of the unscaled scores `q kᵀ`.
     fn score_gradients(&self, rows: Range<usize>, weights: &mut [f32], scores: &mut [f32]) {
-        let Attention { heads, keys, dim, .. } = *self.attention;
+        let Attention { keys, dim, .. } = *self.attention;
         let scale = self.attention.scale();
         self.attention.scores(&self.qkv[0][rows.start * dim..], self.qkv[1], weights);
         let value = Matrix::new(self.qkv[2], keys, dim).transposed();
@@ -340,7 +359,7 @@ impl Head<'_> {
             || {
                 for ((weights, scores), query) in lines {
                     let visible = self.attention.visible(self.sample, query);
-                    score_gradient_row(weights, scores, visible, self.log_sums[query * heads], scale);
+                    score_gradient_row(weights, scores, visible, self.log_sums[query], scale);
                 }
             },
         );

@@ -55,7 +55,7 @@ pub(crate) fn units(batch: usize, rows: usize, width: usize) -> Vec<Unit> {
 }
 
 /// Cuts `batch` samples of `rows` rows each into units of at most `step` rows, in order.
-pub(crate) fn units_of(batch: usize, rows: usize, step: usize) -> Vec<Unit> {
+fn units_of(batch: usize, rows: usize, step: usize) -> Vec<Unit> {
     (0..batch)
         .flat_map(|sample| {
             (0..rows).step_by(step).map(move |start| Unit { sample, rows: start..rows.min(start + step) })

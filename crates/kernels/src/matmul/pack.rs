@@ -169,7 +169,7 @@ fn copy<S: Simd>(_: S, source: &[f32], target: &mut [f32]) {
 
 /// Whether a left factor's rows are read as they lie.
 #[inline(always)]
-fn lies_in_rows(left: Matrix) -> bool {
+pub(super) fn lies_in_rows(left: Matrix) -> bool {
     left.shape.column_stride == 1
 }
 
