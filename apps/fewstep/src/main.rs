@@ -10,7 +10,6 @@ use fewstep::{
 
 fn main() -> ExitCode {
     fewstep_kernels::tune_allocator();
-    fewstep_kernels::join_thread_pool();
     outlive_file_limit();
     let (cli, matches) = Cli::parse();
     let terminal = Terminal::new(false);

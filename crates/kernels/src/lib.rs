@@ -51,7 +51,6 @@ pub use group_norm::{GroupNorm, group_norm};
 pub use inject::inject;
 pub use linear::{LowRank, Projection, linear, linear_concat};
 pub use norm::{Modulation, norm_modulate, rms_norm};
-pub use parallel::join_thread_pool;
 pub use quantized::Quantized;
 pub use recompute::recomputed;
 pub use residual::gated_residual;

@@ -9,22 +9,6 @@ use rayon::prelude::*;
 
 use crate::simd;
 
-/// Makes the calling thread one of rayon's.
-///
-/// Otherwise it hands every operation over to them and sleeps until they are done. Call this once, first thing in the
-/// application. With one thread alone nothing is changed: whatever waits for that thread would wait forever while it
-/// waits itself.
-pub fn join_thread_pool() {
-    let alone = std::env::var("RAYON_NUM_THREADS").map_or_else(
-        |_| std::thread::available_parallelism().is_ok_and(|threads| threads.get() == 1),
-        |threads| threads == "1",
-    );
-    if !alone {
-        // Where a pool exists already, it stays as it is.
-        let _ = rayon::ThreadPoolBuilder::new().use_current_thread().build_global();
-    }
-}
-
 /// Elements of one piece of work: small enough for the second-level cache, large enough to hide rayon's overhead.
 const PIECE: usize = 16 * 1024;
 
