@@ -108,3 +108,17 @@ fn a_pndm_scheduler_brings_its_solver() {
     let found = generate(ModelSource::from(folder.path()), &request("sd15", name));
     assert_run(&numbers("sd15"), ("sd15", name), &found, scale);
 }
+
+#[test]
+fn old_files_of_the_scheduler_are_taken_as_diffusers_takes_them() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    copy_folder(&golden("sd15/model"), folder.path(), &|_| true);
+    let path = folder.path().join("scheduler/scheduler_config.json");
+    let mut config: Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).expect("read")).expect("JSON");
+    (config["steps_offset"], config["clip_sample"]) = (0.into(), true.into());
+    std::fs::write(&path, config.to_string()).expect("written");
+    let request = request("sd15", "ddim_s4_cfg1");
+    let found = generate(ModelSource::from(folder.path()), &request);
+    assert_tensors_close(found.latents, generate(source("sd15"), &request).latents, 0.0);
+}
