@@ -122,3 +122,17 @@ fn old_files_of_the_scheduler_are_taken_as_diffusers_takes_them() {
     let found = generate(ModelSource::from(folder.path()), &request);
     assert_tensors_close(found.latents, generate(source("sd15"), &request).latents, 0.0);
 }
+
+#[test]
+fn a_unet_with_a_list_for_what_is_one_number_is_refused_by_name() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    copy_folder(&golden("sd15/model"), folder.path(), &|_| true);
+    let path = folder.path().join("unet/config.json");
+    let mut config: Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).expect("read")).expect("JSON");
+    config["layers_per_block"] = vec![1, 2, 2, 1].into();
+    std::fs::write(&path, config.to_string()).expect("written");
+    let error = Pipeline::from_pretrained(ModelSource::from(folder.path()), PipelineOptions::default());
+    let error = error.expect_err("lists are not supported").to_string();
+    assert!(error.contains("layers_per_block is [1,2,2,1], expected one number"), "{error}");
+}
