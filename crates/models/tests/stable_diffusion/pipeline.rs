@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use fewstep_flow::diffusion::scale;
-use fewstep_models::{Generated, ModelSource, Pipeline, PipelineOptions, Request};
+use fewstep_models::{Conventions, Generated, ModelSource, Peer, Pipeline, PipelineOptions, Request};
 use fewstep_testkit::{Golden, assert_close, assert_tensors_close, copy_folder, golden};
 use serde_json::Value;
 
@@ -121,6 +121,24 @@ fn old_files_of_the_scheduler_are_taken_as_diffusers_takes_them() {
     let request = request("sd15", "ddim_s4_cfg1");
     let found = generate(ModelSource::from(folder.path()), &request);
     assert_tensors_close(found.latents, generate(source("sd15"), &request).latents, 0.0);
+}
+
+#[test]
+fn guidance_below_one_is_off_in_diffusers_alone() {
+    let latents = |peer, cfg_scale| {
+        let mut options = PipelineOptions::default();
+        options.load.conventions = Conventions::of(peer);
+        let pipeline = Pipeline::from_pretrained(source("sd15"), options).expect("the golden model loads");
+        pipeline
+            .generate(&Request { cfg_scale, ..request("sd15", "ddim_s4_cfg1") })
+            .expect("it draws")
+            .latents
+    };
+    assert_tensors_close(latents(Some(Peer::Diffusers), 0.5), latents(Some(Peer::Diffusers), 1.0), 0.0);
+    for peer in [None, Some(Peer::Diffsynth)] {
+        let change: f32 = (latents(peer, 0.5) - latents(peer, 1.0)).abs().max().into_scalar();
+        assert!(change > 1e-3, "{peer:?}: {change}");
+    }
 }
 
 #[test]
