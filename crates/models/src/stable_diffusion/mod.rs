@@ -18,7 +18,7 @@ mod unet;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_data::image::MAX_SIDE_PX;
-use fewstep_flow::diffusion::{DiffusionConfig, NoiseTable, preserving, scale};
+use fewstep_flow::diffusion::{DiffusionConfig, NoiseTable, preserving};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::schedule::SchedulerConfig;
 use fewstep_kernels::HalfType;
@@ -280,7 +280,7 @@ impl Family for StableDiffusion {
     }
 
     fn finish(&self, state: Tensor<4>, sigma: f32) -> Tensor<4> {
-        state / scale(sigma)
+        state / self.diffusion().end_scale(sigma)
     }
 
     fn recomputes_blocks_mut(&mut self) -> Option<&mut bool> {
