@@ -72,8 +72,8 @@ pub struct GenerateArgs {
     /// with, otherwise the model's usual one]
     #[arg(long, value_parser = guidance)]
     pub embedded_guidance: Option<f32>,
-    /// Integrator: euler, heun, plms (PNDM's) or unipc [default: euler; plms and unipc of models whose scheduler is PNDM or
-    /// UniPC; a few-step student is trained and drawn with euler]
+    /// Integrator: euler, heun, ddim, plms (PNDM's), plms-angular or unipc [default: euler; of models whose scheduler is
+    /// DDIM, PNDM or UniPC, that scheduler's; a few-step student is trained and drawn with euler]
     #[arg(long, value_parser = solver)]
     pub solver: Option<Solver>,
     /// Picture height in pixels

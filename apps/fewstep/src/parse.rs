@@ -68,10 +68,12 @@ pub fn weight_type(text: &str) -> Result<WeightType, String> {
     }
 }
 
-/// `euler`, `heun` or `plms`.
+/// A name of [`SOLVERS`].
 pub fn solver(text: &str) -> Result<Solver, String> {
     let known = SOLVERS.iter().find(|(name, _)| *name == text);
-    known.map(|(_, solver)| *solver).ok_or_else(|| "expected euler, heun, plms or unipc".into())
+    known
+        .map(|(_, solver)| *solver)
+        .ok_or_else(|| "expected euler, heun, ddim, plms, plms-angular or unipc".into())
 }
 
 /// `cpu`; other devices are named but not built in.

@@ -24,9 +24,23 @@ const MAX_END: f32 = 0.05;
 ///
 /// A student is trained for one grid. It is stored with data sets and weights as a plain list of numbers; equality is
 /// exact, and [`SigmaGrid::agrees_with`] forgives last bits.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Grids of published schedulers may also know what these do beside it; Euler's steps, and so students, have no use for
+/// that, and it is neither stored nor compared.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(try_from = "Vec<f32>", into = "Vec<f32>")]
-pub struct SigmaGrid(Vec<f32>);
+pub struct SigmaGrid {
+    levels: Vec<f32>,
+    /// Where the steps of [`crate::Solver::Ddim`] end; none where they end at the next level.
+    landings: Vec<f32>,
+    /// What networks are told at the steps' starts by [`crate::Solver::UniPc`]; none where it follows from the level.
+    told: Vec<f32>,
+}
+
+impl PartialEq for SigmaGrid {
+    fn eq(&self, other: &Self) -> bool {
+        self.levels == other.levels
+    }
+}
 
 impl SigmaGrid {
     /// A grid of given levels, the final one included.
@@ -52,7 +66,7 @@ impl SigmaGrid {
         if !(0.0..MAX_END).contains(&sigmas[length - 1]) {
             return Err(bad(length - 1, "0, or at most 0.05, at the end"));
         }
-        Ok(Self(sigmas))
+        Ok(Self { levels: sigmas, landings: Vec::new(), told: Vec::new() })
     }
 
     /// Equal steps from 1 to 0.
@@ -64,19 +78,50 @@ impl SigmaGrid {
         Self::new((0..=steps).map(|k| 1.0 - k as f32 / steps as f32).collect())
     }
 
+    /// The same with the sigmas that the steps of [`crate::Solver::Ddim`] end at, before the next one takes the state for
+    /// one of its own level.
+    ///
+    /// # Panics
+    /// If there are not as many as steps.
+    pub(crate) fn with_landings(self, landings: Vec<f32>) -> Self {
+        assert_eq!(landings.len(), self.steps(), "a landing for each step");
+        Self { landings, ..self }
+    }
+
+    /// The same with the sigmas that networks are told by [`crate::Solver::UniPc`].
+    ///
+    /// # Panics
+    /// If there are not as many as steps.
+    pub(crate) fn with_told(self, told: Vec<f32>) -> Self {
+        assert_eq!(told.len(), self.steps(), "one for each step");
+        Self { told, ..self }
+    }
+
+    /// Where the step to a level ends, if not there.
+    pub(crate) fn landing_before(&self, next: f32) -> Option<f32> {
+        let step = self.levels.iter().position(|level| *level == next)?.checked_sub(1)?;
+        self.landings.get(step).copied().filter(|landing| *landing != next)
+    }
+
+    /// What is told of a level, if something else.
+    pub(crate) fn told_at(&self, sigma: f32) -> Option<f32> {
+        let step = self.levels.iter().position(|level| *level == sigma)?;
+        self.told.get(step).copied()
+    }
+
     /// Number of steps, one less than of levels.
     pub fn steps(&self) -> usize {
-        self.0.len() - 1
+        self.levels.len() - 1
     }
 
     /// The level that the last step leads to.
     pub fn end(&self) -> f32 {
-        self.0[self.0.len() - 1]
+        self.levels[self.levels.len() - 1]
     }
 
     /// All levels, the final one included.
     pub fn as_slice(&self) -> &[f32] {
-        &self.0
+        &self.levels
     }
 
     /// Whether these are the same levels, however their formula was rounded to f32 (by [`crate::schedule::SigmaRounding`]
@@ -85,12 +130,12 @@ impl SigmaGrid {
         // A few roundings of numbers below 1, of 6e-8 each.
         const LAST_BITS: f32 = 1e-6;
         let near = |(ours, theirs): (&f32, &f32)| (ours - theirs).abs() <= LAST_BITS;
-        self.0.len() == levels.len() && self.0.iter().zip(levels).all(near)
+        self.levels.len() == levels.len() && self.levels.iter().zip(levels).all(near)
     }
 
     /// Start and end of every step, in order.
     pub fn pairs(&self) -> impl DoubleEndedIterator<Item = (f32, f32)> + ExactSizeIterator + '_ {
-        self.0.windows(2).map(|pair| (pair[0], pair[1]))
+        self.levels.windows(2).map(|pair| (pair[0], pair[1]))
     }
 }
 
@@ -104,7 +149,7 @@ impl TryFrom<Vec<f32>> for SigmaGrid {
 
 impl From<SigmaGrid> for Vec<f32> {
     fn from(grid: SigmaGrid) -> Self {
-        grid.0
+        grid.levels
     }
 }
 

@@ -7,6 +7,7 @@
 use burn::tensor::Tensor;
 
 use crate::SigmaGrid;
+use crate::diffusion::{Prediction, scale};
 use crate::unipc::UniPc;
 
 /// How one step of the grid is taken.
@@ -22,6 +23,12 @@ pub enum Solver {
     /// Runge-Kutta warm-up): one velocity per step and two in the first, which remembers nothing. For sampling alone: a
     /// few-step student is trained on, and runs, Euler's steps. A step from pure noise is Euler's too.
     Plms,
+    /// The same of what angular models predict, which diffusers' PNDM foretells in the place of the noise.
+    PlmsAngular,
+    /// DDIM's steps where a scheduler's timesteps are not as far apart as it thinks (diffusers' `timestep_spacing` linspace
+    /// or trailing): each ends where an equal part of all timesteps would, and the next takes the state for one of its
+    /// own level. For sampling alone; Euler's where a grid knows no such ends.
+    Ddim,
     /// UniPC, the multi-step predictor and corrector of second order (arXiv 2302.04867): one velocity per step. For
     /// sampling alone, as [`Solver::Plms`].
     UniPc,
@@ -31,11 +38,14 @@ pub enum Solver {
 const TRAINING_TIMESTEPS: f64 = 1000.0;
 
 impl Solver {
-    /// The sigma that a network is told at a state of `sigma`. UniPC's scheduler in the peer hands on whole training
-    /// timesteps, rounded down, while it computes with the sigma itself.
-    pub fn told(self, sigma: f32) -> f32 {
+    /// The sigma that a network is told at a state of `sigma` on a grid. UniPC's scheduler in the peer hands on whole
+    /// training timesteps, rounded down, while it computes with the sigma itself.
+    pub fn told(self, grid: &SigmaGrid, sigma: f32) -> f32 {
         if self != Self::UniPc {
             return sigma;
+        }
+        if let Some(told) = grid.told_at(sigma) {
+            return told;
         }
         let timestep = f64::from(sigma) * TRAINING_TIMESTEPS;
         let nearest = timestep.round();
@@ -82,10 +92,9 @@ pub fn trajectory<const D: usize>(
 #[derive(Debug, Clone)]
 pub struct Stepper<const D: usize> {
     solver: Solver,
-    /// The end of the grid.
-    end: f32,
-    /// The noise that the last steps have found in their states, the newest last. Of [`Solver::Plms`].
-    noises: Vec<Tensor<D>>,
+    grid: SigmaGrid,
+    /// The noise, or what the network predicted, of the last steps, the newest last. Of [`Solver::Plms`].
+    predictions: Vec<Tensor<D>>,
     /// Of [`Solver::UniPc`].
     unipc: UniPc<D>,
 }
@@ -93,7 +102,7 @@ pub struct Stepper<const D: usize> {
 impl<const D: usize> Stepper<D> {
     /// A run that has not begun.
     pub fn new(solver: Solver, grid: &SigmaGrid) -> Self {
-        Self { solver, end: grid.end(), noises: Vec::new(), unipc: UniPc::new() }
+        Self { solver, grid: grid.clone(), predictions: Vec::new(), unipc: UniPc::new() }
     }
 
     /// The next step, from a state at the first sigma of a pair of the grid to the second.
@@ -106,28 +115,41 @@ impl<const D: usize> Stepper<D> {
         (sigma, next): (f32, f32),
         mut velocity: impl FnMut(Tensor<D>, f32) -> Tensor<D>,
     ) -> Tensor<D> {
-        let is_last = next == self.end;
+        let is_last = next == self.grid.end();
         if self.solver == Solver::UniPc {
             return self.unipc.step(state, (sigma, next), is_last, velocity);
         }
         let slope = velocity(state.clone(), sigma);
         let slope = match self.solver {
             Solver::Euler => slope,
+            Solver::Ddim => return self.landed(state, slope, (sigma, next)),
             Solver::Heun if is_last => slope,
             Solver::Heun => {
                 let predicted = state.clone() + slope.clone() * (next - sigma);
                 (slope + velocity(predicted, next)) * 0.5
             }
-            Solver::Plms => self.multistep(&state, slope, (sigma, next), velocity),
+            Solver::Plms => self.multistep(Prediction::Noise, &state, slope, (sigma, next), velocity),
+            Solver::PlmsAngular => {
+                self.multistep(Prediction::Angular, &state, slope, (sigma, next), velocity)
+            }
             Solver::UniPc => unreachable!("it makes its states by itself"),
         };
         state + slope * (next - sigma)
     }
 
-    /// The slope of the line to the noise that the last four steps foretell, Adams and Bashforth's. The first step, which
-    /// remembers nothing, takes the mean of the noise at both of its ends.
+    /// Euler's step to where the grid says it ends, seen as a variance-preserving state of the next level.
+    fn landed(&self, state: Tensor<D>, slope: Tensor<D>, (sigma, next): (f32, f32)) -> Tensor<D> {
+        match self.grid.landing_before(next) {
+            None => state + slope * (next - sigma),
+            Some(landing) => (state + slope * (landing - sigma)) * (scale(next) / scale(landing)),
+        }
+    }
+
+    /// The slope that the predictions of the last four steps foretell, Adams and Bashforth's. The first step, which
+    /// remembers nothing, takes the mean of the predictions at both of its ends.
     fn multistep(
         &mut self,
+        kind: Prediction,
         state: &Tensor<D>,
         slope: Tensor<D>,
         (sigma, next): (f32, f32),
@@ -136,26 +158,25 @@ impl<const D: usize> Stepper<D> {
         if sigma == 1.0 {
             return slope; // all of the state is noise there, whatever the slope
         }
-        let noise_of =
-            |state: &Tensor<D>, slope: Tensor<D>, sigma: f32| state.clone() + slope * (1.0 - sigma);
-        self.noises.drain(..self.noises.len().saturating_sub(3));
-        self.noises.push(noise_of(state, slope.clone(), sigma));
-        let noise = match self.noises.as_slice() {
-            [noise] if next == self.end => noise.clone(),
-            [noise] => {
-                let predicted = state.clone() + slope * (next - sigma);
-                let slope_there = velocity(predicted.clone(), next);
-                (noise.clone() + noise_of(&predicted, slope_there, next)) * 0.5
+        self.predictions.drain(..self.predictions.len().saturating_sub(3));
+        self.predictions.push(kind.of_velocity(slope.clone(), state, sigma));
+        let foretold = match self.predictions.as_slice() {
+            [only] if next == self.grid.end() => only.clone(),
+            [only] => {
+                let there = state.clone() + slope * (next - sigma);
+                let slope_there = velocity(there.clone(), next);
+                (only.clone() + kind.of_velocity(slope_there, &there, next)) * 0.5
             }
-            noises => {
-                let weighted = noises.iter().rev().zip(adams_bashforth(noises.len()));
+            predictions => {
+                let weighted = predictions.iter().rev().zip(adams_bashforth(predictions.len()));
                 weighted
-                    .map(|(noise, weight)| noise.clone() * *weight)
-                    .reduce(|sum, noise| sum + noise)
+                    .map(|(prediction, weight)| prediction.clone() * *weight)
+                    .reduce(|sum, prediction| sum + prediction)
                     .expect("two or more")
             }
         };
-        (noise - state.clone()) / (1.0 - sigma)
+        let sigmas = Tensor::full([state.dims()[0]], sigma, &state.device());
+        kind.velocity(foretold, state.clone(), sigmas)
     }
 }
 
@@ -217,12 +238,13 @@ mod tests {
 
     #[test]
     fn unipc_tells_whole_timesteps_rounded_down() {
-        let told = |sigma| Solver::UniPc.told(sigma) * 1000.0;
+        let grid = SigmaGrid::uniform(1).unwrap();
+        let told = |sigma| Solver::UniPc.told(&grid, sigma) * 1000.0;
         // diffusers' of 4 steps with a shift of 3.
         let found = [0.999_999, 0.900_119_96, 0.750_374_8, 0.500_999].map(told);
         assert_close(&found, &[999.0, 900.0, 750.0, 500.0], 1e-4);
         assert_close(&[told(0.667)], &[667.0], 1e-4);
-        assert_eq!(Solver::Euler.told(0.123_456), 0.123_456);
+        assert_eq!(Solver::Euler.told(&grid, 0.123_456), 0.123_456);
     }
 
     #[test]

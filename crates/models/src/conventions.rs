@@ -51,8 +51,14 @@ pub const DECODE_RANGES: [(&str, DecodeRange); 2] =
 pub const ROUNDINGS: [(&str, Rounding); 2] =
     [("nearest", Rounding::Nearest), ("truncate", Rounding::Truncate)];
 /// Names of solvers.
-pub const SOLVERS: [(&str, Solver); 4] =
-    [("euler", Solver::Euler), ("heun", Solver::Heun), ("plms", Solver::Plms), ("unipc", Solver::UniPc)];
+pub const SOLVERS: [(&str, Solver); 6] = [
+    ("euler", Solver::Euler),
+    ("heun", Solver::Heun),
+    ("ddim", Solver::Ddim),
+    ("plms", Solver::Plms),
+    ("plms-angular", Solver::PlmsAngular),
+    ("unipc", Solver::UniPc),
+];
 /// Names of [`Conventions::sigma_rounding`].
 pub const SIGMA_ROUNDINGS: [(&str, SigmaRounding); 2] =
     [("diffusers", SigmaRounding::Diffusers), ("diffsynth", SigmaRounding::Diffsynth)];

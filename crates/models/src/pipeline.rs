@@ -10,7 +10,7 @@ use fewstep_flow::schedule::{GridRequest, ShiftOverride};
 use fewstep_flow::{SigmaGrid, Solver};
 
 use crate::sampling::{Guidance, sample_latents, sample_trajectory};
-use crate::{Condition, Denoiser, Extent, LoadOptions, Model, ModelError, ModelSource, Student, lora};
+use crate::{Condition, Denoiser, Extent, LoadOptions, Model, ModelError, ModelSource, Peer, Student, lora};
 
 /// A LoRA file and how strongly it is applied.
 #[derive(Clone, Debug, PartialEq)]
@@ -247,7 +247,9 @@ impl Pipeline {
             condition.with_embedded_guidance(embedded_guidance).with_frames(num_frames)
         };
         let condition = told(self.model.encode_prompts(&prompts)?);
-        if cfg_scale == 1.0 {
+        // diffusers takes less than 1 as off too.
+        let is_off = cfg_scale < 1.0 && self.model.conventions().peer == Some(Peer::Diffusers);
+        if cfg_scale == 1.0 || is_off {
             return Ok(Guidance::off(condition));
         }
         let negatives: Vec<String> = requests.iter().map(|request| request.negative_prompt.clone()).collect();

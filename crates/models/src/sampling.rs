@@ -118,7 +118,7 @@ fn states(
     noise: Tensor<4>,
     guidance: &Guidance,
 ) -> impl Iterator<Item = Tensor<4>> {
-    let velocity = move |noisy, sigma| guided_velocity(denoiser, noisy, solver.told(sigma), guidance);
+    let velocity = move |noisy, sigma| guided_velocity(denoiser, noisy, solver.told(grid, sigma), guidance);
     states_along(denoiser, solver, grid, noise, velocity)
 }
 

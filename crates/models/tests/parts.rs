@@ -65,6 +65,66 @@ fn clip_tokens_equal_the_peers_and_are_padded_as_each_tokenizer_says() {
     }
 }
 
+/// What transformers 5 writes of a tokenizer in the place of `vocab.json` and `merges.txt`.
+fn whole_tokenizer(folder: &std::path::Path) -> Value {
+    let read = |name: &str| std::fs::read_to_string(folder.join(name)).expect("read");
+    let vocabulary: Value = serde_json::from_str(&read("vocab.json")).expect("JSON");
+    let merges = read("merges.txt");
+    let merges: Vec<&str> = merges.lines().filter(|line| !line.starts_with("#version")).collect();
+    let token = |content: &str, normalized: bool| {
+        serde_json::json!({
+            "id": vocabulary[content], "content": content, "normalized": normalized, "special": true,
+            "single_word": false, "lstrip": false, "rstrip": false,
+        })
+    };
+    let words =
+        r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [token("<|startoftext|>", true), token("<|endoftext|>", false)],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "NFC"},
+            {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "},
+            {"type": "Lowercase"},
+        ]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": words}, "behavior": "Removed", "invert": true},
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        ]},
+        "post_processor": {
+            "type": "RobertaProcessing", "trim_offsets": false, "add_prefix_space": false,
+            "sep": ["<|endoftext|>", vocabulary["<|endoftext|>"]],
+            "cls": ["<|startoftext|>", vocabulary["<|startoftext|>"]],
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": "<|endoftext|>", "continuing_subword_prefix": "",
+            "end_of_word_suffix": "</w>", "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": vocabulary, "merges": merges,
+        },
+    })
+}
+
+#[test]
+fn clip_tokens_of_a_tokenizer_in_one_file_are_the_same() {
+    let temporary = tempfile::tempdir().expect("a temporary folder");
+    let folder = temporary.path();
+    copy_folder(&golden("sd15/model/tokenizer"), folder, &|_| true);
+    std::fs::write(folder.join("tokenizer.json"), whole_tokenizer(folder).to_string()).expect("written");
+    for name in ["vocab.json", "merges.txt"] {
+        std::fs::remove_file(folder.join(name)).expect("removed");
+    }
+    let tokenizer = ClipTokenizer::read(folder.to_owned()).expect("one file is enough");
+    for row in tokens("sd15") {
+        let prompt = row["prompt"].as_str().expect("text").to_owned();
+        let found = tokenizer.encode(std::slice::from_ref(&prompt)).expect("it can be tokenised");
+        assert_eq!(found, [ids(&row["clip"])], "{prompt}");
+    }
+    std::fs::remove_file(folder.join("tokenizer.json")).expect("removed");
+    let error = ClipTokenizer::read(folder.to_owned()).expect_err("nothing is left").to_string();
+    assert!(error.contains("vocab.json is missing"), "{error}");
+}
+
 #[test]
 fn clip_tokens_are_counted_without_marks_and_cut_before_the_end() {
     let tokenizer = tokenizer("sd15", "tokenizer");

@@ -125,7 +125,8 @@ impl DiffusionConfig {
     pub fn table(&self) -> NoiseTable {
         let betas = [self.beta_start, self.beta_end];
         let mut variances = clean_variances(self.beta_schedule, betas, self.num_train_timesteps);
-        if self.rescale_betas_zero_snr {
+        // diffusers' PNDM knows no such key.
+        if self.rescale_betas_zero_snr && self.class != Class::Pndm {
             to_zero_terminal_snr(&mut variances);
             if self.class == Class::Euler {
                 // Its levels are s/a, which must be finite.
@@ -137,9 +138,11 @@ impl DiffusionConfig {
 
     /// The solver that a published pipeline with this config has.
     pub fn solver(&self) -> Solver {
-        match self.class {
-            Class::Ddim | Class::Euler => Solver::Euler,
-            Class::Pndm => Solver::Plms,
+        match (self.class, self.spacing(), self.prediction_type) {
+            (Class::Ddim, TimestepSpacing::Linspace | TimestepSpacing::Trailing, _) => Solver::Ddim,
+            (Class::Ddim | Class::Euler, ..) => Solver::Euler,
+            (Class::Pndm, _, Prediction::Angular) => Solver::PlmsAngular,
+            (Class::Pndm, ..) => Solver::Plms,
         }
     }
 
@@ -154,6 +157,15 @@ impl DiffusionConfig {
         }
     }
 
+    /// What the last state of a run is divided by to be its latents, at the last sigma of its grid: Euler's scheduler has
+    /// states x₀ + σ·e, the others variance-preserving ones.
+    pub fn end_scale(&self, sigma: f32) -> f32 {
+        match self.class {
+            Class::Euler => 1.0 - sigma,
+            Class::Ddim | Class::Pndm => scale(sigma),
+        }
+    }
+
     /// The grid of a run: the timesteps of the published pipeline, or DiffSynth's, which are equally far from the last
     /// timestep to the first, whatever the config says.
     ///
@@ -163,16 +175,48 @@ impl DiffusionConfig {
     pub fn grid(&self, request: &GridRequest) -> Result<SigmaGrid, FlowError> {
         self.check_request(request)?;
         let table = self.table();
-        let (timesteps, end) = match request.rounding {
-            SigmaRounding::Diffusers => (self.timesteps(request), self.end(&table)),
-            SigmaRounding::Diffsynth => (self.diffsynth_timesteps(request), 0.0),
+        let levels = |timesteps: Vec<f64>, end: f32| {
+            let mut sigmas: Vec<f32> = timesteps.into_iter().map(|timestep| table.sigma(timestep)).collect();
+            // A step from the first timestep to itself changes nothing and is not taken.
+            if sigmas.last() != Some(&end) {
+                sigmas.push(end);
+            }
+            SigmaGrid::new(sigmas)
         };
-        let mut sigmas: Vec<f32> = timesteps.into_iter().map(|timestep| table.sigma(timestep)).collect();
-        // A step from the first timestep to itself changes nothing and is not taken.
-        if sigmas.last() != Some(&end) {
-            sigmas.push(end);
+        match (request.rounding, self.class) {
+            (SigmaRounding::Diffsynth, _) => levels(self.diffsynth_timesteps(request), 0.0),
+            (SigmaRounding::Diffusers, Class::Euler) => levels(self.timesteps(request), self.end(&table)),
+            (SigmaRounding::Diffusers, Class::Ddim | Class::Pndm) => {
+                let timesteps = self.timesteps(request);
+                let mut landings = self.landings(&timesteps, request, &table);
+                let grid = levels(timesteps, landings[landings.len() - 1])?;
+                landings.truncate(grid.steps());
+                self.check_landings(&landings, &grid)?;
+                Ok(grid.with_landings(landings))
+            }
         }
-        SigmaGrid::new(sigmas)
+    }
+
+    /// Where diffusers' steps from these timesteps end: an equal part of all timesteps further, wherever the next is.
+    fn landings(&self, timesteps: &[f64], request: &GridRequest, table: &NoiseTable) -> Vec<f32> {
+        let distance = (self.num_train_timesteps / request.num_inference_steps) as f64;
+        let landing = |timestep: &f64| match timestep - distance {
+            before if before < 0.0 => self.end(table),
+            before => table.sigma(before),
+        };
+        timesteps.iter().map(landing).collect()
+    }
+
+    /// PNDM's steps are followed where each ends at the next one's start.
+    fn check_landings(&self, landings: &[f32], grid: &SigmaGrid) -> Result<(), FlowError> {
+        let is_next = landings.iter().zip(&grid.as_slice()[1..]).all(|(landing, next)| landing == next);
+        if self.class != Class::Pndm || is_next {
+            return Ok(());
+        }
+        let found = format!("{:?} with {} steps", self.spacing(), grid.steps()).to_lowercase();
+        let expected = "leading, or trailing with a number of steps that divides num_train_timesteps (PNDM with steps \
+                        of other lengths is not implemented)";
+        Err(FlowError::Field { field: "timestep_spacing".into(), found, expected: expected.into() })
     }
 
     /// Every training timestep, the last one first; all weigh alike.
@@ -248,30 +292,40 @@ impl DiffusionConfig {
     }
 
     fn check(&self) -> Result<(), FlowError> {
-        let only = [
-            ("trained_betas", Value::Null),
-            ("clip_sample", false.into()),
-            ("thresholding", false.into()),
-            ("skip_prk_steps", true.into()),
-            ("use_karras_sigmas", false.into()),
-            ("use_exponential_sigmas", false.into()),
-            ("use_beta_sigmas", false.into()),
-            ("interpolation_type", "linear".into()),
-            ("timestep_type", "discrete".into()),
-            ("sigma_min", Value::Null),
-            ("sigma_max", Value::Null),
+        use Class::{Ddim, Euler, Pndm};
+        // Each with the classes that read it; the others' schedulers ignore it.
+        let only: [(&str, Value, &[Class]); 11] = [
+            ("trained_betas", Value::Null, &[Ddim, Pndm, Euler]),
+            ("clip_sample", false.into(), &[Ddim]),
+            ("thresholding", false.into(), &[Ddim]),
+            ("skip_prk_steps", true.into(), &[Pndm]),
+            ("use_karras_sigmas", false.into(), &[Euler]),
+            ("use_exponential_sigmas", false.into(), &[Euler]),
+            ("use_beta_sigmas", false.into(), &[Euler]),
+            ("interpolation_type", "linear".into(), &[Euler]),
+            ("timestep_type", "discrete".into(), &[Euler]),
+            ("sigma_min", Value::Null, &[Euler]),
+            ("sigma_max", Value::Null, &[Euler]),
         ];
         let absent = |field| match (self.class, field) {
-            (Class::Ddim, "clip_sample") => Some(Value::from(true)),
-            (Class::Pndm, "skip_prk_steps") => Some(Value::from(false)),
+            (Ddim, "clip_sample") => Some(Value::from(true)),
+            (Pndm, "skip_prk_steps") => Some(Value::from(false)),
             _ => None,
         };
-        for (field, expected) in only {
+        for (field, expected, _) in only.into_iter().filter(|(.., classes)| classes.contains(&self.class)) {
             let found = self.other.get(field).cloned().or_else(|| absent(field));
             if let Some(found) = found.filter(|found| *found != expected) {
                 let expected = format!("{expected} (anything else is not implemented)");
                 return Err(FlowError::Field { field: field.into(), found: found.to_string(), expected });
             }
+        }
+        if self.class == Class::Pndm && self.prediction_type == Prediction::Clean {
+            let expected = "epsilon or v_prediction, as PNDM has it".into();
+            return Err(FlowError::Field {
+                field: "prediction_type".into(),
+                found: "sample".into(),
+                expected,
+            });
         }
         self.check_ranges()
     }

@@ -59,6 +59,27 @@ impl Prediction {
         }
     }
 
+    /// What a network has predicted where a state of one level for all has this velocity: the inverse of
+    /// [`Self::velocity`].
+    ///
+    /// # Shapes
+    /// `velocity`, `noisy` and the result: `[B, …]`, equal.
+    pub fn of_velocity<const D: usize>(
+        self,
+        velocity: Tensor<D>,
+        noisy: &Tensor<D>,
+        sigma: f32,
+    ) -> Tensor<D> {
+        match self {
+            Self::Noise => noisy.clone() + velocity * (1.0 - sigma),
+            Self::Angular => {
+                let scale = scale(sigma);
+                velocity * scale + noisy.clone() * ((1.0 - 2.0 * sigma) / scale)
+            }
+            Self::Clean => noisy.clone() - velocity * sigma,
+        }
+    }
+
     /// The weight of a velocity's squared error at which all levels count alike in what the network predicts.
     pub fn loss_weight(self, sigma: f32) -> f32 {
         match self {

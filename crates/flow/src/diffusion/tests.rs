@@ -237,6 +237,76 @@ fn every_spacing_takes_diffusers_timesteps() {
     assert_close(&of("linspace", 4), &[999.0, 666.0, 333.0], 0.0);
 }
 
+/// The last state of a run, as diffusers leaves it, of the network of [`rollout`].
+fn last_state(config: &DiffusionConfig, steps: usize) -> Tensor<4> {
+    let device = Device::flex();
+    let grid = config.grid(&GridRequest::new(steps, 0)).unwrap();
+    let mut seed = 11;
+    let start = latent_noise(seed, [1, 4, 3, 3], &device) * config.start_scale(grid.as_slice()[0]);
+    let state = sample(config.solver(), &grid, start, |state, sigma| {
+        seed += 1;
+        let predicted = latent_noise(seed, [1, 4, 3, 3], &device);
+        config.prediction_type.velocity(predicted, state, Tensor::from_floats([sigma], &device))
+    });
+    state / config.end_scale(grid.end())
+}
+
+#[track_caller]
+fn assert_last_state(config: &DiffusionConfig, steps: usize, key: &str) {
+    let goldens = Golden::open(golden("schedulers/spacings.safetensors"));
+    let expected: Tensor<4> = goldens.tensor(key, &Device::flex());
+    let largest: f32 = expected.clone().abs().max().into_scalar();
+    // Last bits of a few steps through states of up to 60.
+    assert_tensors_close(last_state(config, steps), expected, 1e-5 * largest.max(1.0));
+}
+
+#[test]
+fn ddim_steps_end_where_diffusers_ends_them_and_not_at_the_next_timestep() {
+    for spacing in ["linspace", "trailing"] {
+        for (name, one) in [("one", true), ("first", false)] {
+            for steps in [4, 7] {
+                let changes = json!({"timestep_spacing": spacing, "set_alpha_to_one": one});
+                let config = config("ddim", "DDIMScheduler", &changes);
+                assert_last_state(&config, steps, &format!("ddim.{spacing}.{name}.n{steps}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn pndm_foretells_what_the_network_predicts() {
+    for kind in ["epsilon", "v_prediction"] {
+        // A key that diffusers' class does not know.
+        let changes =
+            json!({"prediction_type": kind, "skip_prk_steps": true, "rescale_betas_zero_snr": true});
+        let config = config("ddim", "PNDMScheduler", &changes);
+        for steps in [2, 6] {
+            assert_last_state(&config, steps, &format!("pndm.{kind}.n{steps}"));
+        }
+    }
+}
+
+#[test]
+fn pndm_with_steps_of_other_lengths_is_refused_by_name() {
+    let changes = json!({"timestep_spacing": "trailing", "skip_prk_steps": true});
+    let config = config("ddim", "PNDMScheduler", &changes);
+    assert!(config.grid(&GridRequest::new(4, 0)).is_ok());
+    let error = config.grid(&GridRequest::new(7, 0)).unwrap_err().to_string();
+    assert!(error.contains("timestep_spacing: found trailing with 7 steps, expected leading"), "{error}");
+}
+
+#[test]
+fn euler_leaves_the_noise_beside_the_whole_picture() {
+    let config = config("euler", "EulerDiscreteScheduler", &json!({"final_sigmas_type": "sigma_min"}));
+    assert_last_state(&config, 4, "euler.sigma_min.n4");
+}
+
+#[test]
+fn keys_of_other_classes_are_ignored_as_diffusers_ignores_them() {
+    let changes = json!({"clip_sample": true, "skip_prk_steps": false, "thresholding": true});
+    config("euler", "EulerDiscreteScheduler", &changes);
+}
+
 #[test]
 fn a_lower_strength_starts_later() {
     let strength = |rounding| {
@@ -260,6 +330,11 @@ fn what_cannot_be_followed_is_refused_by_name() {
         ("PNDMScheduler", json!({"skip_prk_steps": false}), "skip_prk_steps: found false, expected true"),
         ("EulerDiscreteScheduler", json!({"use_karras_sigmas": true}), "use_karras_sigmas: found true"),
         ("EulerDiscreteScheduler", json!({"num_train_timesteps": 1}), "num_train_timesteps: found 1"),
+        (
+            "PNDMScheduler",
+            json!({"prediction_type": "sample"}),
+            "prediction_type: found sample, expected epsilon",
+        ),
         ("DDIMScheduler", json!({"prediction_type": "flow"}), "unknown variant `flow`"),
     ] {
         let message = refusal(class, changes);

@@ -135,8 +135,8 @@ impl FlowMatchConfig {
             (
                 "num_train_timesteps",
                 self.num_train_timesteps.to_string(),
-                self.num_train_timesteps > 0,
-                "at least 1",
+                self.num_train_timesteps == TRAINING_TIMESTEPS,
+                "1000 (networks are told thousandths)",
             ),
             (
                 "shift_terminal",
@@ -178,6 +178,9 @@ impl From<Allowed> for Value {
         }
     }
 }
+
+/// Training timesteps of every flow-matching model that is published: networks are told sigma times as many.
+pub(super) const TRAINING_TIMESTEPS: u32 = 1000;
 
 /// The class that is read.
 pub(super) const CLASS: &str = "FlowMatchEulerDiscreteScheduler";
@@ -226,6 +229,10 @@ mod tests {
         assert!(refusal("shift", (-1.0).into()).contains("shift: found -1, expected a positive number"));
         assert!(refusal("shift_terminal", 1.0.into()).contains("shift_terminal: found 1"));
         assert!(refusal("max_image_seq_len", 256.into()).contains("max_image_seq_len: found 256"));
+        assert!(
+            refusal("num_train_timesteps", 500.into())
+                .contains("num_train_timesteps: found 500, expected 1000")
+        );
         assert!(refusal("num_train_timesteps", "many".into()).contains("invalid type: string \"many\""));
     }
 }

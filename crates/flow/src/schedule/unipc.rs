@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::config::refused;
-use super::{GridRequest, Schedule, Shift, Spacing};
+use super::config::{TRAINING_TIMESTEPS, refused};
+use super::{GridRequest, Schedule, Shift, SigmaRounding, Spacing};
 use crate::{FlowError, SigmaGrid};
 
 /// The class that is read.
@@ -54,7 +54,30 @@ impl UniPcConfig {
             shift: Shift::Factor(self.flow_shift),
             terminal: self.shift_terminal,
         };
-        schedule.grid(request)
+        let grid = schedule.grid(request)?;
+        let is_own = request.shift.is_none() && request.denoising_strength == 1.0;
+        match is_own && request.rounding == SigmaRounding::Diffusers {
+            true => Ok(grid.with_told(self.told(lowest, request.num_inference_steps))),
+            false => Ok(grid),
+        }
+    }
+
+    /// The whole timesteps that the peer hands on, in its arithmetic, as thousandths: what f64 leaves below a whole number
+    /// is rounded down too.
+    fn told(&self, lowest: f64, steps: usize) -> Vec<f32> {
+        let distance = (lowest - 1.0) / steps as f64;
+        let shifted = |step: usize| {
+            let level = step as f64 * distance + 1.0;
+            self.flow_shift * level / (1.0 + (self.flow_shift - 1.0) * level)
+        };
+        let last = 1.0 - shifted(steps - 1);
+        let stretched = |level: f64| match self.shift_terminal {
+            Some(terminal) if last > 0.0 => 1.0 - (1.0 - level) / (last / (1.0 - terminal)),
+            _ => level,
+        };
+        let below_one = |level: f64| if (level - 1.0).abs() < 1e-6 { level - 1e-6 } else { level };
+        let all = f64::from(self.num_train_timesteps);
+        (0..steps).map(|step| ((below_one(stretched(shifted(step))) * all).floor() / all) as f32).collect()
     }
 
     fn check(&self) -> Result<(), FlowError> {
@@ -67,8 +90,9 @@ impl UniPcConfig {
         if !(self.flow_shift > 0.0 && self.flow_shift.is_finite()) {
             return Err(refused("flow_shift", self.flow_shift, "a positive number"));
         }
-        if self.num_train_timesteps == 0 {
-            return Err(refused("num_train_timesteps", 0, "at least 1"));
+        if self.num_train_timesteps != TRAINING_TIMESTEPS {
+            let found = self.num_train_timesteps;
+            return Err(refused("num_train_timesteps", found, "1000 (networks are told thousandths)"));
         }
         match self.shift_terminal {
             Some(terminal) if !(terminal > 0.0 && terminal < 1.0) => {
@@ -120,6 +144,23 @@ mod tests {
     }
 
     #[test]
+    fn networks_are_told_the_whole_timesteps_of_the_peer() {
+        // diffusers 0.42: f64 has 333.99999999999994 and 99.99999999999998 where f32 has 334 and 100.
+        for (shift, terminal, expected) in [
+            (1.0, Value::Null, vec![999.0, 833.0, 667.0, 500.0, 333.0, 167.0]),
+            (3.0, json!(0.1), vec![999.0, 819.0, 549.0, 99.0]),
+        ] {
+            let mut config = published(shift);
+            config["shift_terminal"] = terminal;
+            let config = UniPcConfig::from_value(config).unwrap();
+            let grid = config.grid(&GridRequest::new(expected.len(), 77)).unwrap();
+            let told = |sigma: &f32| crate::Solver::UniPc.told(&grid, *sigma) * 1000.0;
+            let found: Vec<f32> = grid.as_slice()[..expected.len()].iter().map(told).collect();
+            assert_close(&found, &expected, 1e-4);
+        }
+    }
+
+    #[test]
     fn what_cannot_be_followed_is_refused_by_name() {
         for (field, value, expected) in [
             ("solver_order", json!(3), "solver_order: found 3, expected 2 (anything else"),
@@ -130,6 +171,7 @@ mod tests {
             ),
             ("use_flow_sigmas", json!(false), "use_flow_sigmas: found false, expected true"),
             ("disable_corrector", json!([0]), "disable_corrector: found [0], expected []"),
+            ("num_train_timesteps", json!(500), "num_train_timesteps: found 500, expected 1000"),
             ("flow_shift", json!(-1.0), "flow_shift: found -1, expected a positive number"),
             (
                 "shift_terminal",

@@ -17,3 +17,4 @@ pub(crate) mod single_stream;
 pub(crate) mod t5;
 pub(crate) mod timestep;
 pub(crate) mod video_autoencoder;
+pub(crate) mod whole_tokenizer;

@@ -17,10 +17,16 @@ use crate::weights::{KeyMap, load, unfilled};
 use crate::{Condition, ModelError, ModelSource, WeightType};
 
 /// The published files hold the vision tower and an output head too. Folders written by transformers 4.52 and
-/// later may nest both towers in `model.`.
+/// later may nest both towers in `model.`; one that was saved as a language model without a head has no `model.`.
 pub(crate) const KEYS: KeyMap = KeyMap {
     prefix: "model.",
-    aliases: &[("model.language_model.", "model."), ("model.visual.", "visual.")],
+    aliases: &[
+        ("model.language_model.", "model."),
+        ("model.visual.", "visual."),
+        ("embed_tokens.", "model.embed_tokens."),
+        ("layers.", "model.layers."),
+        ("norm.", "model.norm."),
+    ],
     ignored: &["visual.", "lm_head."],
     ..KeyMap::PLAIN
 };

@@ -17,6 +17,7 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use super::config::PromptTemplate;
 use crate::config_file::read_json;
+use crate::parts::whole_tokenizer::{WHOLE, read_whole};
 use crate::{ModelError, ModelSource, PromptLength};
 
 /// The pre-tokenisation of Qwen2 (digits one by one), from transformers' `Qwen2Tokenizer`.
@@ -27,9 +28,6 @@ const CONFIG: &str = "tokenizer_config.json";
 
 /// Where older files list them, without their properties.
 const ADDED: &str = "added_tokens.json";
-
-/// Everything in one file: all there is in folders that transformers 5 writes.
-const WHOLE: &str = "tokenizer.json";
 
 /// Wraps prompts in the template and tokenises them.
 #[derive(Clone, Debug)]
@@ -153,18 +151,6 @@ fn check_special<'a>(
             Err(ModelError::Tokenizer { path: folder.to_owned(), reason })
         }
     }
-}
-
-/// Reads a tokenizer that is one file.
-fn read_whole(folder: &Path) -> Result<Tokenizer, ModelError> {
-    let path = folder.join(WHOLE);
-    bounded::open(&path, bounded::MAX_TEXT_BYTES).map_err(ModelError::io(&path))?;
-    let read = Tokenizer::from_file(&path).and_then(|mut tokenizer| {
-        // Prompts are cut and padded here.
-        tokenizer.with_truncation(None)?.with_padding(None);
-        Ok(tokenizer)
-    });
-    read.map_err(|error| ModelError::Config { path, reason: error.to_string() })
 }
 
 /// Builds the tokenizer from the published files: vocab.json, merges.txt, tokenizer_config.json.

@@ -215,6 +215,11 @@ fn check_variant(json: &Value) -> Result<(), String> {
         ("time_embedding_type", json!("positional")),
         ("timestep_post_act", Value::Null),
     ];
+    for name in ["layers_per_block", "cross_attention_dim"] {
+        if json.get(name).is_some_and(|found| !found.is_u64()) {
+            return Err(format!("{name} is {}, expected one number for all blocks", json[name]));
+        }
+    }
     let same = |found: &Value, expected: &Value| match (found.as_f64(), expected.as_f64()) {
         (Some(found), Some(expected)) => found == expected,
         _ => found == expected,

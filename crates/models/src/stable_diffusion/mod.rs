@@ -18,7 +18,7 @@ mod unet;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use fewstep_data::image::MAX_SIDE_PX;
-use fewstep_flow::diffusion::{DiffusionConfig, NoiseTable, preserving, scale};
+use fewstep_flow::diffusion::{DiffusionConfig, NoiseTable, preserving};
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::schedule::SchedulerConfig;
 use fewstep_kernels::HalfType;
@@ -145,8 +145,7 @@ impl StableDiffusion {
         parts: Parts,
         options: &LoadOptions,
     ) -> Result<Self, ModelError> {
-        let scheduler = ConfigFile::shared(source, SCHEDULER_FILE, kind.scheduler)?;
-        let scheduler = SchedulerConfig::from_json(&scheduler.text())?;
+        let scheduler = scheduler(kind, source)?;
         let table = scheduler.diffusion()?.table();
         let text = TextEncoders::read(kind, source, &parts.text_encoders, &options.conventions)?;
         let conventions =
@@ -192,6 +191,16 @@ impl StableDiffusion {
         let sizes = TensorData::new(sizes.repeat(batch), [batch, config::SIZES]);
         Some(AddedCondition { sizes: Tensor::from_data(sizes, &pooled.device()), pooled })
     }
+}
+
+/// The schedule, with what diffusers' pipeline of Stable Diffusion 1 and 2 takes in the place of values that old files have.
+fn scheduler(kind: &Kind, source: &ModelSource) -> Result<SchedulerConfig, ModelError> {
+    let mut file = ConfigFile::shared(source, SCHEDULER_FILE, kind.scheduler)?;
+    if !kind.xl && file.json.is_object() {
+        file.json["steps_offset"] = 1.into();
+        file.json["clip_sample"] = false.into();
+    }
+    Ok(SchedulerConfig::from_json(&file.text())?)
 }
 
 /// From the UNet where there is one, otherwise from the encoders. The UNet takes latents of any size.
@@ -271,7 +280,7 @@ impl Family for StableDiffusion {
     }
 
     fn finish(&self, state: Tensor<4>, sigma: f32) -> Tensor<4> {
-        state / scale(sigma)
+        state / self.diffusion().end_scale(sigma)
     }
 
     fn recomputes_blocks_mut(&mut self) -> Option<&mut bool> {

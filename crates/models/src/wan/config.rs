@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{AUTOENCODER, DENOISER, FRAMES_PER_LATENT, TEXT_ENCODER};
+use super::{AUTOENCODER, DENOISER, FRAMES_PER_LATENT, PUBLISHED_FACTOR, TEXT_ENCODER, published};
 use crate::config_file::ConfigFile;
 use crate::parts::double_stream::Heads;
 use crate::parts::patches::PATCH;
@@ -19,6 +19,7 @@ pub(super) struct Configs {
 
 impl Configs {
     pub(super) fn read(source: &ModelSource) -> Result<Self, ModelError> {
+        check_index(source)?;
         let file = ConfigFile::of_component(source, DENOISER)?;
         let transformer = TransformerConfig::of(&file)?;
         let (text_encoder, vae) = (text_encoder(source)?, autoencoder(source)?);
@@ -35,6 +36,21 @@ impl Configs {
     }
 }
 
+/// Refuses lists of components of models that draw otherwise than Wan 2.1's.
+pub(super) fn check_index(source: &ModelSource) -> Result<(), ModelError> {
+    let file = ConfigFile::shared(source, "model_index.json", published::MODEL_INDEX)?;
+    let none = [Value::Null, Value::Bool(false), json!([null, null])];
+    let asks = |name: &&&str| file.json.get(**name).is_some_and(|found| !none.contains(found));
+    match ["transformer_2", "boundary_ratio", "expand_timesteps"].iter().find(asks) {
+        None => Ok(()),
+        Some(name) => Err(file.error(format!(
+            "{name} is {}, expected none: Wan 2.2's models of two transformers, or of a time for each token, are not \
+             supported",
+            file.json[*name]
+        ))),
+    }
+}
+
 /// The text encoder's config, UMT5's.
 pub(super) fn text_encoder(source: &ModelSource) -> Result<T5Config, ModelError> {
     T5Config::read(source, TEXT_ENCODER)
@@ -45,12 +61,25 @@ pub(super) fn autoencoder(source: &ModelSource) -> Result<VideoAutoencoderConfig
     let file = ConfigFile::of_component(source, AUTOENCODER)?;
     file.check_class(AUTOENCODER, file.class_name(), &["AutoencoderKLWan"])?;
     let config = VideoAutoencoderConfig::of(&file)?;
-    match config.frames_per_latent() {
-        FRAMES_PER_LATENT => Ok(config),
-        found => Err(file.error(format!(
+    let found = config.frames_per_latent();
+    if found != FRAMES_PER_LATENT {
+        return Err(file.error(format!(
             "temperal_downsample makes one latent frame of {found}, expected {FRAMES_PER_LATENT}"
-        ))),
+        )));
     }
+    // What the peer's pipeline goes by; with another number it draws latents of another size than the autoencoder's.
+    for (name, default, expected) in [
+        ("scale_factor_spatial", PUBLISHED_FACTOR, config.factor()),
+        ("scale_factor_temporal", FRAMES_PER_LATENT, config.frames_per_latent()),
+    ] {
+        let found = file.json.get(name).map_or_else(|| json!(default), Value::clone);
+        if found != json!(expected) {
+            return Err(file.error(format!(
+                "{name} is {found}, expected {expected}, which temperal_downsample makes of it"
+            )));
+        }
+    }
+    Ok(config)
 }
 
 /// `transformer/config.json` of class `WanTransformer3DModel`.

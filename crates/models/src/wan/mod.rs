@@ -128,6 +128,7 @@ impl Wan {
     }
 
     fn with_parts(source: &ModelSource, parts: Parts, options: &LoadOptions) -> Result<Self, ModelError> {
+        config::check_index(source)?;
         let scheduler = ConfigFile::shared(source, SCHEDULER_FILE, published::SCHEDULER)?;
         let read = |encoder: &T5Encoder| -> Result<T5Tokenizer, ModelError> {
             let tokenizer = T5Tokenizer::read(source.tokenizer(TOKENIZER)?)?;

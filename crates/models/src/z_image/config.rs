@@ -105,7 +105,7 @@ impl TransformerConfig {
             ("in_channels", self.in_channels, ranges::WIDTH),
             ("dim", self.dim, ranges::WIDTH),
             ("n_layers", self.n_layers, ranges::LAYERS),
-            ("n_refiner_layers", self.n_refiner_layers, ranges::LAYERS),
+            ("n_refiner_layers", self.n_refiner_layers, 0..=*ranges::LAYERS.end()),
             ("n_heads", self.n_heads, ranges::WIDTH),
             ("cap_feat_dim", self.cap_feat_dim, ranges::WIDTH),
         ])?;

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use fewstep_flow::diffusion::scale;
-use fewstep_models::{Generated, ModelSource, Pipeline, PipelineOptions, Request};
+use fewstep_models::{Conventions, Generated, ModelSource, Peer, Pipeline, PipelineOptions, Request};
 use fewstep_testkit::{Golden, assert_close, assert_tensors_close, copy_folder, golden};
 use serde_json::Value;
 
@@ -107,4 +107,50 @@ fn a_pndm_scheduler_brings_its_solver() {
     let name = "pndm_s6_cfg1";
     let found = generate(ModelSource::from(folder.path()), &request("sd15", name));
     assert_run(&numbers("sd15"), ("sd15", name), &found, scale);
+}
+
+#[test]
+fn old_files_of_the_scheduler_are_taken_as_diffusers_takes_them() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    copy_folder(&golden("sd15/model"), folder.path(), &|_| true);
+    let path = folder.path().join("scheduler/scheduler_config.json");
+    let mut config: Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).expect("read")).expect("JSON");
+    (config["steps_offset"], config["clip_sample"]) = (0.into(), true.into());
+    std::fs::write(&path, config.to_string()).expect("written");
+    let request = request("sd15", "ddim_s4_cfg1");
+    let found = generate(ModelSource::from(folder.path()), &request);
+    assert_tensors_close(found.latents, generate(source("sd15"), &request).latents, 0.0);
+}
+
+#[test]
+fn guidance_below_one_is_off_in_diffusers_alone() {
+    let latents = |peer, cfg_scale| {
+        let mut options = PipelineOptions::default();
+        options.load.conventions = Conventions::of(peer);
+        let pipeline = Pipeline::from_pretrained(source("sd15"), options).expect("the golden model loads");
+        pipeline
+            .generate(&Request { cfg_scale, ..request("sd15", "ddim_s4_cfg1") })
+            .expect("it draws")
+            .latents
+    };
+    assert_tensors_close(latents(Some(Peer::Diffusers), 0.5), latents(Some(Peer::Diffusers), 1.0), 0.0);
+    for peer in [None, Some(Peer::Diffsynth)] {
+        let change: f32 = (latents(peer, 0.5) - latents(peer, 1.0)).abs().max().into_scalar();
+        assert!(change > 1e-3, "{peer:?}: {change}");
+    }
+}
+
+#[test]
+fn a_unet_with_a_list_for_what_is_one_number_is_refused_by_name() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    copy_folder(&golden("sd15/model"), folder.path(), &|_| true);
+    let path = folder.path().join("unet/config.json");
+    let mut config: Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).expect("read")).expect("JSON");
+    config["layers_per_block"] = vec![1, 2, 2, 1].into();
+    std::fs::write(&path, config.to_string()).expect("written");
+    let error = Pipeline::from_pretrained(ModelSource::from(folder.path()), PipelineOptions::default());
+    let error = error.expect_err("lists are not supported").to_string();
+    assert!(error.contains("layers_per_block is [1,2,2,1], expected one number"), "{error}");
 }

@@ -240,6 +240,25 @@ fn configs_that_cannot_be_followed_say_why() {
             "in_channels is 36 and out_channels 16, expected the same",
         ),
         (
+            "model_index.json",
+            "transformer_2",
+            vec!["diffusers", "WanTransformer3DModel"].into(),
+            "transformer_2 is [\"diffusers\",\"WanTransformer3DModel\"], expected none",
+        ),
+        ("model_index.json", "expand_timesteps", true.into(), "expand_timesteps is true, expected none"),
+        (
+            "vae/config.json",
+            "scale_factor_spatial",
+            Value::from(16),
+            "scale_factor_spatial is 16, expected 8, which temperal_downsample makes of it",
+        ),
+        (
+            "vae/config.json",
+            "scale_factor_temporal",
+            Value::from(8),
+            "scale_factor_temporal is 8, expected 4",
+        ),
+        (
             "transformer/config.json",
             "image_dim",
             Value::from(1280),

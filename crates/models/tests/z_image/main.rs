@@ -8,7 +8,7 @@ use fewstep_models::z_image::Transformer;
 use fewstep_models::{
     Condition, Denoiser, LoadOptions, Model, ModelSource, Pipeline, PipelineOptions, Request, WeightType,
 };
-use fewstep_testkit::{Golden, assert_close, assert_tensors_close, golden, values};
+use fewstep_testkit::{Golden, assert_close, assert_tensors_close, copy_folder, golden, values};
 use serde_json::Value;
 
 /// Absolute, on unit-scale activations; the f32 rounding of the peers was measured at 1.2e-6.
@@ -54,6 +54,33 @@ fn text_states_before_the_last_layer_equal_the_peers_in_a_batch() {
         let expected: Tensor<2> = golden.tensor(&format!("p{row}.cap"), &Device::flex());
         assert_relatively_close(found.text.squeeze_dim::<2>(0), expected);
     }
+}
+
+#[test]
+fn a_text_encoder_that_was_saved_without_the_name_of_its_model_is_the_same() {
+    let temporary = tempfile::tempdir().unwrap();
+    copy_folder(&golden("zimage/model"), temporary.path(), &|_| true);
+    let file = temporary.path().join("text_encoder/model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let renamed = tensors.iter().map(|(key, tensor)| (key.strip_prefix("model.").unwrap(), tensor));
+    std::fs::write(&file, safetensors::serialize(renamed, None).unwrap()).unwrap();
+    let source = ModelSource::from(temporary.path());
+    let found = Model::from_pretrained(&source, &LoadOptions::default()).unwrap();
+    let text = |model: Model| values(model.encode_prompts(&prompts()).unwrap().text);
+    assert_eq!(text(found), text(model()));
+}
+
+#[test]
+fn a_transformer_may_do_without_refiners() {
+    let temporary = tempfile::tempdir().unwrap();
+    copy_folder(&golden("zimage/model"), temporary.path(), &|_| true);
+    let path = temporary.path().join("transformer/config.json");
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    config["n_refiner_layers"] = 0.into();
+    std::fs::write(&path, config.to_string()).unwrap();
+    let source = ModelSource::from(temporary.path());
+    assert!(Model::outline(&source, &LoadOptions::default()).is_ok());
 }
 
 #[test]

@@ -18,11 +18,14 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use crate::ModelError;
 use crate::config_file::read_json;
+use crate::parts::whole_tokenizer::{WHOLE, read_whole};
 
 /// What words are: from transformers' `CLIPTokenizer`.
 const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 /// What the last token of a word ends in.
 const END_OF_WORD: &str = "</w>";
+const VOCABULARY: &str = "vocab.json";
+const MERGES: &str = "merges.txt";
 const CONFIG: &str = "tokenizer_config.json";
 /// Longest row of tokens where the config says none: CLIP's.
 const LONGEST: usize = 77;
@@ -88,13 +91,16 @@ impl Special {
 }
 
 impl ClipTokenizer {
-    /// Reads a tokenizer's folder: `vocab.json`, `merges.txt` and `tokenizer_config.json`.
+    /// Reads a tokenizer's folder: `vocab.json` and `merges.txt`, or in their place `tokenizer.json`, and
+    /// `tokenizer_config.json`.
     ///
     /// # Errors
     /// If a file is missing or damaged, or lacks a token.
     pub fn read(folder: PathBuf) -> Result<Self, ModelError> {
         let error = |reason: String| ModelError::Tokenizer { path: folder.clone(), reason };
-        for name in ["vocab.json", "merges.txt", CONFIG] {
+        let is_whole = !folder.join(VOCABULARY).is_file() && folder.join(WHOLE).is_file();
+        let files: &[&str] = if is_whole { &[CONFIG] } else { &[VOCABULARY, MERGES, CONFIG] };
+        for name in files {
             let path = folder.join(name);
             if !path.is_file() {
                 return Err(error(format!("{name} is missing")));
@@ -106,9 +112,13 @@ impl ClipTokenizer {
         if length < 3 {
             return Err(error(format!("model_max_length is {length}, expected at least 3")));
         }
-        let tokenizer = build(&folder, &config).map_err(error)?;
+        let tokenizer = match is_whole {
+            true => read_whole(&folder)?,
+            false => build(&folder, &config).map_err(error)?,
+        };
         let id = |token: &Special| {
-            let missing = || error(format!("vocab.json has no token {:?}", token.content()));
+            let file = if is_whole { WHOLE } else { VOCABULARY };
+            let missing = || error(format!("{file} has no token {:?}", token.content()));
             tokenizer.token_to_id(token.content()).ok_or_else(missing)
         };
         let (start, end, padding) = (id(&config.bos_token)?, id(&config.eos_token)?, id(&config.pad_token)?);
@@ -185,7 +195,7 @@ impl ClipTokenizer {
 /// Builds the tokenizer of a folder.
 fn build(folder: &Path, config: &Config) -> Result<Tokenizer, String> {
     let file = |name: &str| folder.join(name).to_string_lossy().into_owned();
-    let bpe = BPE::from_file(&file("vocab.json"), &file("merges.txt")).end_of_word_suffix(END_OF_WORD.into());
+    let bpe = BPE::from_file(&file(VOCABULARY), &file(MERGES)).end_of_word_suffix(END_OF_WORD.into());
     let bpe = bpe.build().map_err(|reason| format!("vocab.json or merges.txt: {reason}"))?;
     let mut tokenizer = Tokenizer::new(bpe);
     // What no token stands for would be left out of prompts without a word.

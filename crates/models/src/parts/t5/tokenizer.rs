@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use fewstep_data::bounded;
 use tokenizers::Tokenizer;
 
 use crate::ModelError;
+use crate::parts::whole_tokenizer::{WHOLE, read_whole};
 
-const WHOLE: &str = "tokenizer.json";
 const END: &str = "</s>";
 const PADDING: &str = "<pad>";
 
@@ -51,17 +50,7 @@ impl T5Tokenizer {
     /// If its file is missing or damaged, or lacks a token.
     pub fn read(folder: PathBuf) -> Result<Self, ModelError> {
         let error = |reason: String| ModelError::Tokenizer { path: folder.clone(), reason };
-        let path = folder.join(WHOLE);
-        if !path.is_file() {
-            return Err(error(format!("{WHOLE} is missing")));
-        }
-        bounded::open(&path, bounded::MAX_TEXT_BYTES).map_err(ModelError::io(&path))?;
-        let read = Tokenizer::from_file(&path).and_then(|mut tokenizer| {
-            // Prompts are cut and padded here.
-            tokenizer.with_truncation(None)?.with_padding(None);
-            Ok(tokenizer)
-        });
-        let tokenizer = read.map_err(|error| ModelError::Config { path, reason: error.to_string() })?;
+        let tokenizer = read_whole(&folder)?;
         let id = |token: &str| {
             tokenizer.token_to_id(token).ok_or_else(|| error(format!("{WHOLE} has no token {token}")))
         };
