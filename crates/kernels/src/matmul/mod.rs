@@ -144,6 +144,11 @@ impl<'a> Product<'a> {
         Self { into, start: Output::Overwrite, scale: 1.0, terms: vec![(left, right)] }
     }
 
+    fn multiplications(&self) -> usize {
+        let depth: usize = self.terms.iter().map(|(left, _)| left.shape.columns).sum();
+        self.into.shape.rows * self.into.shape.columns * depth
+    }
+
     fn check(&self) {
         let c = self.into.shape;
         if let Output::Row(row) = self.start {
@@ -166,6 +171,8 @@ pub(crate) fn multiply(into: (MatrixMut, Output), scale: f32, left: Matrix, righ
 
 /// Products that do not depend on each other, in one parallel loop.
 pub(crate) fn multiply_all(products: Vec<Product>, cores: Cores) {
+    let multiplications: usize = products.iter().map(Product::multiplications).sum();
+    let cores = if multiplications < SHARED_FROM { Cores::One } else { cores };
     let threads = match cores {
         Cores::One => 1,
         Cores::All => rayon::current_num_threads(),
@@ -185,6 +192,9 @@ pub(crate) fn multiply_all(products: Vec<Product>, cores: Cores) {
         Cores::All => pieces.into_par_iter().with_max_len(1).for_each(work),
     }
 }
+
+/// Multiplications from which on it pays to wake other cores: a few tens of microseconds on one.
+const SHARED_FROM: usize = 1 << 20;
 
 /// The most rows of a piece: what is packed for it should be used often.
 const PIECE_ROWS: usize = 1024;
