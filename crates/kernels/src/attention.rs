@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
-use crate::matmul::{Cores, Matrix, MatrixMut, Output, multiply};
+use crate::matmul::{Matrix, MatrixMut, Output, multiply};
 use crate::{plain, simd};
 
 /// Query rows whose scores exist at one time.
@@ -138,7 +138,7 @@ impl Attention {
             self.scores(&query[rows.start * dim..], key, &mut scores);
             self.softmax(sample, rows.clone(), &mut scores, log_sums);
             let (weights, value) = (Matrix::new(&scores, rows.len(), keys), Matrix::new(value, keys, dim));
-            multiply((output, Output::Overwrite), 1.0, weights, value, Cores::One);
+            multiply((output, Output::Overwrite), 1.0, weights, value);
         });
         (output, log_sums)
     }
@@ -208,7 +208,7 @@ impl Attention {
         let query = Matrix::new(query, rows, self.dim);
         let key = Matrix::new(key, self.keys, self.dim).transposed();
         let scores = MatrixMut::new(scores, rows, self.keys);
-        multiply((scores, Output::Overwrite), self.scale(), query, key, Cores::One);
+        multiply((scores, Output::Overwrite), self.scale(), query, key);
     }
 
     fn scale(&self) -> f32 {
@@ -325,11 +325,11 @@ impl Head<'_> {
             let queries = Matrix::new(&self.qkv[0][start * dim..], count, dim);
             let keys = Matrix::new(self.qkv[1], seen, dim);
             let into = MatrixMut::new(&mut query[start * dim..], count, dim);
-            multiply((into, Output::Overwrite), 1.0, scores, keys, Cores::One);
+            multiply((into, Output::Overwrite), 1.0, scores, keys);
             let into = MatrixMut::new(key, seen, dim);
-            multiply((into, mode), 1.0, scores.transposed(), queries, Cores::One);
+            multiply((into, mode), 1.0, scores.transposed(), queries);
             let into = MatrixMut::new(value, seen, dim);
-            multiply((into, mode), 1.0, weights.transposed(), self.output_gradient(start, count), Cores::One);
+            multiply((into, mode), 1.0, weights.transposed(), self.output_gradient(start, count));
             mode = Output::Accumulate;
         }
     }
@@ -346,13 +346,7 @@ impl Head<'_> {
         self.attention.scores(&self.qkv[0][rows.start * dim..], self.qkv[1], weights);
         let value = Matrix::new(self.qkv[2], keys, dim).transposed();
         let into = MatrixMut::new(scores, rows.len(), keys);
-        multiply(
-            (into, Output::Overwrite),
-            1.0,
-            self.output_gradient(rows.start, rows.len()),
-            value,
-            Cores::One,
-        );
+        multiply((into, Output::Overwrite), 1.0, self.output_gradient(rows.start, rows.len()), value);
         let lines = weights.chunks_exact_mut(keys).zip(scores.chunks_exact_mut(keys)).zip(rows);
         simd::vectorized(
             #[inline(always)]

@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
-use crate::matmul::{Cores, Matrix, MatrixMut, Output, multiply};
+use crate::matmul::{Matrix, MatrixMut, Output, multiply};
 use crate::plain;
 
 /// Numbers of an unfolded piece: half of a usual second-level cache.
@@ -159,7 +159,7 @@ impl Convolution {
         let mut unfolded = unwritten(depth * width);
         self.unfold(x, 0..self.input, rows, &mut unfolded);
         let unfolded = Matrix::new(&unfolded, depth, width);
-        multiply((MatrixMut::new(&mut part, self.output, width), mode), 1.0, weight, unfolded, Cores::One);
+        multiply((MatrixMut::new(&mut part, self.output, width), mode), 1.0, weight, unfolded);
         part
     }
 
@@ -281,7 +281,7 @@ impl Convolution {
                     let seen = &gradient[rows.start * self.target.width..];
                     let seen = Matrix::strided(seen, self.output, width, pixels);
                     let into = (MatrixMut::new(&mut unfolded, taps, width), Output::Overwrite);
-                    multiply(into, 1.0, weight.transposed(), seen, Cores::One);
+                    multiply(into, 1.0, weight.transposed(), seen);
                     self.fold(&unfolded, channels, rows, x);
                 }
             });
@@ -318,7 +318,7 @@ impl Convolution {
                 let seen = &gradient[rows.start * self.target.width..];
                 let seen = Matrix::strided(seen, self.output, width, pixels);
                 let into = (MatrixMut::new(&mut part, self.output, taps), Output::Accumulate);
-                multiply(into, 1.0, seen, Matrix::new(&unfolded, taps, width).transposed(), Cores::One);
+                multiply(into, 1.0, seen, Matrix::new(&unfolded, taps, width).transposed());
             }
         }
         part

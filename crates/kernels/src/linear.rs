@@ -7,7 +7,7 @@ use burn::tensor::{DType, Tensor};
 use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
-use crate::matmul::{Cores, Matrix, MatrixMut, Output, Product, multiply_all};
+use crate::matmul::{Matrix, MatrixMut, Output, Product, multiply_all};
 use crate::weight::{HalfType, Numbers};
 use crate::{parallel, plain, simd};
 
@@ -215,7 +215,7 @@ fn forward(layout: &Layout, values: &[Values]) -> (Vec<f32>, Vec<Vec<f32>>) {
         }
         products.push(product);
     }
-    multiply_all(products, Cores::All);
+    multiply_all(products);
     (output, hidden)
 }
 
@@ -228,7 +228,7 @@ fn hidden(layout: &Layout, values: &[Values]) -> Vec<Vec<f32>> {
         let down = Matrix::new(&tensors(values, index)[DOWN], rank, layout.input).transposed();
         Some(Product { scale, ..Product::new(MatrixMut::new(hidden, layout.rows, rank), x, down) })
     });
-    multiply_all(products.collect(), Cores::All);
+    multiply_all(products.collect());
     hidden
 }
 
@@ -310,7 +310,7 @@ impl<const N: usize> Saved<N> {
         for (index, gradients) in of_parameters.chunks_exact_mut(INPUTS).enumerate() {
             products.extend(self.parameter_gradients(index, gradient, &inner[index], gradients));
         }
-        multiply_all(products, Cores::All);
+        multiply_all(products);
         let mut shapes = shapes.iter();
         gradients.map(|gradient| {
             let shape = shapes.next().expect("a shape for each input");
@@ -329,7 +329,7 @@ impl<const N: usize> Saved<N> {
                 let into = MatrixMut::new(inner, layout.rows, rank);
                 Some(Product { scale, ..Product::new(into, layout.columns(part, gradient), up) })
             });
-        multiply_all(products.collect(), Cores::All);
+        multiply_all(products.collect());
         inner
     }
 

@@ -121,14 +121,6 @@ pub(crate) enum Output<'a> {
     Row(&'a [f32]),
 }
 
-/// Cores a product runs on.
-#[derive(Clone, Copy)]
-pub(crate) enum Cores {
-    /// For products inside of a parallel loop.
-    One,
-    All,
-}
-
 /// `into = start + scale · Σ left · right` over all terms.
 pub(crate) struct Product<'a> {
     pub(crate) into: MatrixMut<'a>,
@@ -145,8 +137,7 @@ impl<'a> Product<'a> {
     }
 
     fn multiplications(&self) -> usize {
-        let depth: usize = self.terms.iter().map(|(left, _)| left.shape.columns).sum();
-        self.into.shape.rows * self.into.shape.columns * depth
+        self.into.shape.rows * self.into.shape.columns * joined_depth(&self.terms)
     }
 
     fn check(&self) {
@@ -163,34 +154,32 @@ impl<'a> Product<'a> {
     }
 }
 
-/// `output = scale · left · right`, or what [`Output`] says.
-pub(crate) fn multiply(into: (MatrixMut, Output), scale: f32, left: Matrix, right: Matrix, cores: Cores) {
+/// `output = scale · left · right`, or what [`Output`] says, on the calling thread: for the inside of parallel loops.
+pub(crate) fn multiply(into: (MatrixMut, Output), scale: f32, left: Matrix, right: Matrix) {
     let (into, start) = into;
-    multiply_all(vec![Product { into, start, scale, terms: vec![(left, right)] }], cores);
+    Plan::new(Product { into, start, scale, terms: vec![(left, right)] }, 1).work_alone();
 }
 
-/// Products that do not depend on each other, in one parallel loop.
-pub(crate) fn multiply_all(products: Vec<Product>, cores: Cores) {
-    let multiplications: usize = products.iter().map(Product::multiplications).sum();
-    let cores = if multiplications < SHARED_FROM { Cores::One } else { cores };
-    let threads = match cores {
-        Cores::One => 1,
-        Cores::All => rayon::current_num_threads(),
-    };
-    let mut plans: Vec<Plan> = products.into_iter().map(|product| Plan::new(product, threads)).collect();
-    if let ([plan], 1) = (plans.as_mut_slice(), threads) {
-        return (0..plan.pieces()).for_each(|piece| plan.work(piece));
+/// Products that do not depend on each other, in one parallel loop where they are large enough for one.
+pub(crate) fn multiply_all(products: Vec<Product>) {
+    if products.iter().map(Product::multiplications).sum::<usize>() >= SHARED_FROM {
+        return share_out(products);
     }
-    let pieces: Vec<(usize, usize)> = plans
-        .iter()
-        .enumerate()
-        .flat_map(|(plan, of)| (0..of.pieces()).map(move |piece| (plan, piece)))
-        .collect();
-    let work = |(plan, piece): (usize, usize)| plans[plan].work(piece);
-    match cores {
-        Cores::One => pieces.into_iter().for_each(work),
-        Cores::All => pieces.into_par_iter().with_max_len(1).for_each(work),
-    }
+    products.into_iter().for_each(|product| Plan::new(product, 1).work_alone());
+}
+
+/// Summands of each element of the output.
+fn joined_depth(terms: &[(Matrix, Matrix)]) -> usize {
+    terms.iter().map(|(left, _)| left.shape.columns).sum()
+}
+
+/// Products piece by piece on all cores.
+fn share_out(products: Vec<Product>) {
+    let threads = rayon::current_num_threads();
+    let plans: Vec<Plan> = products.into_iter().map(|product| Plan::new(product, threads)).collect();
+    let pieces: Vec<(&Plan, usize)> =
+        plans.iter().flat_map(|plan| (0..plan.pieces()).map(move |piece| (plan, piece))).collect();
+    pieces.into_par_iter().with_max_len(1).for_each(|(plan, piece)| plan.work(piece));
 }
 
 /// Multiplications from which on it pays to wake other cores: a few tens of microseconds on one.
@@ -278,6 +267,10 @@ impl<'a> Plan<'a> {
         self.rows.div_ceil(self.piece_rows) * self.panels.div_ceil(self.group)
     }
 
+    fn work_alone(&self) {
+        (0..self.pieces()).for_each(|piece| self.work(piece));
+    }
+
     fn work(&self, piece: usize) {
         let groups = self.panels.div_ceil(self.group);
         let (block, group) = (piece / groups, piece % groups);
@@ -310,7 +303,7 @@ impl<'a> Plan<'a> {
     }
 
     fn depth(&self) -> usize {
-        self.terms.iter().map(|(left, _)| left.shape.columns).sum()
+        joined_depth(&self.terms)
     }
 }
 
@@ -475,15 +468,11 @@ mod tests {
                 Matrix::new(&turned_right, columns, depth).transposed(),
             ];
             for (left, right) in lefts.into_iter().flat_map(|left| rights.map(|right| (left, right))) {
-                for cores in [Cores::One, Cores::All] {
+                for run in [share_out as fn(Vec<Product>), multiply_all] {
                     let mut found = before.clone();
-                    multiply(
-                        (MatrixMut::new(&mut found, rows, columns), Output::Accumulate),
-                        0.5,
-                        left,
-                        right,
-                        cores,
-                    );
+                    let into = MatrixMut::new(&mut found, rows, columns);
+                    let terms = vec![(left, right)];
+                    run(vec![Product { into, start: Output::Accumulate, scale: 0.5, terms }]);
                     assert_close(&found, &expected, TOLERANCE);
                 }
             }
@@ -510,7 +499,7 @@ mod tests {
         let into = MatrixMut::strided(&mut found, rows, columns, columns + 2);
         let (left_view, right_view) =
             (view(&spread_left, shape(rows, depth)), view(&spread_right, shape(depth, columns)));
-        multiply((into, Output::Overwrite), 1.0, left_view, right_view, Cores::All);
+        share_out(vec![Product::new(into, left_view, right_view)]);
         let expected = three_loops(&vec![0.0; rows * columns], 1.0, &left, &right, depth);
         for (found, expected) in found.chunks(columns + 2).zip(expected.chunks(columns)) {
             assert_close(&found[..columns], expected, TOLERANCE);
@@ -535,7 +524,7 @@ mod tests {
         });
         let into = MatrixMut::new(&mut found, rows, columns);
         let product = Product { into, start: Output::Row(&row), scale: -2.0, terms: terms.collect() };
-        multiply_all(vec![product], Cores::All);
+        share_out(vec![product]);
         assert_close(&found, &expected, 3.0 * TOLERANCE);
     }
 
@@ -544,10 +533,12 @@ mod tests {
         let mut found = vec![f32::NAN; 6];
         let into = MatrixMut::new(&mut found, 2, 3);
         let none = (Matrix::new(&[], 2, 0), Matrix::new(&[], 0, 3));
-        multiply_all(
-            vec![Product { into, start: Output::Row(&[1.0, 2.0, 3.0]), scale: 1.0, terms: vec![none] }],
-            Cores::All,
-        );
+        share_out(vec![Product {
+            into,
+            start: Output::Row(&[1.0, 2.0, 3.0]),
+            scale: 1.0,
+            terms: vec![none],
+        }]);
         assert_eq!(found, [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]);
     }
 
@@ -563,7 +554,7 @@ mod tests {
             [first, second].into_iter().zip(&rights).zip(widths).map(|((into, right), width)| {
                 Product::new(into, left_view, Matrix::new(right, depth, width))
             });
-        multiply_all(products.collect(), Cores::All);
+        share_out(products.collect());
         let expected =
             [0, 1].map(|part| three_loops(&vec![0.0; rows * widths[part]], 1.0, &left, &rights[part], depth));
         for (row, found) in found.chunks(35).enumerate() {
@@ -583,13 +574,7 @@ mod tests {
         let of_f16: Vec<f32> = f16s.iter().map(|value| value.to_f32()).collect();
         let run = |right: Matrix| {
             let mut found = vec![f32::NAN; rows * columns];
-            multiply(
-                (MatrixMut::new(&mut found, rows, columns), Output::Overwrite),
-                1.0,
-                left,
-                right,
-                Cores::All,
-            );
+            share_out(vec![Product::new(MatrixMut::new(&mut found, rows, columns), left, right)]);
             found
         };
         for (numbers, plain) in [
@@ -616,7 +601,7 @@ mod tests {
             let into = MatrixMut::new(&mut found, rows, columns);
             let right = Matrix::new(&right, columns, depth).transposed();
             let plan = Plan::new(Product::new(into, Matrix::new(&left, rows, depth), right), threads);
-            (0..plan.pieces()).for_each(|piece| plan.work(piece));
+            plan.work_alone();
             (plan.pieces(), found)
         };
         let ((few, by_one), (many, by_sixteen)) = (run(1), run(16));
@@ -629,12 +614,6 @@ mod tests {
     fn factors_that_do_not_fit_are_refused() {
         let mut output = [0.0; 4];
         let into = MatrixMut::new(&mut output, 2, 2);
-        multiply(
-            (into, Output::Overwrite),
-            1.0,
-            Matrix::new(&[1.0; 6], 2, 3),
-            Matrix::new(&[1.0; 4], 2, 2),
-            Cores::One,
-        );
+        multiply((into, Output::Overwrite), 1.0, Matrix::new(&[1.0; 6], 2, 3), Matrix::new(&[1.0; 4], 2, 2));
     }
 }
