@@ -130,10 +130,12 @@ impl Samples {
             pictures.extend(generated.iter().map(|generated| generated.picture().clone()));
         }
         let folder = self.folder.join(name);
-        describe(requests).write(&folder, &pictures).map_err(TrainError::io(&folder))?;
         let path = sheet(&folder);
         let columns = (pictures.len() as f64).sqrt().ceil() as usize;
+        fs::create_dir_all(&self.folder).map_err(TrainError::io(&self.folder))?;
         contact_sheet(&pictures, columns, GAP_PX).save_png(&path)?;
+        // Last: a folder that is there says that its sheet is too.
+        describe(requests).write(&folder, &pictures).map_err(TrainError::io(&folder))?;
         Ok(path)
     }
 }

@@ -137,6 +137,25 @@ fn a_stopped_and_continued_run_tells_each_step_once_and_draws_the_same() {
 }
 
 #[test]
+fn a_drawing_that_was_broken_off_before_its_sheet_is_drawn_again() {
+    let bench = Bench::new().with_teacher_data();
+    let recipe = recipe(&bench);
+    train(&recipe);
+    let samples = recipe.output_path.join("samples");
+    let (sheet, before) = (samples.join("teacher.png"), folder_files(&samples.join("teacher")));
+    fs::remove_dir_all(samples.join("teacher")).unwrap();
+    fs::remove_file(&sheet).unwrap();
+    fs::create_dir_all(sheet.join("in the way")).unwrap();
+    let longer = Recipe { max_steps: Some(8), ..recipe };
+    let error = run(&longer, &mut Recorder::default()).unwrap_err().to_string();
+    assert!(error.contains("teacher.png"), "{error}");
+    fs::remove_dir_all(&sheet).unwrap();
+    train(&longer);
+    assert!(sheet.is_file());
+    assert_eq!(folder_files(&samples.join("teacher")), before);
+}
+
+#[test]
 fn a_finished_run_leaves_a_page_that_stands_alone() {
     let bench = Bench::new().with_teacher_data();
     let recipe = recipe(&bench);
