@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Tensor};
 use fewstep_flow::noise::NoiseType;
 
-use crate::{Conventions, NamedMapper, WeightType, map_named};
+use crate::{Conventions, ModelError, NamedMapper, WeightType, map_named};
 
 /// Names of [`LoadOptions::dtype`].
 pub const DTYPES: [(&str, WeightType); 3] =
@@ -35,6 +35,24 @@ pub enum Components {
     /// Text encoder and autoencoder, which turn prompts and pictures into data: the denoiser's weights need not be
     /// there.
     Encoders,
+}
+
+impl LoadOptions {
+    /// A text encoder, or the autoencoder, where they are asked for.
+    pub(crate) fn encoder<T>(
+        &self,
+        load: impl FnOnce() -> Result<T, ModelError>,
+    ) -> Result<Option<T>, ModelError> {
+        (self.components != Components::Denoiser).then(load).transpose()
+    }
+
+    /// The denoiser, where it is asked for.
+    pub(crate) fn denoiser<T>(
+        &self,
+        load: impl FnOnce() -> Result<T, ModelError>,
+    ) -> Result<Option<T>, ModelError> {
+        (self.components != Components::Encoders).then(load).transpose()
+    }
 }
 
 impl Default for LoadOptions {

@@ -78,7 +78,6 @@ struct Tokenizers {
 }
 
 /// The components with weights.
-#[derive(Default)]
 struct Parts {
     text_encoder: Option<ClipTextEncoder>,
     text_encoder_2: Option<T5Encoder>,
@@ -92,15 +91,15 @@ impl Flux {
             Configs::read(source)?; // checked against each other before anything large is read
         }
         let (device, dtype) = (&options.device, options.dtype);
-        let mut parts = Parts::default();
-        if options.components != Components::Denoiser {
-            parts.text_encoder = Some(ClipTextEncoder::from_pretrained(source, TEXT_ENCODER, dtype, device)?);
-            parts.text_encoder_2 = Some(T5Encoder::from_pretrained(source, TEXT_ENCODER_2, dtype, device)?);
-            parts.vae = Some(store_weights(AutoencoderKl::from_pretrained(source, device)?, dtype));
-        }
-        if options.components != Components::Encoders {
-            parts.transformer = Some(Transformer::from_pretrained(source, dtype, device)?);
-        }
+        let clip = || ClipTextEncoder::from_pretrained(source, TEXT_ENCODER, dtype, device);
+        let t5 = || T5Encoder::from_pretrained(source, TEXT_ENCODER_2, dtype, device);
+        let parts = Parts {
+            text_encoder: options.encoder(clip)?,
+            text_encoder_2: options.encoder(t5)?,
+            vae: options
+                .encoder(|| Ok(store_weights(AutoencoderKl::from_pretrained(source, device)?, dtype)))?,
+            transformer: options.denoiser(|| Transformer::from_pretrained(source, dtype, device))?,
+        };
         Self::with_parts(source, parts, options)
     }
 
@@ -109,16 +108,15 @@ impl Flux {
             Configs::read(source)?;
         }
         let device = &options.device;
-        let mut parts = Parts::default();
-        if options.components != Components::Denoiser {
-            let (clip, t5) =
-                (ClipTextConfig::read(source, TEXT_ENCODER)?, T5Config::read(source, TEXT_ENCODER_2)?);
-            parts.text_encoder = Some(ClipTextEncoder::unfilled(&clip, device));
-            parts.text_encoder_2 = Some(T5Encoder::unfilled(&t5, device));
-        }
-        if options.components != Components::Encoders {
-            parts.transformer = Some(Transformer::unfilled(&TransformerConfig::read(source)?, device));
-        }
+        let clip = || Ok(ClipTextEncoder::unfilled(&ClipTextConfig::read(source, TEXT_ENCODER)?, device));
+        let t5 = || Ok(T5Encoder::unfilled(&T5Config::read(source, TEXT_ENCODER_2)?, device));
+        let parts = Parts {
+            text_encoder: options.encoder(clip)?,
+            text_encoder_2: options.encoder(t5)?,
+            transformer: options
+                .denoiser(|| Ok(Transformer::unfilled(&TransformerConfig::read(source)?, device)))?,
+            vae: None,
+        };
         Self::with_parts(source, parts, options)
     }
 

@@ -101,21 +101,14 @@ impl QwenImage {
             Configs::read(source)?; // checked against each other before anything large is read
         }
         let (device, dtype) = (&options.device, options.dtype);
-        let transformer = || Transformer::from_pretrained_in(source, dtype, device);
-        let text_encoder = || TextEncoder::from_pretrained_in(source, dtype, device);
-        let vae = || Ok::<_, ModelError>(store_weights(Vae::from_pretrained(source, device)?, dtype));
-        let parts = match options.components {
-            Components::All => {
-                Parts { text_encoder: Some(text_encoder()?), transformer: Some(transformer()?), vae: vae()? }
-            }
-            Components::Denoiser => Parts {
-                text_encoder: None,
-                transformer: Some(transformer()?),
-                vae: Vae::absent(source, TransformerConfig::read(source)?.out_channels)?,
+        let vae = || Ok(store_weights(Vae::from_pretrained(source, device)?, dtype));
+        let parts = Parts {
+            text_encoder: options.encoder(|| TextEncoder::from_pretrained_in(source, dtype, device))?,
+            transformer: options.denoiser(|| Transformer::from_pretrained_in(source, dtype, device))?,
+            vae: match options.encoder(vae)? {
+                Some(vae) => vae,
+                None => Vae::absent(source, TransformerConfig::read(source)?.out_channels)?,
             },
-            Components::Encoders => {
-                Parts { text_encoder: Some(text_encoder()?), transformer: None, vae: vae()? }
-            }
         };
         Self::with_parts(source, parts, options)
     }
@@ -126,14 +119,9 @@ impl QwenImage {
             Configs::read(source)?;
         }
         let device = &options.device;
-        let text_encoder = match options.components {
-            Components::Denoiser => None,
-            _ => Some(TextEncoder::unfilled(&TextEncoderConfig::read(source)?, device)),
-        };
-        let transformer = match options.components {
-            Components::Encoders => None,
-            _ => Some(TransformerConfig::read(source)?),
-        };
+        let text_encoder =
+            options.encoder(|| Ok(TextEncoder::unfilled(&TextEncoderConfig::read(source)?, device)))?;
+        let transformer = options.denoiser(|| TransformerConfig::read(source))?;
         let channels = match &transformer {
             Some(config) => config.out_channels,
             None => VaeConfig::read(source)?.channels(),

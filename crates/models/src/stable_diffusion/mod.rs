@@ -82,17 +82,11 @@ impl StableDiffusion {
         }
         let (device, dtype) = (&options.device, options.dtype);
         let encoder = |name| crate::ClipTextEncoder::from_pretrained(source, name, dtype, device);
-        let encodes = options.components != Components::Denoiser;
         let parts = Parts {
-            text_encoders: kind.encoders(|name| encodes.then(|| encoder(name)).transpose())?,
-            unet: match options.components {
-                Components::Encoders => None,
-                _ => Some(Unet::from_pretrained(source, dtype, device)?),
-            },
-            vae: match options.components {
-                Components::Denoiser => None,
-                _ => Some(store_weights(AutoencoderKl::from_pretrained(source, device)?, dtype)),
-            },
+            text_encoders: kind.encoders(|name| options.encoder(|| encoder(name)))?,
+            unet: options.denoiser(|| Unet::from_pretrained(source, dtype, device))?,
+            vae: options
+                .encoder(|| Ok(store_weights(AutoencoderKl::from_pretrained(source, device)?, dtype)))?,
         };
         Self::with_parts(kind, source, parts, options)
     }
@@ -103,16 +97,10 @@ impl StableDiffusion {
             Configs::read(kind, source)?;
         }
         let device = &options.device;
-        let encodes = options.components != Components::Denoiser;
+        let encoder = |name| kind::unfilled_encoder(source, name, device);
         let parts = Parts {
-            text_encoders: kind.encoders(|name| match encodes {
-                true => kind::unfilled_encoder(source, name, device).map(Some),
-                false => Ok(None),
-            })?,
-            unet: match options.components {
-                Components::Encoders => None,
-                _ => Some(Unet::unfilled(UnetConfig::read(source)?, device)),
-            },
+            text_encoders: kind.encoders(|name| options.encoder(|| encoder(name)))?,
+            unet: options.denoiser(|| Ok(Unet::unfilled(UnetConfig::read(source)?, device)))?,
             vae: None,
         };
         Self::with_parts(kind, source, parts, options)

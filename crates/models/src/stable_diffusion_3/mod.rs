@@ -72,7 +72,6 @@ pub struct StableDiffusion3 {
 }
 
 /// The components with weights.
-#[derive(Default)]
 struct Parts {
     encoders: Option<Encoders>,
     transformer: Option<Transformer>,
@@ -85,14 +84,12 @@ impl StableDiffusion3 {
             Configs::read(source)?; // checked against each other before anything large is read
         }
         let (device, dtype) = (&options.device, options.dtype);
-        let mut parts = Parts::default();
-        if options.components != Components::Denoiser {
-            parts.encoders = Some(Encoders::from_pretrained(source, options)?);
-            parts.vae = Some(store_weights(AutoencoderKl::from_pretrained(source, device)?, dtype));
-        }
-        if options.components != Components::Encoders {
-            parts.transformer = Some(Transformer::from_pretrained(source, dtype, device)?);
-        }
+        let parts = Parts {
+            encoders: options.encoder(|| Encoders::from_pretrained(source, options))?,
+            vae: options
+                .encoder(|| Ok(store_weights(AutoencoderKl::from_pretrained(source, device)?, dtype)))?,
+            transformer: options.denoiser(|| Transformer::from_pretrained(source, dtype, device))?,
+        };
         Self::with_parts(source, parts, options)
     }
 
@@ -101,13 +98,12 @@ impl StableDiffusion3 {
             Configs::read(source)?;
         }
         let device = &options.device;
-        let mut parts = Parts::default();
-        if options.components != Components::Denoiser {
-            parts.encoders = Some(Encoders::unfilled(&TextConfigs::read(source)?, device));
-        }
-        if options.components != Components::Encoders {
-            parts.transformer = Some(Transformer::unfilled(&TransformerConfig::read(source)?, device));
-        }
+        let parts = Parts {
+            encoders: options.encoder(|| Ok(Encoders::unfilled(&TextConfigs::read(source)?, device)))?,
+            transformer: options
+                .denoiser(|| Ok(Transformer::unfilled(&TransformerConfig::read(source)?, device)))?,
+            vae: None,
+        };
         Self::with_parts(source, parts, options)
     }
 

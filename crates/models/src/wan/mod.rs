@@ -75,7 +75,6 @@ pub struct Wan {
 }
 
 /// The components with weights.
-#[derive(Default)]
 struct Parts {
     text_encoder: Option<T5Encoder>,
     transformer: Option<Transformer>,
@@ -88,14 +87,11 @@ impl Wan {
             Configs::read(source)?; // checked against each other before anything large is read
         }
         let (device, dtype) = (&options.device, options.dtype);
-        let mut parts = Parts::default();
-        if options.components != Components::Denoiser {
-            parts.text_encoder = Some(text_encoder(source, dtype, device)?);
-            parts.vae = Some(store_weights(autoencoder(source, device)?, dtype));
-        }
-        if options.components != Components::Encoders {
-            parts.transformer = Some(Transformer::from_pretrained(source, dtype, device)?);
-        }
+        let parts = Parts {
+            text_encoder: options.encoder(|| text_encoder(source, dtype, device))?,
+            vae: options.encoder(|| Ok(store_weights(autoencoder(source, device)?, dtype)))?,
+            transformer: options.denoiser(|| Transformer::from_pretrained(source, dtype, device))?,
+        };
         Self::with_parts(source, parts, options)
     }
 
@@ -104,13 +100,13 @@ impl Wan {
             Configs::read(source)?;
         }
         let device = &options.device;
-        let mut parts = Parts::default();
-        if options.components != Components::Denoiser {
-            parts.text_encoder = Some(T5Encoder::unfilled(&config::text_encoder(source)?, device));
-        }
-        if options.components != Components::Encoders {
-            parts.transformer = Some(Transformer::unfilled(&TransformerConfig::read(source)?, device));
-        }
+        let parts = Parts {
+            text_encoder: options
+                .encoder(|| Ok(T5Encoder::unfilled(&config::text_encoder(source)?, device)))?,
+            transformer: options
+                .denoiser(|| Ok(Transformer::unfilled(&TransformerConfig::read(source)?, device)))?,
+            vae: None,
+        };
         Self::with_parts(source, parts, options)
     }
 

@@ -78,7 +78,6 @@ pub struct ZImage {
 }
 
 /// The components with weights.
-#[derive(Default)]
 struct Parts {
     text_encoder: Option<TextEncoder>,
     transformer: Option<Transformer>,
@@ -91,15 +90,16 @@ impl ZImage {
             Configs::read(source)?; // checked against each other before anything large is read
         }
         let (device, dtype) = (&options.device, options.dtype);
-        let mut parts = Parts::default();
-        if options.components != Components::Denoiser {
+        let text_encoder = || {
             let empty = TextEncoder::unfilled(&config::text_encoder(source)?, device);
-            parts.text_encoder = Some(load(empty, &source.weights(TEXT_ENCODER)?, &TEXT_KEYS, dtype)?);
-            parts.vae = Some(store_weights(AutoencoderKl::from_pretrained(source, device)?, dtype));
-        }
-        if options.components != Components::Encoders {
-            parts.transformer = Some(Transformer::from_pretrained(source, dtype, device)?);
-        }
+            load(empty, &source.weights(TEXT_ENCODER)?, &TEXT_KEYS, dtype)
+        };
+        let parts = Parts {
+            text_encoder: options.encoder(text_encoder)?,
+            vae: options
+                .encoder(|| Ok(store_weights(AutoencoderKl::from_pretrained(source, device)?, dtype)))?,
+            transformer: options.denoiser(|| Transformer::from_pretrained(source, dtype, device))?,
+        };
         Self::with_parts(source, parts, options)
     }
 
@@ -108,13 +108,13 @@ impl ZImage {
             Configs::read(source)?;
         }
         let device = &options.device;
-        let mut parts = Parts::default();
-        if options.components != Components::Denoiser {
-            parts.text_encoder = Some(TextEncoder::unfilled(&config::text_encoder(source)?, device));
-        }
-        if options.components != Components::Encoders {
-            parts.transformer = Some(Transformer::unfilled(&TransformerConfig::read(source)?, device));
-        }
+        let parts = Parts {
+            text_encoder: options
+                .encoder(|| Ok(TextEncoder::unfilled(&config::text_encoder(source)?, device)))?,
+            transformer: options
+                .denoiser(|| Ok(Transformer::unfilled(&TransformerConfig::read(source)?, device)))?,
+            vae: None,
+        };
         Self::with_parts(source, parts, options)
     }
 
