@@ -146,6 +146,9 @@ pub fn generate(args: &GenerateArgs, progress: &dyn Progress) -> Result<()> {
     let requests = requests(args, &rows, drawn_with(args, &source, progress)?)?;
     let options = PipelineOptions { load: args.load.options(), lora: args.lora.clone() };
     let pipeline = Pipeline::from_pretrained(source.clone(), options)?;
+    for asked in [args.embedded_guidance, args.student_embedded_guidance] {
+        pipeline.model.check_embedded_guidance(asked)?;
+    }
     let provenance = provenance(args, &source, &pipeline, &requests)?;
     claim(args, &provenance)?;
     warn_of_long_prompts(&pipeline, &requests, progress)?;

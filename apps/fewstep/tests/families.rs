@@ -292,3 +292,17 @@ fn the_scale_that_a_denoiser_is_told_goes_from_pictures_to_student_and_back() {
         "{said}"
     );
 }
+
+#[test]
+fn a_scale_for_a_denoiser_that_is_told_none_is_an_error_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out").to_string_lossy().into_owned();
+    let model = golden("sd15/model").to_string_lossy().into_owned();
+    let args = ["generate", "--model", &model, "--output", &output, "--prompt", "x"];
+    for flag in ["--embedded-guidance", "--student-embedded-guidance"] {
+        let said = fails(&[&args[..], &[flag, "3.5"], &SIZE].concat(), 1);
+        let expected = "embedded_guidance is 3.5, expected none: StableDiffusionPipeline has no input for it";
+        assert!(said.contains(expected) && said.contains("hint: "), "{said}");
+        assert!(!Path::new(&output).exists());
+    }
+}

@@ -188,6 +188,16 @@ pub enum ModelError {
         /// The division factor of the family.
         factor: usize,
     },
+    /// A guidance scale for a denoiser that is told none.
+    #[error(
+        "embedded_guidance is {found}, expected none: {class} has no input for it\nhint: leave it out; cfg_scale guides every model"
+    )]
+    NotTold {
+        /// The scale asked for.
+        found: f32,
+        /// The pipeline's class.
+        class: &'static str,
+    },
     /// A number of frames the family cannot make.
     #[error("num_frames is {found}, expected {}\nhint: {}", frames_rule(*frames_per_latent), frames_near(*found, *frames_per_latent))]
     Frames {

@@ -297,6 +297,17 @@ impl Model {
         Ok([latent_channels, frames * (height / latent_factor), width / latent_factor])
     }
 
+    /// Whether the denoiser can be told a guidance scale that is asked for.
+    ///
+    /// # Errors
+    /// If it takes none.
+    pub fn check_embedded_guidance(&self, asked: Option<f32>) -> Result<(), ModelError> {
+        match (asked, self.defaults().embedded_guidance) {
+            (Some(found), None) => Err(ModelError::NotTold { found, class: self.kind().pipeline_class() }),
+            _ => Ok(()),
+        }
+    }
+
     /// Frames per latent frame after the first, which has one of its own; `None` where the family draws pictures alone.
     pub fn frames_per_latent(&self) -> Option<usize> {
         self.kind().frames_per_latent()
