@@ -1,10 +1,9 @@
 //! The optimiser's and the moving average's element-wise work.
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::extension::{Values, is_fused};
-use crate::{plain, simd};
+use crate::{parallel, plain, simd};
 
 /// Elements of one piece of work.
 const PIECE: usize = 16 * 1024;
@@ -84,9 +83,9 @@ impl AdamW {
 
     fn update(&self, parameter: &mut [f32], gradient: &[f32], moments: &mut Moments, at: AdamWStep) {
         let factors = Factors::new(self, at);
-        let moments = moments.first.par_chunks_mut(PIECE).zip(moments.second.par_chunks_mut(PIECE));
-        let work = parameter.par_chunks_mut(PIECE).zip(gradient.par_chunks(PIECE)).zip(moments);
-        work.for_each(|((parameter, gradient), (first, second))| {
+        let moments = moments.first.chunks_mut(PIECE).zip(moments.second.chunks_mut(PIECE));
+        let work = parameter.chunks_mut(PIECE).zip(gradient.chunks(PIECE)).zip(moments);
+        parallel::for_each(work, |((parameter, gradient), (first, second))| {
             simd::vectorized(
                 #[inline(always)]
                 || factors.update(parameter, gradient, first, second),
@@ -145,7 +144,7 @@ impl Factors {
 /// `average += weight · (parameter - average)`, the step of an exponential moving average.
 pub fn lerp_in_place(average: &mut [f32], parameter: &[f32], weight: f32) {
     assert_eq!(average.len(), parameter.len(), "average and parameter");
-    average.par_chunks_mut(PIECE).zip(parameter.par_chunks(PIECE)).for_each(|(average, parameter)| {
+    parallel::for_each(average.chunks_mut(PIECE).zip(parameter.chunks(PIECE)), |(average, parameter)| {
         simd::vectorized(
             #[inline(always)]
             || {
@@ -167,7 +166,7 @@ pub fn added<const D: usize>(total: Tensor<D>, more: Tensor<D>) -> Tensor<D> {
         return total + more;
     }
     let (mut total, more) = (Values::detached(total), Values::detached(more));
-    total.as_mut_slice().par_chunks_mut(PIECE).zip(more.par_chunks(PIECE)).for_each(|(total, more)| {
+    parallel::for_each(total.as_mut_slice().chunks_mut(PIECE).zip(more.chunks(PIECE)), |(total, more)| {
         simd::vectorized(
             #[inline(always)]
             || simd::add_to(total, more),
@@ -182,8 +181,7 @@ pub fn squared_norm<const D: usize>(x: Tensor<D>) -> f64 {
         return plain::squared_norm(x);
     }
     let values = Values::detached(x);
-    let partial: Vec<f64> =
-        values.par_chunks(PIECE).map(|piece| simd::vectorized(|| squares(piece))).collect();
+    let partial = parallel::map(values.chunks(PIECE), |piece| simd::vectorized(|| squares(piece)));
     partial.iter().sum()
 }
 

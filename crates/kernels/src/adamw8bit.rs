@@ -1,12 +1,11 @@
 //! AdamW with both moments in 8 bits.
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::adamw::Factors;
 use crate::extension::{updated, with_values};
 use crate::quantized::{BLOCK, Quantized, SIGNED, UNSIGNED};
-use crate::{AdamW, AdamWStep, simd};
+use crate::{AdamW, AdamWStep, parallel, simd};
 
 /// Running moments of one parameter's gradient, quantised.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -53,20 +52,23 @@ impl AdamW {
 
 fn update(factors: &Factors, parameter: &mut [f32], gradient: &[f32], moments: &mut Moments8bit) {
     let Moments8bit { first, second } = moments;
-    let values = parameter.par_chunks_mut(PIECE).zip(gradient.par_chunks(PIECE));
-    values.zip(pieces(first)).zip(pieces(second)).for_each(|(((parameter, gradient), first), second)| {
-        simd::vectorized(
-            #[inline(always)]
-            || update_piece(factors, parameter, gradient, [first, second]),
-        );
-    });
+    let values = parameter.chunks_mut(PIECE).zip(gradient.chunks(PIECE));
+    parallel::for_each(
+        values.zip(pieces(first)).zip(pieces(second)),
+        |(((parameter, gradient), first), second)| {
+            simd::vectorized(
+                #[inline(always)]
+                || update_piece(factors, parameter, gradient, [first, second]),
+            );
+        },
+    );
 }
 
 /// Codes and scales of some blocks.
 type Blocks<'a> = (&'a mut [u8], &'a mut [f32]);
 
-fn pieces(moment: &mut Quantized) -> impl IndexedParallelIterator<Item = Blocks<'_>> {
-    moment.codes.par_chunks_mut(PIECE).zip(moment.scales.par_chunks_mut(PIECE / BLOCK))
+fn pieces(moment: &mut Quantized) -> impl Iterator<Item = Blocks<'_>> {
+    moment.codes.chunks_mut(PIECE).zip(moment.scales.chunks_mut(PIECE / BLOCK))
 }
 
 #[inline(always)]

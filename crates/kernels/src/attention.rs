@@ -6,11 +6,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::matmul::{Matrix, MatrixMut, Output, multiply};
-use crate::{plain, simd};
+use crate::recompute::computed_once;
+use crate::{parallel, plain, simd};
 
 /// Query rows whose scores exist at one time.
 const BLOCK: usize = 128;
@@ -68,7 +68,7 @@ pub fn attention(qkv: Tensor<5>, options: AttentionOptions) -> Tensor<3> {
     }
     let attention = Attention { batch, heads, queries: tokens, keys: tokens, dim, options };
     operation([Input::new(qkv)], |[qkv], _| {
-        let (output, log_sums) = attention.forward(thirds(&qkv));
+        let [output, log_sums] = computed_once(|| attention.forward(thirds(&qkv)));
         let pullback: Pullback<1> = Box::new(move |gradient| {
             let mut output = unwritten(qkv.len());
             let (query, rest) = output.split_at_mut(qkv.len() / 3);
@@ -76,7 +76,7 @@ pub fn attention(qkv: Tensor<5>, options: AttentionOptions) -> Tensor<3> {
             attention.backward(thirds(&qkv), &log_sums, &gradient, [query, key, value]);
             [Some(Values::from_vec(output, &[3, batch, heads, tokens, dim]))]
         });
-        (Values::from_vec(output, &[batch, tokens, heads * dim]), pullback)
+        (output, pullback)
     })
 }
 
@@ -101,7 +101,7 @@ pub fn cross_attention(query: Tensor<3>, key: Tensor<3>, value: Tensor<3>, heads
     let attention = Attention { batch, heads, queries, keys, dim, options };
     operation([query, key, value].map(Input::new), |[query, key, value], tracked| {
         let apart = [query, key, value].map(|x| attention.apart(&x));
-        let (output, log_sums) = attention.forward(apart.each_ref().map(Vec::as_slice));
+        let [output, log_sums] = computed_once(|| attention.forward(apart.each_ref().map(Vec::as_slice)));
         let pullback: Pullback<3> = Box::new(move |gradient| {
             let mut found = apart.each_ref().map(|x| unwritten(x.len()));
             let slices = found.each_mut().map(Vec::as_mut_slice);
@@ -112,7 +112,7 @@ pub fn cross_attention(query: Tensor<3>, key: Tensor<3>, value: Tensor<3>, heads
                 tracked.then(|| Values::from_vec(attention.joined(&found), &shape))
             })
         });
-        (Values::from_vec(output, &[batch, queries, width]), pullback)
+        (output, pullback)
     })
 }
 
@@ -127,11 +127,11 @@ struct Attention {
 
 impl Attention {
     /// The output, and the log-sum-exp of each query row as `[batch, heads, queries]`.
-    fn forward(&self, qkv: [&[f32]; 3]) -> (Vec<f32>, Vec<f32>) {
+    fn forward(&self, qkv: [&[f32]; 3]) -> [Values; 2] {
         let Self { batch, heads, queries, keys, dim, .. } = *self;
         let mut output = unwritten(batch * queries * heads * dim);
         let mut log_sums = unwritten(batch * heads * queries);
-        self.pieces(&mut output, &mut log_sums).into_par_iter().with_max_len(1).for_each(|piece| {
+        parallel::for_each(self.pieces(&mut output, &mut log_sums), |piece| {
             let Piece { sample, head, rows, output, log_sums } = piece;
             let mut scores = unwritten(rows.len() * keys);
             let [query, key, value] = self.slabs(qkv, sample, head);
@@ -140,7 +140,10 @@ impl Attention {
             let (weights, value) = (Matrix::new(&scores, rows.len(), keys), Matrix::new(value, keys, dim));
             multiply((output, Output::Overwrite), 1.0, weights, value);
         });
-        (output, log_sums)
+        [
+            Values::from_vec(output, &[batch, queries, heads * dim]),
+            Values::from_vec(log_sums, &[batch, heads, queries]),
+        ]
     }
 
     /// Shares output and log-sum-exps out among blocks of queries of every head.
@@ -179,7 +182,7 @@ impl Attention {
         let Self { batch, heads, dim, .. } = *self;
         let tokens = x.len() / (batch * heads * dim);
         let mut output = unwritten(x.len());
-        output.par_chunks_mut(tokens * dim).enumerate().for_each(|(slab, output)| {
+        parallel::for_each(output.chunks_mut(tokens * dim).enumerate(), |(slab, output)| {
             let (sample, head) = (slab / heads, slab % heads);
             for (token, output) in output.chunks_exact_mut(dim).enumerate() {
                 output.copy_from_slice(&x[((sample * tokens + token) * heads + head) * dim..][..dim]);
@@ -193,7 +196,7 @@ impl Attention {
         let Self { batch, heads, dim, .. } = *self;
         let tokens = x.len() / (batch * heads * dim);
         let mut output = unwritten(x.len());
-        output.par_chunks_mut(heads * dim).enumerate().for_each(|(row, output)| {
+        parallel::for_each(output.chunks_mut(heads * dim).enumerate(), |(row, output)| {
             let (sample, token) = (row / tokens, row % tokens);
             for (head, output) in output.chunks_exact_mut(dim).enumerate() {
                 output.copy_from_slice(&x[((sample * heads + head) * tokens + token) * dim..][..dim]);
@@ -246,8 +249,9 @@ impl Attention {
         let Self { heads, queries, keys, dim, .. } = *self;
         let [query, key, value] = output;
         let (of_query, of_key) = (queries * dim, keys * dim);
-        let slabs = query.par_chunks_mut(of_query).zip(key.par_chunks_mut(of_key));
-        slabs.zip(value.par_chunks_mut(of_key)).enumerate().with_max_len(1).for_each(
+        let slabs = query.chunks_mut(of_query).zip(key.chunks_mut(of_key));
+        parallel::for_each(
+            slabs.zip(value.chunks_mut(of_key)).enumerate(),
             |(index, ((query, key), value))| {
                 let (sample, head) = (index / heads, index % heads);
                 let head = Head {

@@ -1,11 +1,10 @@
 //! The norm over channels of convolutional networks, with the activation that follows it.
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::activation::{After, silu};
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
-use crate::{plain, simd};
+use crate::{parallel, plain, simd};
 
 /// Pixels that one piece of work has.
 const PIXELS: usize = 512;
@@ -99,7 +98,7 @@ impl ChannelNorm {
 
     fn forward(&self, x: &[f32], gamma: &[f32]) -> Vec<f32> {
         let mut output = unwritten(x.len());
-        self.pieces(&mut output).into_par_iter().for_each(|piece| {
+        parallel::for_each(self.pieces(&mut output), |piece| {
             simd::vectorized(
                 #[inline(always)]
                 || self.piece_forward(x, gamma, piece),
@@ -124,16 +123,12 @@ impl ChannelNorm {
     /// Gradients of x and of the scales.
     fn backward(&self, x: &[f32], gamma: &[f32], gradient: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let mut output = unwritten(x.len());
-        let partial: Vec<Vec<f32>> = self
-            .pieces(&mut output)
-            .into_par_iter()
-            .map(|piece| {
-                simd::vectorized(
-                    #[inline(always)]
-                    || self.piece_backward(x, gamma, gradient, piece),
-                )
-            })
-            .collect();
+        let partial = parallel::map(self.pieces(&mut output).into_iter(), |piece| {
+            simd::vectorized(
+                #[inline(always)]
+                || self.piece_backward(x, gamma, gradient, piece),
+            )
+        });
         let mut by_gamma = vec![0.0; self.channels];
         partial.iter().for_each(|partial| simd::add_to(&mut by_gamma, partial));
         (output, by_gamma)

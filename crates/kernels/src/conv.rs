@@ -6,11 +6,10 @@
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::matmul::{Matrix, MatrixMut, Output, multiply};
-use crate::plain;
+use crate::{parallel, plain};
 
 /// Numbers of an unfolded piece: half of a usual second-level cache.
 const PIECE: usize = 64 * 1024;
@@ -120,7 +119,7 @@ impl Convolution {
         let step = self.rows_at_once(self.input);
         let mut output = unwritten(self.batch * self.output * pixels);
         let weight = Matrix::new(weight, self.output, depth);
-        self.strips_of(&mut output, step).into_par_iter().for_each(|strip| {
+        parallel::for_each(self.strips_of(&mut output, step), |strip| {
             let Strip { sample, rows, output } = strip;
             let x = &x[sample * self.input * self.source.pixels()..][..self.input * self.source.pixels()];
             let width = rows.len() * self.target.width;
@@ -267,24 +266,25 @@ impl Convolution {
     fn by_input(&self, weight: &[f32], gradient: &[f32]) -> Vec<f32> {
         let (pixels, depth) = (self.target.pixels(), self.input * self.taps());
         let mut output = vec![0.0; self.batch * self.input * self.source.pixels()];
-        let samples = output.par_chunks_mut(self.input * self.source.pixels()).enumerate();
-        samples.for_each(|(sample, x)| {
+        let samples = output.chunks_mut(self.input * self.source.pixels()).enumerate();
+        let groups = samples.flat_map(|(sample, x)| {
+            let groups = x.chunks_mut(CHANNELS * self.source.pixels()).enumerate();
+            groups.map(move |(group, x)| (sample, group, x))
+        });
+        parallel::for_each(groups, |(sample, group, x)| {
             let gradient = &gradient[sample * self.output * pixels..][..self.output * pixels];
-            x.par_chunks_mut(CHANNELS * self.source.pixels()).enumerate().for_each(|(group, x)| {
-                let channels = x.len() / self.source.pixels();
-                let taps = channels * self.taps();
-                let weight =
-                    Matrix::strided(&weight[group * CHANNELS * self.taps()..], self.output, taps, depth);
-                for rows in self.strips() {
-                    let width = rows.len() * self.target.width;
-                    let mut unfolded = unwritten(taps * width);
-                    let seen = &gradient[rows.start * self.target.width..];
-                    let seen = Matrix::strided(seen, self.output, width, pixels);
-                    let into = (MatrixMut::new(&mut unfolded, taps, width), Output::Overwrite);
-                    multiply(into, 1.0, weight.transposed(), seen);
-                    self.fold(&unfolded, channels, rows, x);
-                }
-            });
+            let channels = x.len() / self.source.pixels();
+            let taps = channels * self.taps();
+            let weight = Matrix::strided(&weight[group * CHANNELS * self.taps()..], self.output, taps, depth);
+            for rows in self.strips() {
+                let width = rows.len() * self.target.width;
+                let mut unfolded = unwritten(taps * width);
+                let seen = &gradient[rows.start * self.target.width..];
+                let seen = Matrix::strided(seen, self.output, width, pixels);
+                let into = (MatrixMut::new(&mut unfolded, taps, width), Output::Overwrite);
+                multiply(into, 1.0, weight.transposed(), seen);
+                self.fold(&unfolded, channels, rows, x);
+            }
         });
         output
     }
@@ -292,8 +292,7 @@ impl Convolution {
     fn by_weight(&self, x: &[f32], gradient: &[f32]) -> Vec<f32> {
         let depth = self.input * self.taps();
         let groups: Vec<Range<usize>> = ranges(self.input, CHANNELS).collect();
-        let parts: Vec<Vec<f32>> =
-            groups.par_iter().map(|channels| self.by_weight_of(x, gradient, channels.clone())).collect();
+        let parts = parallel::map(groups.iter(), |channels| self.by_weight_of(x, gradient, channels.clone()));
         let mut output = unwritten(self.output * depth);
         for (channels, part) in groups.iter().zip(&parts) {
             let taps = channels.len() * self.taps();

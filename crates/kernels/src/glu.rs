@@ -1,7 +1,6 @@
 //! The gate of an MLP (arXiv 2002.05202): one of its two branches times the activation of the other.
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::activation::{Gelu, exact_parts, sigmoid_parts, silu, tanh_parts};
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
@@ -32,8 +31,8 @@ pub fn glu<const D: usize>(value: Tensor<D>, gate: Tensor<D>, kind: Gate) -> Ten
         let output = rows.forward(&value, &gate);
         let pullback: Pullback<2> = Box::new(move |gradient| {
             let (mut by_value, mut by_gate) = (unwritten(gradient.len()), unwritten(gradient.len()));
-            let pieces = by_value.par_chunks_mut(rows.piece()).zip(by_gate.par_chunks_mut(rows.piece()));
-            pieces.enumerate().for_each(|(index, (by_value, by_gate))| {
+            let pieces = by_value.chunks_mut(rows.piece()).zip(by_gate.chunks_mut(rows.piece()));
+            parallel::for_each(pieces.enumerate(), |(index, (by_value, by_gate))| {
                 let into = by_value.chunks_exact_mut(rows.width).zip(by_gate.chunks_exact_mut(rows.width));
                 rows.backward(index, &value, &gate, &gradient, into);
             });
@@ -64,7 +63,7 @@ pub fn glu_halves<const D: usize>(x: Tensor<D>, kind: Gate) -> Tensor<D> {
         let output = rows.forward(&x, &x[rows.width..]);
         let pullback: Pullback<1> = Box::new(move |gradient| {
             let mut by = unwritten(x.len());
-            by.par_chunks_mut(2 * rows.piece()).enumerate().for_each(|(index, by)| {
+            parallel::for_each(by.chunks_mut(2 * rows.piece()).enumerate(), |(index, by)| {
                 let into = by.chunks_exact_mut(rows.stride).map(|row| row.split_at_mut(rows.width));
                 rows.backward(index, &x, &x[rows.width..], &gradient, into);
             });

@@ -1,7 +1,6 @@
 //! The norm over groups of channels of convolutional networks, with the activation that follows it.
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::activation::{After, silu};
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
@@ -107,19 +106,18 @@ impl Groups {
     /// Output, and the moments of each group of each sample.
     fn forward(&self, x: &[f32], affine: Affine<'_>) -> (Vec<f32>, Vec<Moments>) {
         let mut output = unwritten(x.len());
-        let work = output.par_chunks_exact_mut(self.size()).zip(x.par_chunks_exact(self.size())).enumerate();
-        let moments = work.map(|(index, (output, x))| {
+        let work = output.chunks_exact_mut(self.size()).zip(x.chunks_exact(self.size())).enumerate();
+        let moments = parallel::map(work, |(index, (output, x))| {
             let moments = self.moments(x);
             self.group_forward(x, moments, affine, self.first_channel(index), output);
             moments
         });
-        let moments = moments.collect();
         (output, moments)
     }
 
     fn moments(&self, x: &[f32]) -> Moments {
         let total = |of: &(dyn Fn(&[f32]) -> f32 + Sync)| -> f32 {
-            let pieces: Vec<f32> = x.par_chunks(PIECE).map(of).collect();
+            let pieces = parallel::map(x.chunks(PIECE), of);
             (pieces.into_iter().map(f64::from).sum::<f64>() / x.len() as f64) as f32
         };
         let mean = total(&simd::sum);
@@ -169,8 +167,8 @@ impl Groups {
     ) -> (Vec<f32>, [Vec<f32>; 2]) {
         let mut output = unwritten(x.len());
         let mut sums = vec![Sums::default(); x.len() / self.pixels];
-        let work = output.par_chunks_exact_mut(self.size()).zip(sums.par_chunks_exact_mut(self.channels));
-        work.enumerate().for_each(|(index, (output, sums))| {
+        let work = output.chunks_exact_mut(self.size()).zip(sums.chunks_exact_mut(self.channels));
+        parallel::for_each(work.enumerate(), |(index, (output, sums))| {
             let group = Group {
                 x: &x[index * self.size()..][..self.size()],
                 gradient: &gradient[index * self.size()..][..self.size()],
@@ -186,8 +184,8 @@ impl Groups {
     /// Writes the gradient before the activation, and what it sums to.
     fn group_sums(&self, group: &Group<'_>, affine: Affine<'_>, output: &mut [f32], sums: &mut [Sums]) {
         let Moments { mean, inverse } = group.moments;
-        let rows = output.par_chunks_exact_mut(self.pixels).zip(sums).enumerate();
-        rows.for_each(|(row, (output, sums))| {
+        let rows = output.chunks_exact_mut(self.pixels).zip(sums).enumerate();
+        parallel::for_each(rows, |(row, (output, sums))| {
             let x = &group.x[row * self.pixels..][..self.pixels];
             let gradient = &group.gradient[row * self.pixels..][..self.pixels];
             let channel = group.first_channel + row;

@@ -4,10 +4,10 @@
 //! in bf16 or f16: it is widened to f32 in a buffer that is used again, and the arithmetic is f32 throughout.
 
 use burn::tensor::{DType, Tensor};
-use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::matmul::{Matrix, MatrixMut, Output, Product, multiply_all};
+use crate::recompute::computed_once;
 use crate::weight::{HalfType, Numbers};
 use crate::{parallel, plain, simd};
 
@@ -80,10 +80,13 @@ fn project<const P: usize, const N: usize, const D: usize>(
     }
     let inputs: [Input; N] = inputs.try_into().unwrap_or_else(|_| unreachable!("N is 1 + {INPUTS} P"));
     operation(inputs, |values, tracked| {
-        let (output, hidden) = forward(&layout, &values);
+        let (output, hidden) = match layout.is_computed_once() {
+            true => forward_once(&layout, &values, &shape),
+            false => forward(&layout, &values, &shape),
+        };
         let saved = Saved::new(layout, values, hidden, tracked);
         let pullback: Pullback<N> = Box::new(move |gradient| saved.pull_back(&gradient, &input_shape));
-        (Values::from_vec(output, &shape), pullback)
+        (output, pullback)
     })
 }
 
@@ -129,6 +132,11 @@ impl Layout {
         });
         let parts = parts.collect();
         Self { rows, input, width, parts }
+    }
+
+    /// Whether a recomputed part keeps the output: it is small for what it costs.
+    fn is_computed_once(&self) -> bool {
+        self.width <= self.input || self.rows <= FEW_ROWS
     }
 
     /// The part's columns of a matrix as wide as all outputs.
@@ -189,19 +197,34 @@ fn tensors(values: &[Values], index: usize) -> &[Values] {
 }
 
 /// The output, and what [`hidden`] gives.
-fn forward(layout: &Layout, values: &[Values]) -> (Vec<f32>, Vec<Vec<f32>>) {
+fn forward(layout: &Layout, values: &[Values], shape: &[usize]) -> (Values, Vec<Vec<f32>>) {
     let hidden = hidden(layout, values);
+    (Values::from_vec(output(layout, values, &hidden), shape), hidden)
+}
+
+/// The same, the output from the first run of a recomputed part in the second.
+fn forward_once(layout: &Layout, values: &[Values], shape: &[usize]) -> (Values, Vec<Vec<f32>>) {
+    let mut found = None;
+    let [output] = computed_once(|| {
+        let (output, hidden) = forward(layout, values, shape);
+        found = Some(hidden);
+        [output]
+    });
+    (output, found.unwrap_or_else(|| hidden(layout, values)))
+}
+
+fn output(layout: &Layout, values: &[Values], hidden: &[Vec<f32>]) -> Vec<f32> {
     let mut output = unwritten(layout.rows * layout.width);
     if (1..=FEW_ROWS).contains(&layout.rows) {
-        for (index, (part, hidden)) in layout.parts.iter().zip(&hidden).enumerate() {
+        for (index, (part, hidden)) in layout.parts.iter().zip(hidden).enumerate() {
             few_rows(layout, part, (&values[0], tensors(values, index)), hidden, &mut output);
         }
-        return (output, hidden);
+        return output;
     }
     let x = Matrix::new(&values[0], layout.rows, layout.input);
     let mut products = Vec::with_capacity(layout.parts.len());
     let mut rest = MatrixMut::new(&mut output, layout.rows, layout.width);
-    for (index, (part, hidden)) in layout.parts.iter().zip(&hidden).enumerate() {
+    for (index, (part, hidden)) in layout.parts.iter().zip(hidden).enumerate() {
         let tensors = tensors(values, index);
         let (into, next) = rest.split_columns(part.output);
         rest = next;
@@ -216,7 +239,7 @@ fn forward(layout: &Layout, values: &[Values]) -> (Vec<f32>, Vec<Vec<f32>>) {
         products.push(product);
     }
     multiply_all(products);
-    (output, hidden)
+    output
 }
 
 /// `scale · x downᵀ` of each projection, empty where it has no branch.
@@ -250,7 +273,7 @@ fn few_rows(
     let rank = part.low_rank.map_or(0, |branch| branch.rank);
     let weight = Numbers::new(&tensors[WEIGHT], part.rounded_to);
     let mut sums = unwritten(part.output * rows);
-    sums.par_chunks_mut(WEIGHT_ROWS * rows).enumerate().for_each(|(piece, sums)| {
+    parallel::for_each(sums.chunks_mut(WEIGHT_ROWS * rows).enumerate(), |(piece, sums)| {
         let mut widened = vec![0.0; input];
         for (offset, sums) in sums.chunks_exact_mut(rows).enumerate() {
             let column = piece * WEIGHT_ROWS + offset;

@@ -1,7 +1,6 @@
 //! Layer norm with adaptive modulation, and RMS norm.
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::parallel::Unit;
@@ -170,8 +169,8 @@ impl Normalized<'_> {
         let mut output = unwritten(gradient.len());
         let mut partial = vec![0.0; units.len() * 2 * width];
         let pieces = parallel::pieces(&mut output, &units, width);
-        let work = units.par_iter().zip(pieces).zip(partial.par_chunks_mut(2 * width));
-        work.for_each(|((unit, output), partial)| {
+        let work = units.iter().zip(pieces).zip(partial.chunks_mut(2 * width));
+        parallel::for_each(work, |((unit, output), partial)| {
             simd::vectorized(
                 #[inline(always)]
                 || self.unit_backward(unit, gradient, output, partial),
@@ -246,9 +245,8 @@ fn rms_backward(x: &[f32], weight: &[f32], gradient: &[f32], epsilon: f32) -> (V
     let units = parallel::units(1, x.len() / width, width);
     let mut output = unwritten(x.len());
     let mut partial = vec![0.0; units.len() * width];
-    let work =
-        units.par_iter().zip(parallel::pieces(&mut output, &units, width)).zip(partial.par_chunks_mut(width));
-    work.for_each(|((unit, output), partial)| {
+    let work = units.iter().zip(parallel::pieces(&mut output, &units, width)).zip(partial.chunks_mut(width));
+    parallel::for_each(work, |((unit, output), partial)| {
         simd::vectorized(
             #[inline(always)]
             || {

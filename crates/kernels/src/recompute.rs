@@ -1,7 +1,9 @@
-//! Gradient checkpointing (arXiv 1604.06174): a part of a network as one node of the autodiff graph that keeps nothing
-//! but its inputs and runs again when its gradient is asked for.
+//! Gradient checkpointing (arXiv 1604.06174): a part of a network as one node of the autodiff graph that keeps its inputs
+//! and runs again when its gradient is asked for. The results inside that are dear to compute and small to keep
+//! ([`computed_once`]) are kept as well, and taken over by the second run.
 
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 
@@ -17,10 +19,12 @@ use burn::tensor::Tensor;
 use crate::extension::{Input, Values, is_fused};
 use crate::inject;
 
-/// `forward(module, inputs)`, whose inside is computed once more in the backward pass instead of being kept.
+/// `forward(module, inputs)`, whose inside is computed once more in the backward pass instead of being kept: all but the
+/// outputs of attention and of linear layers that are no wider than their input.
 ///
 /// Values and gradients are those of calling `forward`, the gradients of the module's parameters included. What else
-/// `forward` holds must not learn. On devices other than the CPU it is called as it is, and everything is kept.
+/// `forward` holds must not learn, and it must do the same operations each time. On devices other than the CPU, and inside
+/// of another recomputed part, it is called as it is.
 ///
 /// # Shapes
 /// Any of three axes.
@@ -29,7 +33,7 @@ where
     M: Module + 'static,
     F: Fn(&M, [Tensor<3>; N]) -> Tensor<3> + Send + Sync + 'static,
 {
-    if !inputs[0].device().is_autodiff() || !is_fused(&inputs[0]) {
+    if !inputs[0].device().is_autodiff() || !is_fused(&inputs[0]) || Tape::is_in_use() {
         return forward(module, inputs);
     }
     let parameters = Learning::of(module);
@@ -41,15 +45,87 @@ where
         inputs[0] = inputs[0].clone().require_grad();
     }
     let module = module.valid();
-    let output = Values::detached(forward(&module, inputs.clone().map(Tensor::inner)));
+    let (output, kept) = Tape::Recording(Vec::new())
+        .used_in(|| Values::detached(forward(&module, inputs.clone().map(Tensor::inner))));
+    let kept = kept.into_results();
     let inputs = inputs.map(Input::new);
     let nodes = inputs.each_ref().map(Input::node);
     let inputs = inputs.map(Input::into_values);
-    let state = State { module, inputs, parameters, forward: Arc::new(forward) };
+    let state = State { module, inputs, kept, parameters, forward: Arc::new(forward) };
     let node = Recomputed::<M, F>(Default::default());
     match node.prepare::<NoCheckpointing>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(node) => output.into_node(|output| node.finish(state, output)),
         OpsKind::UnTracked(_) => unreachable!("an input is tracked"),
+    }
+}
+
+/// What `compute` gives: in the second run of a recomputed part, what it gave in the first.
+pub(crate) fn computed_once<const N: usize>(compute: impl FnOnce() -> [Values; N]) -> [Values; N] {
+    if let Some(results) = Tape::replayed() {
+        return results;
+    }
+    let results = compute();
+    TAPE.with_borrow_mut(|tape| {
+        if let Tape::Recording(kept) = tape {
+            kept.extend(results.iter().cloned());
+        }
+    });
+    results
+}
+
+thread_local! {
+    /// Of the recomputed part that the thread is in.
+    static TAPE: RefCell<Tape> = const { RefCell::new(Tape::Absent) };
+}
+
+/// The results of one run of a recomputed part, in the order in which they came.
+enum Tape {
+    /// The thread is in no such part.
+    Absent,
+    /// The first run.
+    Recording(Vec<Values>),
+    /// The second run.
+    Replaying(VecDeque<Values>),
+}
+
+impl Tape {
+    fn is_in_use() -> bool {
+        TAPE.with_borrow(|tape| !matches!(tape, Self::Absent))
+    }
+
+    fn replayed<const N: usize>() -> Option<[Values; N]> {
+        TAPE.with_borrow_mut(|tape| match tape {
+            Self::Replaying(kept) => {
+                let mut next = || kept.pop_front().expect("both runs do the same operations");
+                Some([(); N].map(|()| next()))
+            }
+            _ => None,
+        })
+    }
+
+    /// Does `run` with this tape, and gives back what became of it.
+    fn used_in<T>(self, run: impl FnOnce() -> T) -> (T, Self) {
+        /// Takes the tape away even when the run panics.
+        struct InUse;
+        impl Drop for InUse {
+            fn drop(&mut self) {
+                TAPE.set(Tape::Absent);
+            }
+        }
+        TAPE.set(self);
+        let in_use = InUse;
+        let result = run();
+        let tape = TAPE.replace(Self::Absent);
+        drop(in_use);
+        (result, tape)
+    }
+
+    fn into_results(self) -> VecDeque<Values> {
+        match self {
+            Self::Absent => VecDeque::new(),
+            Self::Recording(kept) => kept.into(),
+            Self::Replaying(left) => left,
+        }
     }
 }
 
@@ -86,16 +162,19 @@ struct State<M, F, const N: usize> {
     /// On the plain side.
     module: M,
     inputs: [Values; N],
+    /// From the first run.
+    kept: VecDeque<Values>,
     parameters: Learning,
     forward: Arc<F>,
 }
 
 impl<M: Clone, F, const N: usize> Clone for State<M, F, N> {
     fn clone(&self) -> Self {
-        let Self { module, inputs, parameters, forward } = self;
+        let Self { module, inputs, kept, parameters, forward } = self;
         Self {
             module: module.clone(),
             inputs: inputs.clone(),
+            kept: kept.clone(),
             parameters: parameters.clone(),
             forward: forward.clone(),
         }
@@ -118,7 +197,7 @@ where
     /// The graph in here has leaves of its own and shares no node with the one outside, whose lock is held meanwhile.
     fn backward(self, operation: Ops<Self::State, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
         let cotangent = Values::new(gradients.consume::<Flex>(&operation.node)).into_tensor::<3>();
-        let State { module, inputs, parameters, forward } = operation.state;
+        let State { module, inputs, kept, parameters, forward } = operation.state;
         let module = module.train();
         let mut parents = operation.parents.iter();
         let inputs = inputs.map(|values| {
@@ -126,7 +205,9 @@ where
             let tracked = parents.next().is_some_and(Option::is_some);
             if tracked { input.require_grad() } else { input }
         });
-        let mut inner = inject(forward(&module, inputs.clone()), cotangent).backward();
+        let (output, left) = Tape::Replaying(kept).used_in(|| forward(&module, inputs.clone()));
+        assert!(left.into_results().is_empty(), "both runs of a recomputed part do the same operations");
+        let mut inner = inject(output, cotangent).backward();
         for (input, parent) in inputs.into_iter().zip(operation.parents) {
             let Some(parent) = parent else { continue };
             let gradient = input.grad_remove(&mut inner).unwrap_or_else(|| input.inner().zeros_like());
@@ -158,6 +239,7 @@ mod tests {
     use crate::{Gelu, Projection, gelu, linear};
     use burn::tensor::Device;
     use fewstep_testkit::{assert_close, random, values};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     const WIDTH: usize = 6;
 
@@ -238,6 +320,45 @@ mod tests {
             assert_eq!(gradients[0].is_some(), tracked.up);
             assert!(gradients[2].is_none(), "a parameter that nothing reads has no gradient");
         }
+    }
+
+    #[test]
+    fn a_result_that_is_computed_once_is_taken_over_by_the_second_run() {
+        for count in [1, 3] {
+            let runs = Arc::new(AtomicUsize::new(0));
+            let counted = {
+                let runs = Arc::clone(&runs);
+                move |part: &Part, inputs: [Tensor<3>; 2]| {
+                    for _ in 0..count {
+                        computed_once(|| {
+                            runs.fetch_add(1, Ordering::Relaxed);
+                            [Values::from_vec(vec![0.0], &[1])]
+                        });
+                    }
+                    part.forward(inputs)
+                }
+            };
+            let x = random::<3>([2, 3, WIDTH], 20, &Device::flex()).autodiff().require_grad();
+            let output = recomputed(&Part::new(1).train(), [x.clone(), x.clone()], counted);
+            let gradients = output.sum().backward();
+            assert!(x.grad(&gradients).is_some());
+            assert_eq!(runs.load(Ordering::Relaxed), count);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "both runs of a recomputed part do the same operations")]
+    fn a_second_run_that_does_less_is_found_out() {
+        let first = AtomicBool::new(true);
+        let forgetful = move |part: &Part, inputs: [Tensor<3>; 2]| {
+            let output = part.forward(inputs);
+            if first.swap(false, Ordering::Relaxed) {
+                computed_once(|| [Values::from_vec(vec![0.0], &[1])]);
+            }
+            output
+        };
+        let x = random::<3>([2, 3, WIDTH], 20, &Device::flex()).autodiff().require_grad();
+        recomputed(&Part::new(1).train(), [x.clone(), x], forgetful).sum().backward();
     }
 
     #[test]

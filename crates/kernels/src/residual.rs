@@ -1,7 +1,6 @@
 //! The gated residual connection of adaptive-norm transformers.
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::norm::{Tokens, chunk, scatter_chunks};
@@ -74,9 +73,8 @@ fn backward(
     let units = parallel::units(tokens.batch, tokens.tokens, width);
     let mut output = unwritten(gradient.len());
     let mut partial = vec![0.0; units.len() * width];
-    let work =
-        units.par_iter().zip(parallel::pieces(&mut output, &units, width)).zip(partial.par_chunks_mut(width));
-    work.for_each(|((unit, output), gate_gradient)| {
+    let work = units.iter().zip(parallel::pieces(&mut output, &units, width)).zip(partial.chunks_mut(width));
+    parallel::for_each(work, |((unit, output), gate_gradient)| {
         simd::vectorized(
             #[inline(always)]
             || {

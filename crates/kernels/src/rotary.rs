@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::norm::{chunk, inverse_rms, rms_row, rms_row_backward};
@@ -166,7 +165,7 @@ impl Joint {
     fn forward(&self, values: [&[f32]; 6]) -> Vec<f32> {
         let slab = self.total() * self.dim;
         let mut output = unwritten(3 * self.batch * self.heads * slab);
-        output.par_chunks_mut(slab).enumerate().for_each(|(index, slab)| {
+        parallel::for_each(output.chunks_mut(slab).enumerate(), |(index, slab)| {
             simd::vectorized(
                 #[inline(always)]
                 || {
@@ -235,8 +234,8 @@ impl Joint {
         let mut output = unwritten(self.batch * self.tokens[stream] * width);
         let mut norms = vec![0.0; units.len() * 2 * self.normed];
         let pieces = parallel::pieces(&mut output, &units, width);
-        let work = units.par_iter().zip(pieces).zip(norms.par_chunks_mut(2 * self.normed));
-        work.for_each(|((unit, output), norms)| {
+        let work = units.iter().zip(pieces).zip(norms.chunks_mut(2 * self.normed));
+        parallel::for_each(work, |((unit, output), norms)| {
             simd::vectorized(
                 #[inline(always)]
                 || {

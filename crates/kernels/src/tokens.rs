@@ -3,10 +3,9 @@
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
-use crate::plain;
+use crate::{parallel, plain};
 
 /// The tokens of `range`.
 ///
@@ -22,13 +21,13 @@ pub fn split_tokens(x: Tensor<3>, range: Range<usize>) -> Tensor<3> {
     operation([Input::new(x)], |[x], _| {
         let mut output = unwritten(batch * range.len() * width);
         let taken = range.start * width..range.end * width;
-        let samples = output.par_chunks_mut(taken.len()).zip(x.par_chunks(tokens * width));
-        samples.for_each(|(output, x)| output.copy_from_slice(&x[taken.clone()]));
+        let samples = output.chunks_mut(taken.len()).zip(x.chunks(tokens * width));
+        parallel::for_each(samples, |(output, x)| output.copy_from_slice(&x[taken.clone()]));
         let shape = [batch, range.len(), width];
         let pullback: Pullback<1> = Box::new(move |gradient| {
             let mut output = unwritten(batch * tokens * width);
-            let samples = output.par_chunks_mut(tokens * width).zip(gradient.par_chunks(taken.len()));
-            samples.for_each(|(output, gradient)| {
+            let samples = output.chunks_mut(tokens * width).zip(gradient.chunks(taken.len()));
+            parallel::for_each(samples, |(output, gradient)| {
                 output[..taken.start].fill(0.0);
                 output[taken.clone()].copy_from_slice(gradient);
                 output[taken.end..].fill(0.0);

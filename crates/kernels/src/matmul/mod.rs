@@ -14,10 +14,8 @@ mod tile;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
-use crate::simd;
 use crate::weight::Numbers;
+use crate::{parallel, simd};
 
 /// A read-only strided view.
 #[derive(Clone, Copy)]
@@ -179,7 +177,7 @@ fn share_out(products: Vec<Product>) {
     let plans: Vec<Plan> = products.into_iter().map(|product| Plan::new(product, threads)).collect();
     let pieces: Vec<(&Plan, usize)> =
         plans.iter().flat_map(|plan| (0..plan.pieces()).map(move |piece| (plan, piece))).collect();
-    pieces.into_par_iter().with_max_len(1).for_each(|(plan, piece)| plan.work(piece));
+    parallel::for_each(pieces, |(plan, piece)| plan.work(piece));
 }
 
 /// Multiplications from which on it pays to wake other cores: a few tens of microseconds on one.

@@ -1,16 +1,38 @@
-//! Fixed cuts of a tensor's rows for rayon's threads.
+//! Fixed cuts of a tensor's rows, and all cores to work on them.
 //!
 //! The cuts depend on shapes only, never on the number of threads or on timing, and partial sums are added in the
 //! order of the cuts: results have the same bits on every run.
 
-use std::ops::Range;
+mod pool;
 
-use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use crate::simd;
 
-/// Elements of one piece of work: small enough for the second-level cache, large enough to hide rayon's overhead.
+/// Elements of one piece of work: small enough for the second-level cache, large enough to hide what sharing it out costs.
 const PIECE: usize = 16 * 1024;
+
+/// Calls `work` with every piece, on all cores, and returns when all are done.
+///
+/// Work from inside of a piece is not shared out again: it is done where it comes up.
+pub(crate) fn for_each<T: Send>(pieces: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync) {
+    let pieces: Vec<Mutex<Option<T>>> = pieces.into_iter().map(|piece| Mutex::new(Some(piece))).collect();
+    pool::for_each_index(pieces.len(), &|index| {
+        let piece = pieces[index].lock().unwrap_or_else(PoisonError::into_inner).take();
+        work(piece.expect("an index comes once"));
+    });
+}
+
+/// What `work` makes of every piece, in their order.
+pub(crate) fn map<T: Send, R: Send>(
+    pieces: impl ExactSizeIterator<Item = T>,
+    work: impl Fn(T) -> R + Sync,
+) -> Vec<R> {
+    let mut results: Vec<Option<R>> = (0..pieces.len()).map(|_| None).collect();
+    for_each(pieces.zip(&mut results), |(piece, result)| *result = Some(work(piece)));
+    results.into_iter().map(|result| result.expect("for_each leaves no piece out")).collect()
+}
 
 /// Calls `body(first row, rows)` on blocks of rows of `output`, on all cores and vectorised.
 ///
@@ -18,7 +40,7 @@ const PIECE: usize = 16 * 1024;
 #[inline(always)]
 pub(crate) fn for_row_blocks(output: &mut [f32], width: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
     let rows = rows_per_piece(width);
-    output.par_chunks_mut(rows * width).enumerate().for_each(|(index, block)| {
+    for_each(output.chunks_mut(rows * width).enumerate(), |(index, block)| {
         simd::vectorized(
             #[inline(always)]
             || body(index * rows, block),
@@ -64,7 +86,7 @@ pub(crate) fn pieces<'a>(buffer: &'a mut [f32], units: &[Unit], width: usize) ->
 pub(crate) fn column_sums(matrix: &[f32], width: usize, columns: Range<usize>) -> Vec<f32> {
     let block = rows_per_piece(width) * width;
     let mut partial = vec![0.0; matrix.len().div_ceil(block) * columns.len()];
-    matrix.par_chunks(block).zip(partial.par_chunks_mut(columns.len())).for_each(|(block, sums)| {
+    for_each(matrix.chunks(block).zip(partial.chunks_mut(columns.len())), |(block, sums)| {
         simd::vectorized(
             #[inline(always)]
             || block.chunks_exact(width).for_each(|row| simd::add_to(sums, &row[columns.clone()])),
