@@ -166,13 +166,18 @@ pub fn added<const D: usize>(total: Tensor<D>, more: Tensor<D>) -> Tensor<D> {
         return total + more;
     }
     let (mut total, more) = (Values::detached(total), Values::detached(more));
-    parallel::for_each(total.as_mut_slice().chunks_mut(PIECE).zip(more.chunks(PIECE)), |(total, more)| {
+    add_in_place(total.as_mut_slice(), &more);
+    total.into_tensor()
+}
+
+/// `total += more`
+pub(crate) fn add_in_place(total: &mut [f32], more: &[f32]) {
+    parallel::for_each(total.chunks_mut(PIECE).zip(more.chunks(PIECE)), |(total, more)| {
         simd::vectorized(
             #[inline(always)]
             || simd::add_to(total, more),
         );
     });
-    total.into_tensor()
 }
 
 /// Sum of squares, in double precision and in a fixed order.

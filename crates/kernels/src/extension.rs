@@ -16,6 +16,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
 use half::{bf16, f16};
 
+use crate::gradient_sums::added_to_sum;
 use crate::twins::takes_plain_twins;
 
 type Differentiable = FloatTensor<Autodiff<Flex>>;
@@ -224,7 +225,11 @@ impl<const N: usize> Backward<Flex, N> for Fused<N> {
         let input_gradients = operation.state.0(output_gradient);
         for (parent, gradient) in operation.parents.into_iter().zip(input_gradients) {
             match (parent, gradient) {
-                (Some(parent), Some(gradient)) => gradients.register::<Flex>(parent.id, gradient.0),
+                (Some(parent), Some(gradient)) => {
+                    if let Some(gradient) = added_to_sum(parent.id, gradient) {
+                        gradients.register::<Flex>(parent.id, gradient.0);
+                    }
+                }
                 (Some(_), None) => panic!("a fused operation gave no gradient to a tracked input"),
                 (None, _) => {}
             }

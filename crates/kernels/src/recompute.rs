@@ -17,6 +17,7 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::Tensor;
 
 use crate::extension::{Input, Values, is_fused};
+use crate::gradient_sums::added_to_sum;
 use crate::inject;
 
 /// `forward(module, inputs)`, whose inside is computed once more in the backward pass instead of being kept: all but the
@@ -227,8 +228,9 @@ struct HandOver<'a> {
 impl ModuleVisitor for HandOver<'_> {
     fn visit_float<const D: usize>(&mut self, parameter: &Param<Tensor<D>>) {
         let Some(node) = self.parameters.0.get(&parameter.id) else { return };
-        if let Some(gradient) = parameter.val().grad_remove(&mut self.inner) {
-            self.gradients.register::<Flex>(*node, Values::detached(gradient).into_primitive());
+        let gradient = parameter.val().grad_remove(&mut self.inner).map(Values::detached);
+        if let Some(gradient) = gradient.and_then(|gradient| added_to_sum(*node, gradient)) {
+            self.gradients.register::<Flex>(*node, gradient.into_primitive());
         }
     }
 }

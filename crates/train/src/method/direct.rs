@@ -91,9 +91,10 @@ impl Direct {
         let (loss, cotangent) = loss_gradient(drawn, share, loss);
         adjoint::backward(&problem.grid, &states, cotangent, |_, state, sigma, cotangent| {
             let step = recorded.pop().unwrap_or_else(|| record(state, sigma));
-            let product = step.pull_back(cotangent);
-            sum.add(model, product.parameters);
-            product.input_gradient
+            sum.add(model, || {
+                let product = step.pull_back(cotangent);
+                (product.parameters, product.input_gradient)
+            })
         });
         Ok(loss)
     }
@@ -111,7 +112,7 @@ impl Direct {
         let guidance = autodiff(problem.guidance);
         let drawn = sample_latents(model, Solver::Euler, &problem.grid, problem.start.autodiff(), &guidance);
         let loss = self.loss(model.finish(drawn, &problem.grid), problem.target);
-        sum.add(model, loss.clone().mul_scalar(share).backward());
+        sum.add(model, || (loss.clone().mul_scalar(share).backward(), ()));
         Ok(scalar(loss))
     }
 

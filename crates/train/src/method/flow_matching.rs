@@ -62,7 +62,7 @@ impl FlowMatching {
             Some(weight) => (errors * weight.autodiff().reshape([-1, 1, 1, 1])).mean(),
             None => errors.mean(),
         };
-        sum.add(model, loss.clone().mul_scalar(share).backward());
+        sum.add(model, || (loss.clone().mul_scalar(share).backward(), ()));
         Ok(scalar(loss))
     }
 

@@ -9,7 +9,7 @@ mod flow_matching;
 use burn::module::Param;
 use burn::optim::GradientsParams;
 use burn::tensor::{Gradients, Tensor};
-use fewstep_kernels::added;
+use fewstep_kernels::{GradientSums, added};
 use fewstep_models::{Model, NamedVisitor, visit_named};
 
 pub use direct::{Direct, OnlineTeacher};
@@ -63,9 +63,13 @@ impl Method {
 pub struct GradientSum(GradientsParams);
 
 impl GradientSum {
-    /// Adds the parameter gradients of one backward pass.
-    pub fn add(&mut self, model: &Model, gradients: Gradients) {
-        visit_named(model, &mut Adding { sum: &mut self.0, gradients });
+    /// Adds the parameter gradients of one backward pass, and gives what else it leaves.
+    pub fn add<T>(&mut self, model: &Model, backward: impl FnOnce() -> (Gradients, T)) -> T {
+        let mut lending = Lending { sum: &mut self.0, lent: GradientSums::default() };
+        visit_named(model, &mut lending);
+        let ((gradients, rest), lent) = lending.lent.filled_by(backward);
+        visit_named(model, &mut Adding { sum: &mut self.0, lent, gradients });
+        rest
     }
 
     /// The sum.
@@ -74,19 +78,38 @@ impl GradientSum {
     }
 }
 
-/// Moves gradients from a backward pass into a sum, one parameter after the other.
+/// Hands the sum so far to a backward pass, one parameter after the other.
+struct Lending<'a> {
+    sum: &'a mut GradientsParams,
+    lent: GradientSums,
+}
+
+impl NamedVisitor for Lending<'_> {
+    fn visit<const D: usize>(&mut self, _name: &str, parameter: &Param<Tensor<D>>) {
+        let Some(sum) = self.sum.remove::<D>(parameter.id) else { return };
+        if let Some(sum) = self.lent.insert(parameter.val(), sum) {
+            self.sum.register(parameter.id, sum);
+        }
+    }
+}
+
+/// Takes the sum back, and adds the gradients that the pass left, one parameter after the other.
 struct Adding<'a> {
     sum: &'a mut GradientsParams,
+    lent: GradientSums,
     gradients: Gradients,
 }
 
 impl NamedVisitor for Adding<'_> {
     fn visit<const D: usize>(&mut self, _name: &str, parameter: &Param<Tensor<D>>) {
-        let Some(gradient) = parameter.val().grad_remove(&mut self.gradients) else { return };
-        let sum = match self.sum.remove::<D>(parameter.id) {
-            Some(sum) => added(sum, gradient),
-            None => gradient,
-        };
+        let gradient = parameter.val().grad_remove(&mut self.gradients);
+        let sum =
+            match (self.lent.remove(parameter.val()).or_else(|| self.sum.remove(parameter.id)), gradient) {
+                (Some(sum), Some(gradient)) => added(sum, gradient),
+                (Some(sum), None) => sum,
+                (None, Some(gradient)) => gradient,
+                (None, None) => return,
+            };
         self.sum.register(parameter.id, sum);
     }
 }
