@@ -56,18 +56,18 @@ impl Progress {
 
 /// All that changes during a run.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Snapshot {
+pub(crate) struct Snapshot<'a> {
     /// Where the run stands.
     pub(crate) progress: Progress,
     /// Trained parameters by name.
     pub(crate) weights: HostTensors,
     /// The optimiser's state.
-    pub(crate) optimizer: SavedState,
+    pub(crate) optimizer: SavedState<'a>,
     /// Averaged parameters by name, where the run averages.
     pub(crate) averages: Option<HostTensors>,
 }
 
-impl Snapshot {
+impl Snapshot<'_> {
     /// Bytes of its numbers, about what its files need.
     fn bytes(&self) -> u64 {
         let tensors = self.weights.values().chain(self.averages.iter().flat_map(BTreeMap::values));
@@ -87,7 +87,7 @@ pub(crate) struct Checkpoints {
 
 /// The newest checkpoint that is whole, and what was wrong with newer ones.
 pub(crate) struct Found {
-    pub(crate) snapshot: Option<Snapshot>,
+    pub(crate) snapshot: Option<Snapshot<'static>>,
     pub(crate) damaged: Vec<String>,
 }
 
@@ -102,7 +102,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// If a file cannot be written; older checkpoints are untouched then.
-    pub(crate) fn save(&self, snapshot: Snapshot) -> Result<PathBuf, TrainError> {
+    pub(crate) fn save(&self, snapshot: Snapshot<'_>) -> Result<PathBuf, TrainError> {
         let (step, needed_bytes) = (snapshot.progress.step, snapshot.bytes());
         self.save_new(snapshot).map_err(|reason| {
             let reason = Box::new(reason);
@@ -115,7 +115,7 @@ impl Checkpoints {
         })
     }
 
-    fn save_new(&self, snapshot: Snapshot) -> Result<PathBuf, TrainError> {
+    fn save_new(&self, snapshot: Snapshot<'_>) -> Result<PathBuf, TrainError> {
         let path = self.path(snapshot.progress.step);
         let needed: Vec<PathBuf> =
             snapshot.progress.needed().into_iter().map(|step| self.path(step)).collect();
@@ -131,7 +131,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// Says what is wrong with it.
-    pub(crate) fn load(&self, step: u64) -> Result<Snapshot, String> {
+    pub(crate) fn load(&self, step: u64) -> Result<Snapshot<'static>, String> {
         read(&self.path(step))
     }
 
@@ -189,7 +189,7 @@ impl Checkpoints {
     }
 }
 
-fn write(folder: &Path, snapshot: Snapshot) -> Result<(), TrainError> {
+fn write(folder: &Path, snapshot: Snapshot<'_>) -> Result<(), TrainError> {
     let mut manifest = Manifest::new();
     let mut save = |name: &str, tensors: HostTensors| -> Result<(), TrainError> {
         let path = folder.join(name);
@@ -217,7 +217,7 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
 }
 
 /// Reads and checks one checkpoint; the error is the reason for the message.
-fn read(folder: &Path) -> Result<Snapshot, String> {
+fn read(folder: &Path) -> Result<Snapshot<'static>, String> {
     let manifest: Manifest = read_json(&folder.join(MANIFEST))?;
     for (name, expected) in &manifest {
         let path = folder.join(name);

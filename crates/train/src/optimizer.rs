@@ -66,12 +66,12 @@ impl Optimizer {
         }
     }
 
-    /// A copy of the state, for a checkpoint.
-    pub(crate) fn saved(&self) -> SavedState {
+    /// The state, for a checkpoint.
+    pub(crate) fn saved(&self) -> SavedState<'_> {
         let mut saved = update::save(&self.memories);
         if let Rule::Prodigy(Prodigy { estimate, .. }) = &self.rule {
             let Estimate { distance, largest, numerator } = *estimate;
-            saved.insert(ESTIMATE.to_owned(), Numbers::F64(vec![distance, largest, numerator]));
+            saved.insert(ESTIMATE.to_owned(), Numbers::F64(vec![distance, largest, numerator].into()));
         }
         saved
     }
@@ -83,7 +83,7 @@ impl Optimizer {
     pub(crate) fn restore(
         &mut self,
         updates: u64,
-        mut saved: SavedState,
+        mut saved: SavedState<'_>,
         model: &Model,
     ) -> Result<(), TrainError> {
         let foreign = |name: &str| TrainError::OptimizerState { name: name.to_owned() };

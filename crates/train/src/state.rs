@@ -58,7 +58,7 @@ impl State {
     ///
     /// # Errors
     /// If the optimiser's state is another one's.
-    pub(crate) fn restore(mut self, snapshot: Snapshot) -> Result<Self, TrainError> {
+    pub(crate) fn restore(mut self, snapshot: Snapshot<'_>) -> Result<Self, TrainError> {
         self.ema = self.ema.zip(snapshot.averages).map(|(ema, averages)| ema.with_averages(averages));
         let values = |name: &str| Some(snapshot.weights.get(name)?.values.as_slice());
         self.model = with_parameters(self.model, values);
@@ -123,8 +123,8 @@ impl State {
         }
     }
 
-    /// A copy of everything an exact resume needs.
-    pub(crate) fn snapshot(&self) -> Snapshot {
+    /// Everything an exact resume needs; the optimiser's state, the largest part, is lent.
+    pub(crate) fn snapshot(&self) -> Snapshot<'_> {
         Snapshot {
             progress: self.progress.clone(),
             weights: trainable_values(&self.model),

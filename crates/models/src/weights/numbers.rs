@@ -8,18 +8,18 @@ use super::write::write_streamed;
 use super::{TensorEntry, WeightFiles};
 use crate::ModelError;
 
-/// The numbers of one tensor.
+/// The numbers of one tensor, lent where they are written and owned where they are read.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Numbers {
+pub enum Numbers<'a> {
     /// 32 bits each.
-    F32(Vec<f32>),
+    F32(Cow<'a, [f32]>),
     /// 64 bits each.
-    F64(Vec<f64>),
+    F64(Cow<'a, [f64]>),
     /// Codes of 8 bits each.
-    U8(Vec<u8>),
+    U8(Cow<'a, [u8]>),
 }
 
-impl Numbers {
+impl Numbers<'_> {
     fn entry(&self, key: &str) -> TensorEntry {
         let (dtype, len, width) = match self {
             Self::F32(values) => ("F32", values.len(), 4),
@@ -46,7 +46,7 @@ impl Numbers {
         match dtype {
             "F32" => Some(Self::F32(bytes.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect())),
             "F64" => Some(Self::F64(bytes.as_chunks().0.iter().map(|x| f64::from_le_bytes(*x)).collect())),
-            "U8" => Some(Self::U8(bytes.to_vec())),
+            "U8" => Some(Self::U8(bytes.to_vec().into())),
             _ => None,
         }
     }
@@ -56,7 +56,7 @@ impl Numbers {
 ///
 /// # Errors
 /// If the file cannot be written; an older file of that name is then untouched.
-pub fn save_numbers(path: &Path, numbers: &BTreeMap<String, Numbers>) -> Result<(), ModelError> {
+pub fn save_numbers(path: &Path, numbers: &BTreeMap<String, Numbers<'_>>) -> Result<(), ModelError> {
     let entries: Vec<TensorEntry> = numbers.iter().map(|(key, numbers)| numbers.entry(key)).collect();
     write_streamed(path, &entries, &BTreeMap::new(), &mut |entry| Ok(numbers[&entry.key].bytes()))
 }
@@ -65,7 +65,7 @@ pub fn save_numbers(path: &Path, numbers: &BTreeMap<String, Numbers>) -> Result<
 ///
 /// # Errors
 /// If the file cannot be read, is damaged, or has a tensor of another type.
-pub fn read_numbers(path: &Path) -> Result<BTreeMap<String, Numbers>, ModelError> {
+pub fn read_numbers(path: &Path) -> Result<BTreeMap<String, Numbers<'static>>, ModelError> {
     let files = WeightFiles::open(path)?;
     let read = |entry: TensorEntry| {
         let numbers = Numbers::from_bytes(&entry.dtype, &files.bytes(&entry.key)?);
@@ -85,8 +85,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.safetensors");
         let numbers = BTreeMap::from([
-            ("a".to_owned(), Numbers::F32(vec![0.1, -0.0, f32::MIN_POSITIVE / 2.0])),
-            ("b".to_owned(), Numbers::F64(vec![0.1, 1e-300])),
+            ("a".to_owned(), Numbers::F32(Cow::Owned(vec![0.1, -0.0, f32::MIN_POSITIVE / 2.0]))),
+            ("b".to_owned(), Numbers::F64(Cow::Owned(vec![0.1, 1e-300]))),
             ("c".to_owned(), Numbers::U8((0..=255).collect())),
         ]);
         save_numbers(&path, &numbers).unwrap();

@@ -1,5 +1,6 @@
 //! What an optimiser remembers of one parameter, and its form in a checkpoint: tensors called `parameter.part`.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use fewstep_kernels::{Moments, Moments8bit, Quantized};
@@ -19,30 +20,8 @@ pub(crate) enum Memory {
     Momentum(Vec<f32>),
 }
 
-/// The numbers of one part.
-enum Values<'a> {
-    F32(&'a [f32]),
-    U8(&'a [u8]),
-}
-
-impl Values<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Self::F32(values) => values.len(),
-            Self::U8(codes) => codes.len(),
-        }
-    }
-
-    fn to_numbers(&self) -> Numbers {
-        match self {
-            Self::F32(values) => Numbers::F32(values.to_vec()),
-            Self::U8(codes) => Numbers::U8(codes.to_vec()),
-        }
-    }
-}
-
 /// The state of a whole optimiser as it is saved.
-pub(crate) type SavedState = BTreeMap<String, Numbers>;
+pub(crate) type SavedState<'a> = BTreeMap<String, Numbers<'a>>;
 
 const FIRST: &str = "first";
 const SECOND: &str = "second";
@@ -75,41 +54,44 @@ impl Memory {
     /// Whether it could be the other's later state: of the same optimiser, for a parameter of the same shape.
     pub(crate) fn is_like(&self, other: &Self) -> bool {
         let sizes = |memory: &Self| {
-            memory.parts().iter().map(|(part, values)| (*part, values.len())).collect::<Vec<_>>()
+            memory.parts().iter().map(|(part, numbers)| (*part, numbers.size_bytes())).collect::<Vec<_>>()
         };
         sizes(self) == sizes(other)
     }
 
     /// Its tensors by the name of the part.
-    fn parts(&self) -> Vec<(&'static str, Values<'_>)> {
-        use Values::{F32, U8};
+    fn parts<'a>(&'a self) -> Vec<(&'static str, Numbers<'a>)> {
+        let floats = |values: &'a [f32]| Numbers::F32(Cow::Borrowed(values));
+        let codes = |codes: &'a [u8]| Numbers::U8(Cow::Borrowed(codes));
         match self {
-            Self::Moments(moments) => vec![(FIRST, F32(&moments.first)), (SECOND, F32(&moments.second))],
+            Self::Moments(moments) => {
+                vec![(FIRST, floats(&moments.first)), (SECOND, floats(&moments.second))]
+            }
             Self::Moments8bit(Moments8bit { first, second }) => vec![
-                (FIRST, U8(&first.codes)),
-                (FIRST_SCALES, F32(&first.scales)),
-                (SECOND, U8(&second.codes)),
-                (SECOND_SCALES, F32(&second.scales)),
+                (FIRST, codes(&first.codes)),
+                (FIRST_SCALES, floats(&first.scales)),
+                (SECOND, codes(&second.codes)),
+                (SECOND_SCALES, floats(&second.scales)),
             ],
             Self::MeanSquares(MeanSquares::Factored { rows, columns }) => {
-                vec![(ROWS, F32(rows)), (COLUMNS, F32(columns))]
+                vec![(ROWS, floats(rows)), (COLUMNS, floats(columns))]
             }
-            Self::MeanSquares(MeanSquares::Whole(squares)) => vec![(SQUARES, F32(squares))],
+            Self::MeanSquares(MeanSquares::Whole(squares)) => vec![(SQUARES, floats(squares))],
             Self::Travelled(Travelled { moments, sum, start }) => vec![
-                (FIRST, F32(&moments.first)),
-                (SECOND, F32(&moments.second)),
-                (SUM, F32(sum)),
-                (START, F32(start)),
+                (FIRST, floats(&moments.first)),
+                (SECOND, floats(&moments.second)),
+                (SUM, floats(sum)),
+                (START, floats(start)),
             ],
-            Self::Momentum(momentum) => vec![(MOMENTUM, F32(momentum))],
+            Self::Momentum(momentum) => vec![(MOMENTUM, floats(momentum))],
         }
     }
 
     /// The memory these parts make up; `None` where they are of none.
-    fn from_parts(mut parts: BTreeMap<String, Numbers>) -> Option<Self> {
+    fn from_parts(mut parts: SavedState<'_>) -> Option<Self> {
         let names: Vec<String> = parts.keys().cloned().collect();
         let mut f32s = |part: &str| match parts.remove(part)? {
-            Numbers::F32(values) => Some(values),
+            Numbers::F32(values) => Some(values.into_owned()),
             _ => None,
         };
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -118,7 +100,7 @@ impl Memory {
             [FIRST, FIRST_SCALES, SECOND, SECOND_SCALES] => {
                 let scales = [f32s(FIRST_SCALES)?, f32s(SECOND_SCALES)?];
                 let mut codes = |part: &str| match parts.remove(part)? {
-                    Numbers::U8(codes) => Some(codes),
+                    Numbers::U8(codes) => Some(codes.into_owned()),
                     _ => None,
                 };
                 let codes = [codes(FIRST)?, codes(SECOND)?];
@@ -142,11 +124,11 @@ impl Memory {
 }
 
 /// The memories of all parameters as they are saved.
-pub(crate) fn save(memories: &BTreeMap<String, Memory>) -> SavedState {
+pub(crate) fn save(memories: &BTreeMap<String, Memory>) -> SavedState<'_> {
     let mut saved = SavedState::new();
     for (name, memory) in memories {
         let parts = memory.parts().into_iter();
-        saved.extend(parts.map(|(part, values)| (format!("{name}.{part}"), values.to_numbers())));
+        saved.extend(parts.map(|(part, numbers)| (format!("{name}.{part}"), numbers)));
     }
     saved
 }
@@ -155,8 +137,8 @@ pub(crate) fn save(memories: &BTreeMap<String, Memory>) -> SavedState {
 ///
 /// # Errors
 /// The parameter whose tensors are of no optimiser.
-pub(crate) fn restore(saved: SavedState) -> Result<BTreeMap<String, Memory>, String> {
-    let mut grouped: BTreeMap<String, BTreeMap<String, Numbers>> = BTreeMap::new();
+pub(crate) fn restore(saved: SavedState<'_>) -> Result<BTreeMap<String, Memory>, String> {
+    let mut grouped: BTreeMap<String, SavedState<'_>> = BTreeMap::new();
     for (key, numbers) in saved {
         let (name, part) = key.rsplit_once('.').unwrap_or((&key, ""));
         grouped.entry(name.to_owned()).or_default().insert(part.to_owned(), numbers);
@@ -197,7 +179,7 @@ mod tests {
             ),
             ("e.weight".to_owned(), Memory::Momentum(vec![9.0, 1.0])),
         ]);
-        assert_eq!(restore(save(&memories)), Ok(memories));
+        assert_eq!(restore(save(&memories)).as_ref(), Ok(&memories));
     }
 
     #[test]
@@ -210,9 +192,9 @@ mod tests {
 
     #[test]
     fn parts_of_no_optimiser_name_their_parameter() {
-        let saved = SavedState::from([("a.weight.first".to_owned(), Numbers::F32(vec![1.0]))]);
+        let saved = SavedState::from([("a.weight.first".to_owned(), Numbers::F32(vec![1.0].into()))]);
         assert_eq!(restore(saved), Err("a.weight".to_owned()));
-        let codes = |part: &str| (format!("a.weight.{part}"), Numbers::U8(vec![1]));
+        let codes = |part: &str| (format!("a.weight.{part}"), Numbers::U8(vec![1].into()));
         assert!(restore(SavedState::from([codes("first"), codes("second")])).is_err());
     }
 }
