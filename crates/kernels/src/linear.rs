@@ -134,9 +134,9 @@ impl Layout {
         Self { rows, input, width, parts }
     }
 
-    /// Whether a recomputed part keeps the output: it is small for what it costs.
+    /// Whether a recomputed part keeps the output: all but the wide inside of an MLP.
     fn is_computed_once(&self) -> bool {
-        self.width <= self.input || self.rows <= FEW_ROWS
+        self.parts.iter().all(|part| part.output <= self.input) || self.rows <= FEW_ROWS
     }
 
     /// The part's columns of a matrix as wide as all outputs.

@@ -111,7 +111,7 @@ pub struct Activations {
     pub training: u64,
     /// Of [`Activations::training`], what is kept for each evaluation whose backward is yet to come.
     pub graph: u64,
-    /// Forward and backward, blocks computed a second time from their inputs.
+    /// Forward and backward, blocks computed a second time from their inputs and the results that they keep.
     pub checkpointed: u64,
     /// Of [`Activations::checkpointed`], what is kept for each evaluation whose backward is yet to come.
     pub checkpointed_graph: u64,
@@ -133,6 +133,8 @@ impl Activations {
 pub struct Flops {
     /// One evaluation.
     pub forward: u64,
+    /// Of it, what is computed again where blocks are.
+    pub recomputed: u64,
     /// The backward of one evaluation.
     pub backward: u64,
 }
@@ -195,9 +197,9 @@ impl Footprint {
         stored.bytes() as u64
     }
 
-    /// Gradients held at the worst moment: the sum over sampling steps, and those that are being added to it.
+    /// Gradients held at the worst moment: the sum over sampling steps, which each is added to when it is made.
     pub fn gradients(&self) -> u64 {
-        2 * self.trained
+        self.trained
     }
 
     /// AdamW's two moments, which are f32 whatever the weights are.
@@ -207,8 +209,14 @@ impl Footprint {
 }
 
 impl Flops {
+    /// One evaluation with its backward.
+    pub fn training_evaluation(&self, checkpointed: bool) -> u64 {
+        let recomputed = if checkpointed { self.recomputed } else { 0 };
+        self.forward + recomputed + self.backward
+    }
+
     /// One optimiser step of direct distillation: every sampling step is run to get there, those that are not recorded
-    /// then once more with a graph, and, where blocks are checkpointed, the inside of all again.
+    /// then once more with a graph, and, where blocks are checkpointed, part of their inside again.
     pub fn distillation_step(
         &self,
         num_inference_steps: usize,
@@ -216,9 +224,7 @@ impl Flops {
         checkpointed: bool,
     ) -> u64 {
         let repeated = num_inference_steps.saturating_sub(recorded_steps);
-        let recomputed = if checkpointed { num_inference_steps } else { 0 };
-        let forwards = num_inference_steps + repeated + recomputed;
-        forwards as u64 * self.forward + num_inference_steps as u64 * self.backward
+        repeated as u64 * self.forward + num_inference_steps as u64 * self.training_evaluation(checkpointed)
     }
 }
 

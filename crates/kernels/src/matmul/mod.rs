@@ -180,8 +180,8 @@ fn share_out(products: Vec<Product>) {
     parallel::for_each(pieces, |(plan, piece)| plan.work(piece));
 }
 
-/// Multiplications from which on it pays to wake other cores: a few tens of microseconds on one.
-const SHARED_FROM: usize = 1 << 20;
+/// Multiplications from which on it pays to call other cores: a few microseconds on one.
+const SHARED_FROM: usize = 1 << 17;
 
 /// The most rows of a piece: what is packed for it should be used often.
 const PIECE_ROWS: usize = 1024;

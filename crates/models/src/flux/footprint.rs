@@ -35,10 +35,14 @@ impl TransformerConfig {
             Some(rank) => (14, 3 * rank),
         };
         let single = tokens * (per_token * width + per_rank + heads.count as u64) + 3 * width;
+        // Of them query, key and value (3), the attention's output (1) and the last projection's (1).
+        let results = tokens * (5 * width + heads.count as u64) + 3 * width;
         Held {
             kept: blocks * batch.block(heads) + singles * single,
             largest: batch.block(heads).max(single),
-            passed: (blocks + singles) * tokens * width,
+            passed: (blocks + singles) * tokens * width
+                + blocks * batch.block_results(heads)
+                + singles * results,
             // Gradients of what the last projection reads, of the activation's output and input, and of the residual.
             backward: batch.backward(heads).max(14 * tokens * width),
             // The residual, the norm's output, the attention's, the MLP's hidden tokens before and after the activation,
@@ -59,7 +63,9 @@ impl TransformerConfig {
         let embedders = if self.guidance_embeds { 2 } else { 1 };
         let time = (embedders * TIME_FEATURES as u64 + pooled + (embedders + 3) * width) * width;
         let weights = blocks * batch.block_products(heads) + singles * single + ends + time;
-        batch.flops(weights, (blocks + singles) * batch.attention_products(heads))
+        // A single-stream block's MLP has the products of a double-stream block's.
+        let recomputed = (blocks + singles) * batch.block_recomputed(heads);
+        batch.flops(weights, recomputed, (blocks + singles) * batch.attention_products(heads))
     }
 }
 

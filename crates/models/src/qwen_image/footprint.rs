@@ -88,7 +88,7 @@ impl TransformerConfig {
         Held {
             kept: blocks * batch.block(heads),
             largest: batch.block(heads),
-            passed: blocks * batch.tokens() * heads.width() as u64,
+            passed: blocks * (batch.tokens() * heads.width() as u64 + batch.block_results(heads)),
             backward: batch.backward(heads),
             drawing: batch.drawing(heads),
         }
@@ -101,6 +101,7 @@ impl TransformerConfig {
         let ends = 2 * batch.image * input * width + batch.text * joint * width;
         let time = TIME_FEATURES as u64 * width + 3 * width * width;
         let weights = blocks * batch.block_products(heads) + ends + time;
-        batch.flops(weights, blocks * batch.attention_products(heads))
+        let recomputed = blocks * batch.block_recomputed(heads);
+        batch.flops(weights, recomputed, blocks * batch.attention_products(heads))
     }
 }

@@ -35,6 +35,7 @@ pub(super) fn evaluation(source: &ModelSource, workload: &Workload) -> Result<Ev
         },
         flops: Flops {
             forward: flops(count.weights + count.attention),
+            recomputed: flops(count.recomputed),
             backward: flops(by_weights + 5 * count.attention / 2),
         },
     })
@@ -58,6 +59,8 @@ struct Count {
     rank: Option<usize>,
     /// Multiplications with weights, each with its addition.
     weights: u64,
+    /// Those of them that are computed again where blocks are.
+    recomputed: u64,
     /// The same of scores and values.
     attention: u64,
     /// Numbers that a backward needs.
@@ -133,10 +136,9 @@ impl Count {
     /// Over the channels of a state, and of one of the way down behind them.
     fn resnet(&mut self, [own, beside]: [u64; 2], output: u64, pixels: u64) {
         let input = own + beside;
-        self.weights += 9 * (input + output) * output * pixels;
-        if input != output {
-            self.weights += input * output * pixels;
-        }
+        let products = (9 * (input + output) + if input == output { 0 } else { input }) * output * pixels;
+        self.weights += products;
+        self.recomputed += products;
         // The inputs of both norms, and of both convolutions where these learn.
         let kept = if self.learns_all() { 2 * (input + output) } else { input + output } * pixels;
         self.kept += kept;
@@ -158,6 +160,8 @@ impl Count {
         let heads = config.heads(stage) as u64;
         let tokens = (6 + 12) * width * width * pixels + 2 * joint * width * text;
         self.weights += 2 * width * width * pixels + depth * tokens;
+        // The MLP's first projection, to both of its halves.
+        self.recomputed += depth * 8 * width * width * pixels;
         self.attention += depth * 2 * width * pixels * (pixels + text);
         // The stream, and the MLP's halves with their gated product; or the stream, its norm, query, key and value.
         self.moment = self.moment.max(13 * width * pixels);
@@ -169,8 +173,11 @@ impl Count {
         // The ends: the norm's input is the residual block's output; the inputs of both projections where they learn.
         let ends = if self.learns_all() { 2 * width * pixels } else { 0 };
         self.kept += ends;
+        // Query, key and value (3), the query to the text (1), what both attentions give and their projections make of it
+        // (4), the MLP's output (1); keys and values of the text.
+        let results = (9 * width + 2 * heads) * pixels + 2 * width * text;
         // What goes into each block, and the output.
-        self.passed += ends + (depth + 1) * width * pixels;
+        self.passed += ends + (depth + 1) * width * pixels + depth * results;
     }
 
     /// What a block of a transformer keeps.

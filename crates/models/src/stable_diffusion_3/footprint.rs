@@ -42,11 +42,13 @@ impl TransformerConfig {
         // Of the second attention: the input of its projections (1), their output (3), these by heads (3), and the
         // attention's output before and after its projection (2), in D numbers per image token; and its modulation.
         let own = batch.image * (9 * width + heads.count as u64) + 3 * width;
+        // All of these but the two inputs.
+        let own_results = batch.image * (5 * width + heads.count as u64) + 3 * width;
         let dual = self.dual_blocks();
         Held {
             kept: blocks * batch.block(heads) + dual * own,
             largest: batch.block(heads) + dual.min(1) * own,
-            passed: blocks * batch.tokens() * width,
+            passed: blocks * (batch.tokens() * width + batch.block_results(heads)) + dual * own_results,
             backward: batch.backward(heads),
             drawing: batch.drawing(heads),
         }
@@ -56,7 +58,7 @@ impl TransformerConfig {
         let (heads, blocks, dual) = (self.heads(), self.num_layers as u64, self.dual_blocks());
         let attention = blocks * batch.attention_products(heads)
             + dual * 2 * batch.image * batch.image * heads.width() as u64;
-        batch.flops(self.products(batch), attention)
+        batch.flops(self.products(batch), blocks * batch.block_recomputed(heads), attention)
     }
 
     /// Products of all weights.

@@ -46,10 +46,13 @@ impl TransformerConfig {
         let block = image * (19 * width + 2 * hidden + 10 * ranks + 2 * heads.count as u64)
             + text * (3 * width + 2 * ranks)
             + 6 * width;
+        // Of them query, key and value (3), the query of the text (1), what both attentions give (2), and three updates (3);
+        // keys and values of the text (2).
+        let results = image * (9 * width + 2 * heads.count as u64) + 2 * text * width;
         Held {
             kept: blocks * block,
             largest: block,
-            passed: blocks * image * width,
+            passed: blocks * (image * width + results),
             backward: image * (4 * width + 2 * hidden),
             drawing: image * (2 * width + (7 * width).max(2 * hidden)) + 4 * text * width,
         }
@@ -68,6 +71,6 @@ impl TransformerConfig {
         let time = (frequencies + 7 * width) * width;
         let weights = blocks * (batch.image * per_image + batch.text * per_text) + ends + time;
         let attention = 2 * batch.image * (batch.image + batch.text) * width;
-        batch.flops(weights, blocks * attention)
+        batch.flops(weights, blocks * batch.image * width * hidden, blocks * attention)
     }
 }

@@ -303,11 +303,9 @@ fn epoch_flops(
     bucket: &Bucket,
 ) -> Result<f64, ModelError> {
     let flops = memory::footprint(recipe, source, data, (bucket, 1))?.flops;
-    let (forward, backward) = (flops.forward as f64, flops.backward as f64);
     let checkpointed = recipe.checkpoints_gradients();
     let sample = match recipe.task.objective() {
-        Objective::FlowMatching if checkpointed => 2.0 * forward + backward,
-        Objective::FlowMatching => forward + backward,
+        Objective::FlowMatching => flops.training_evaluation(checkpointed) as f64,
         Objective::Distillation => {
             let guided = evaluations(recipe.student_guidance.scale(bucket.cfg_scale).into());
             let (steps, recorded) = (bucket.num_inference_steps, recipe.recorded_steps);
@@ -317,7 +315,7 @@ fn epoch_flops(
     let teacher = match recipe.online_teacher {
         true => {
             let (steps, cfg_scale) = recipe.teacher(usual);
-            steps as f64 * evaluations(cfg_scale.into()) * forward
+            steps as f64 * evaluations(cfg_scale.into()) * flops.forward as f64
         }
         false => 0.0,
     };
