@@ -1,8 +1,9 @@
 //! Flags that say how a model computes: whose conventions, in which number type, where.
 
-use burn::tensor::Device;
+use anyhow::Result;
 use clap::Args;
 use fewstep_data::image::Rounding;
+use fewstep_device::DeviceName;
 use fewstep_flow::schedule::SigmaRounding;
 use fewstep_kernels::Gelu;
 use fewstep_models::conventions::{
@@ -10,7 +11,7 @@ use fewstep_models::conventions::{
 };
 use fewstep_models::{Conventions, DTYPES, DecodeRange, GuidanceRule, LoadOptions, Peer, WeightType};
 
-use crate::parse::{device, named};
+use crate::parse::named;
 
 /// Flags of what the peers compute differently from the same weights.
 #[derive(Args, Clone, Debug, Default)]
@@ -61,9 +62,9 @@ pub struct LoadArgs {
     /// Number type that weights, text states, latents and pixels are rounded to; arithmetic is f32
     #[arg(long, default_value = "f32", value_parser = named(&DTYPES))]
     pub dtype: WeightType,
-    /// Where to compute; this build has cpu alone
-    #[arg(long, default_value = "cpu", value_parser = device)]
-    pub device: Device,
+    /// Where to compute: cpu, cuda:N (an NVIDIA GPU) or wgpu, as far as the build has them
+    #[arg(long, default_value = "cpu")]
+    pub device: DeviceName,
     /// What the peers compute differently.
     #[command(flatten)]
     pub conventions: ConventionArgs,
@@ -71,13 +72,16 @@ pub struct LoadArgs {
 
 impl LoadArgs {
     /// What the library takes.
-    pub fn options(&self) -> LoadOptions {
-        LoadOptions {
-            device: self.device.clone(),
+    ///
+    /// # Errors
+    /// If the device cannot be used.
+    pub fn options(&self) -> Result<LoadOptions> {
+        Ok(LoadOptions {
+            device: self.device.open_for(self.dtype.dtype())?,
             conventions: self.conventions.conventions(),
             dtype: self.dtype,
             ..LoadOptions::default()
-        }
+        })
     }
 }
 

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use burn::tensor::Device;
 use clap::Args;
 use fewstep_data::atomic;
 use fewstep_data::emoji::{EmojiSet, Language};
+use fewstep_device::DeviceName;
 use fewstep_report::{Report, Stage};
 use fewstep_train::{Context, Outcome, Recipe};
 
@@ -40,6 +40,9 @@ pub struct DemoArgs {
     /// Folder that holds assets/ and recipes/
     #[arg(long, default_value = ".")]
     pub root: PathBuf,
+    /// Where to compute: cpu, cuda:N (an NVIDIA GPU) or wgpu, as far as the build has them
+    #[arg(long, default_value = "cpu")]
+    pub device: DeviceName,
 }
 
 /// How much of everything a demo does.
@@ -120,6 +123,8 @@ pub fn run(args: &DemoArgs, progress: &dyn Progress) -> Result<bool> {
 /// # Errors
 /// As the commands it is made of.
 pub fn demo(args: &DemoArgs, interrupts: &Interrupts, progress: &dyn Progress) -> Result<Option<Report>> {
+    // What cannot work is said before anything is written.
+    args.device.open()?;
     let size = if args.quick { QUICK } else { WHOLE };
     let teacher = args.root.join("assets/teacher");
     ensure!(
@@ -163,12 +168,13 @@ fn draw_teacher(args: &DemoArgs, size: &Size, teacher: &Path, progress: &dyn Pro
     let file = args.output.join("prompts.txt");
     atomic::write(&file, prompts.join("\n").as_bytes()).with_context(|| file.display().to_string())?;
     let output = args.output.join("teacher");
-    let generate_args = GenerateArgs {
+    let mut generate_args = GenerateArgs {
         prompts: Some(file),
         seed: TEACHER_SEED,
         batch_size: BATCH_SIZE,
         ..GenerateArgs::new(teacher, &output, [SIDE_PX; 2])
     };
+    generate_args.load.device = args.device;
     generate(&generate_args, progress)
 }
 
@@ -188,14 +194,16 @@ fn distil(
 ) -> Result<Outcome> {
     let mut recipe = Recipe::read(&args.root.join(student.recipe))?;
     recipe.model = teacher.to_owned();
+    recipe.device = args.device;
     recipe.dataset_base_path = args.output.join("teacher");
     recipe.dataset_metadata_path = Some(args.output.join("teacher/metadata.csv"));
     recipe.output_path = run_folder(args, student);
     let Some(steps) = recipe.max_steps else { bail!("{}: max_steps is missing", student.recipe) };
     recipe.max_steps = Some((steps as f64 * size.training).ceil() as u64);
+    let device = args.device.open()?;
     let mut progress = TrainProgress::new(false);
     let outcome = interrupts.during(|stop| {
-        let context = Context { model: None, device: Device::flex(), stop, version: &version() };
+        let context = Context { model: None, device, stop, version: &version() };
         fewstep_train::run(&recipe, context, &mut progress)
     });
     progress.finish();
@@ -210,7 +218,7 @@ fn evaluation(args: &DemoArgs, size: &Size, teacher: &Path) -> EvaluateArgs {
     let student =
         |run: &StudentRun| Student { name: run.name.into(), path: run_folder(args, run).join(run.weights) };
     let metadata = args.output.join("emoji/held_out.csv");
-    EvaluateArgs {
+    let mut evaluation = EvaluateArgs {
         student: STUDENTS.iter().map(student).collect(),
         student_num_inference_steps: Some(vec![1, 2, 4, 8]),
         images_per_prompt: size.evaluation_pictures,
@@ -218,7 +226,9 @@ fn evaluation(args: &DemoArgs, size: &Size, teacher: &Path) -> EvaluateArgs {
         judge: args.root.join("assets/judge").join(fewstep_report::Judge::FILE),
         shown: size.shown,
         ..EvaluateArgs::new(teacher, &metadata, &args.output, [SIDE_PX; 2])
-    }
+    };
+    evaluation.load.device = args.device;
+    evaluation
 }
 
 #[cfg(test)]

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use burn::tensor::Device;
+use fewstep_models::ModelSource;
 use fewstep_train::Recipe;
 use fewstep_train::dry_run::{Alternative, Bucket, Course, DryRun, Memory, ModelOutline, dry_run};
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
@@ -30,6 +31,9 @@ struct Report {
     /// Of that, what must be there.
     needed_bytes: Option<u64>,
     free_memory_bytes: Option<u64>,
+    /// Whether that is a device's own, of which too little is a problem: the host's may be swapped out.
+    #[serde(skip)]
+    memory_of_device: bool,
     free_disk_bytes: Option<u64>,
     time: Option<Time>,
 }
@@ -58,6 +62,21 @@ pub fn run(recipe: &Recipe, model: &ModelArgs, device: &Device, json: bool) -> R
     Ok(report.starts)
 }
 
+/// Refuses a run that a device with memory of its own has too little of: in the middle of the run it would end the
+/// process.
+///
+/// # Errors
+/// If it does not fit, with what would; or if the recipe itself is at fault.
+pub fn check_memory(recipe: &Recipe, source: &ModelSource, device: &Device) -> Result<()> {
+    let Some(free) = recipe.device.free_memory_bytes()? else { return Ok(()) };
+    let run = dry_run(recipe, Some(source), device)?;
+    let needed = run.memory.as_ref().map_or(0, |memory| memory.peak().bytes());
+    match too_little(needed, free, &run.alternatives) {
+        Some(problem) => bail!("device {}: {problem}", recipe.device),
+        None => Ok(()),
+    }
+}
+
 impl Report {
     fn new(recipe: &Recipe, model: &ModelArgs, device: &Device) -> Result<Self> {
         let mut unusable = Vec::new();
@@ -70,18 +89,22 @@ impl Report {
         if let Some(folder) = machine::unwritable(&recipe.output_path) {
             run.problems.push(format!("{}: nothing can be written there", folder.display()));
         }
-        // Before the speed is measured, whose buffers are larger than a small run's.
-        let process = machine::computing_bytes().unwrap_or(0);
+        let of_device = recipe.device.free_memory_bytes()?;
+        // Before the speed is measured, whose buffers are larger than a small run's. It takes no memory of a device.
+        let process = if of_device.is_some() { 0 } else { machine::computing_bytes().unwrap_or(0) };
         run.memory = run.memory.map(|memory| memory.beside("the process itself", process));
         for alternative in &mut run.alternatives {
             alternative.needed_bytes += process;
         }
+        let needed = run.memory.as_ref().map_or(0, |memory| memory.peak().bytes());
+        run.problems.extend(of_device.and_then(|free| too_little(needed, free, &run.alternatives)));
         Ok(Self {
             starts: run.problems.is_empty(),
             download: missing,
             peak_bytes: run.memory.as_ref().map(|memory| memory.peak().bytes()),
             needed_bytes: run.memory.as_ref().map(|memory| memory.peak().bytes()),
-            free_memory_bytes: machine::free_memory_bytes(),
+            memory_of_device: of_device.is_some(),
+            free_memory_bytes: of_device.or_else(machine::free_memory_bytes),
             free_disk_bytes: machine::free_disk_bytes(&recipe.output_path),
             time: Time::of(&run),
             run,
@@ -141,15 +164,10 @@ impl Report {
 
     fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
-        if let (Some(needed), Some(free)) = (self.needed_bytes, self.free_memory_bytes)
-            && needed > free
+        if let (Some(needed), Some(free), false) =
+            (self.needed_bytes, self.free_memory_bytes, self.memory_of_device)
         {
-            let fitting = fitting(&self.run.alternatives, needed, free);
-            warnings.push(format!(
-                "the run needs {} of memory, {} are free{fitting}",
-                HumanBytes(needed),
-                HumanBytes(free)
-            ));
+            warnings.extend(too_little(needed, free, &self.run.alternatives));
         }
         let files: u64 = self.run.files.iter().map(|file| file.bytes).sum();
         if let Some(free) = self.free_disk_bytes.filter(|free| *free < files) {
@@ -162,6 +180,15 @@ impl Report {
         }
         warnings
     }
+}
+
+/// Says so where a run needs more memory than is free.
+fn too_little(needed: u64, free: u64, alternatives: &[Alternative]) -> Option<String> {
+    let said = || {
+        let fitting = fitting(alternatives, needed, free);
+        format!("the run needs {} of memory, {} are free{fitting}", HumanBytes(needed), HumanBytes(free))
+    };
+    (needed > free).then(said)
 }
 
 /// What would fit, one hint a line; what comes closest where nothing does.

@@ -23,6 +23,7 @@ use fewstep_report::{
 
 use crate::args::with_defaults;
 use crate::conventions::LoadArgs;
+use crate::drawing_memory;
 use crate::model_args::ModelArgs;
 use crate::parse::{Student, guidance, student};
 use crate::progress::Progress;
@@ -164,7 +165,9 @@ pub fn evaluate(args: &EvaluateArgs, stages: Vec<Stage>, progress: &dyn Progress
     let start = Instant::now();
     let judge = Judge::load(&args.judge)?;
     let prompts = read_prompts(args)?;
-    let contestants = contestants(args, &args.model.resolve(progress)?, progress)?;
+    let source = args.model.resolve(progress)?;
+    drawing_memory::check(&args.load, &source, (args.extent(), args.batch_size), prompts.texts.iter())?;
+    let contestants = contestants(args, &source, progress)?;
     progress.start("evaluating", (contestants.len() * prompts.texts.len()) as u64);
     let mut drawn = Vec::new();
     for contestant in &contestants {
@@ -237,7 +240,7 @@ fn contestants(
     source: &ModelSource,
     progress: &dyn Progress,
 ) -> Result<Vec<Contestant>> {
-    let teacher = Model::from_pretrained(source, &args.load.options())?;
+    let teacher = Model::from_pretrained(source, &args.load.options()?)?;
     let mut students = Vec::new();
     for student in &args.student {
         students.extend(contestants_of(args, student, (source, &teacher), progress)?);
@@ -332,7 +335,7 @@ fn tell(args: &EvaluateArgs, found: &Found, contestants: &[Contestant], progress
 
 fn load_student(args: &EvaluateArgs, source: &ModelSource, teacher: &Model, path: &Path) -> Result<Model> {
     if path.is_dir() {
-        return Ok(Model::from_pretrained(&path.into(), &args.load.options())?);
+        return Ok(Model::from_pretrained(&path.into(), &args.load.options()?)?);
     }
     if !path.is_file() {
         bail!("{}: no such student\nhint: give a LoRA file (.safetensors) or a model folder", path.display());
@@ -348,7 +351,7 @@ fn draw(
     judge: &Judge,
     progress: &dyn Progress,
 ) -> Result<Drawn> {
-    let mut pipeline = Pipeline::new(contestant.model.clone(), args.load.device.clone());
+    let mut pipeline = Pipeline::new(contestant.model.clone(), args.load.device.open()?);
     pipeline.student.clone_from(&contestant.student);
     let requests: Vec<Request> = prompts
         .iter()

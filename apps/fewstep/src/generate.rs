@@ -24,6 +24,7 @@ use sha2::{Digest, Sha256};
 
 use crate::args::with_defaults;
 use crate::conventions::LoadArgs;
+use crate::drawing_memory;
 use crate::model_args::ModelArgs;
 use crate::parse::{guidance, lora_file, solver};
 use crate::progress::Progress;
@@ -144,7 +145,9 @@ pub fn generate(args: &GenerateArgs, progress: &dyn Progress) -> Result<()> {
     let rows = prompt_rows(args)?;
     let source = args.model.resolve(progress)?;
     let requests = requests(args, &rows, drawn_with(args, &source, progress)?)?;
-    let options = PipelineOptions { load: args.load.options(), lora: args.lora.clone() };
+    let prompts = requests.iter().map(|request| &request.prompt);
+    drawing_memory::check(&args.load, &source, (args.extent(), args.batch_size), prompts)?;
+    let options = PipelineOptions { load: args.load.options()?, lora: args.lora.clone() };
     let pipeline = Pipeline::from_pretrained(source.clone(), options)?;
     for asked in [args.embedded_guidance, args.student_embedded_guidance] {
         pipeline.model.check_embedded_guidance(asked)?;
@@ -181,7 +184,7 @@ fn drawn_with(args: &GenerateArgs, source: &ModelSource, progress: &dyn Progress
         solver: args.solver,
         extent: args.extent(),
     };
-    let options = LoadOptions { components: Components::Denoiser, ..args.load.options() };
+    let options = LoadOptions { components: Components::Denoiser, ..args.load.options()? };
     let usual = Model::outline(source, &options)?.defaults();
     let Some(found) = Found::new(source, args.lora.as_ref())? else {
         return Ok(asked.settings(None, usual));

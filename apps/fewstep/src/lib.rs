@@ -5,6 +5,7 @@ pub mod args;
 pub mod conventions;
 pub mod demo;
 pub mod download;
+mod drawing_memory;
 pub mod dry_run;
 pub mod evaluate;
 pub mod generate;

@@ -7,6 +7,8 @@ use fewstep::progress::Terminal;
 use fewstep::{
     INTERRUPTED, WRONG_USAGE, demo, download, evaluate, generate, inspect, lora, selftest, train, watch,
 };
+use fewstep_device::DeviceError;
+use fewstep_train::TrainError;
 
 fn main() -> ExitCode {
     fewstep_kernels::tune_allocator();
@@ -44,7 +46,7 @@ fn outlive_file_limit() {}
 /// Prints an error with its causes; libraries put a `hint:` line last where one helps.
 fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("error: {error:#}");
-    let usage =
-        error.downcast_ref::<fewstep_train::TrainError>().is_some_and(fewstep_train::TrainError::is_usage);
+    let usage = error.downcast_ref::<TrainError>().is_some_and(TrainError::is_usage)
+        || error.downcast_ref::<DeviceError>().is_some_and(DeviceError::is_usage);
     if usage { ExitCode::from(WRONG_USAGE) } else { ExitCode::FAILURE }
 }

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use burn::tensor::Device;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use fewstep_flow::Solver;
 use fewstep_hub::Source;
@@ -74,15 +73,6 @@ pub fn solver(text: &str) -> Result<Solver, String> {
     known
         .map(|(_, solver)| *solver)
         .ok_or_else(|| "expected euler, heun, ddim, plms, plms-angular or unipc".into())
-}
-
-/// `cpu`; other devices are named but not built in.
-pub fn device(text: &str) -> Result<Device, String> {
-    match text {
-        "cpu" => Ok(Device::flex()),
-        "cuda" => Err("this build computes on the cpu alone".into()),
-        _ => Err("expected cpu".into()),
-    }
 }
 
 /// `huggingface` or `modelscope`.

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use burn::tensor::Device;
 use clap::{ArgMatches, Args};
-use fewstep_train::recipe::{Compute, PeerFlags};
-use fewstep_train::{Context, Outcome, Recipe, TrainError};
+use fewstep_models::WeightType;
+use fewstep_train::recipe::PeerFlags;
+use fewstep_train::{Context, Outcome, Recipe};
 
 use crate::interrupt::Interrupts;
 use crate::model_args::ModelArgs;
@@ -43,7 +43,7 @@ pub struct TrainArgs {
 pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
     flags.unsupported.check()?;
     let recipe = flags.recipe.resolve(matches, flags.config.as_deref())?;
-    let device = device(recipe.device)?;
+    let device = recipe.device.open_for(WeightType::from(recipe.dtype).dtype())?;
     let mut progress = TrainProgress::new(flags.quiet);
     for note in recipe.notes() {
         progress.say(note);
@@ -53,9 +53,10 @@ pub fn train(flags: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode> {
         return Ok(if starts { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     let interrupts = Interrupts::take()?;
-    let model = Some(model_args(&recipe).resolve(&Terminal::new(false))?);
+    let model = model_args(&recipe).resolve(&Terminal::new(false))?;
+    dry_run::check_memory(&recipe, &model, &device)?;
     let outcome = interrupts.during(|stop| {
-        let context = Context { model, device, stop, version: &version() };
+        let context = Context { model: Some(model), device, stop, version: &version() };
         fewstep_train::run(&recipe, context, &mut progress)
     });
     progress.finish();
@@ -79,16 +80,6 @@ fn model_args(recipe: &Recipe) -> ModelArgs {
         model_paths: recipe.model_paths.clone(),
         model_id_with_origin_paths: recipe.model_id_with_origin_paths.clone(),
         tokenizer_path: recipe.tokenizer_path.clone(),
-    }
-}
-
-/// The device of a name.
-pub(crate) fn device(name: Compute) -> Result<Device, TrainError> {
-    match name {
-        Compute::Cpu => Ok(Device::flex()),
-        Compute::Cuda => {
-            Err(TrainError::Value { key: "device", found: "cuda".into(), expected: "cpu in this build" })
-        }
     }
 }
 

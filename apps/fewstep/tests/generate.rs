@@ -152,7 +152,7 @@ fn a_long_prompt_is_named_once_and_drawn() {
 fn unusable_flags_are_refused_before_anything_is_written() {
     let drawn = Drawn { folder: tempfile::tempdir().unwrap() };
     for (flags, code, expected) in [
-        (&["--device", "cuda"][..], 2, "cpu alone"),
+        (&["--device", "gpu"][..], 2, "expected cpu, cuda:N or wgpu"),
         (&["--compat", "comfy"], 2, "diffsynth, diffusers"),
         (&["--denoising-strength", "0.5"], 1, "--input-image"),
         (

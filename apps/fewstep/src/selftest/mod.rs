@@ -14,21 +14,20 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
+use fewstep_device::DeviceName;
 use fewstep_kernels::instructions;
-use fewstep_train::recipe::Compute;
 use serde_json::{Value, json};
 
 use crate::machine;
-use crate::train::device;
 use check::{Check, Found};
 use models::SmallModels;
 
 /// Arguments of `fewstep selftest`.
 #[derive(Args, Debug)]
 pub struct SelftestArgs {
-    /// Where operations and models run
-    #[arg(long, value_enum, default_value = "cpu")]
-    pub device: Compute,
+    /// Where operations and models run: cpu, cuda:N (an NVIDIA GPU) or wgpu, as far as the build has them
+    #[arg(long, default_value = "cpu")]
+    pub device: DeviceName,
     /// Times each of them is measured; medians are shown
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..))]
     pub runs: u16,
@@ -51,11 +50,11 @@ struct Limits {
 /// # Errors
 /// If the device cannot be used, or small models cannot be written into the system's temporary folder.
 pub fn run(args: &SelftestArgs) -> Result<ExitCode> {
-    let device = device(args.device)?;
+    let device = args.device.open()?;
     let limits = Limits { flops: machine::measured_speed(), bytes: machine::measured_copy() };
     let models = SmallModels::written()?;
     let checks: Vec<Check> =
-        cases::all().into_iter().chain(pictures::all()).chain(models.checks()?).collect();
+        cases::all(&device).into_iter().chain(pictures::all()).chain(models.checks()?).collect();
     let mut found = Vec::with_capacity(checks.len());
     if !args.json {
         println!("{}", heading(limits));
@@ -163,7 +162,7 @@ mod tests {
 
     #[test]
     fn every_operation_agrees_with_its_twin_on_this_machine() {
-        for check in cases::all().into_iter().chain(pictures::all()) {
+        for check in cases::all(&Device::flex()).into_iter().chain(pictures::all()) {
             let found = check.run(&Device::flex(), 1);
             assert!(found.agrees(), "{}: {found:?}", check.name);
         }

@@ -61,7 +61,7 @@ impl WeightType {
     }
 
     /// burn's name of it.
-    pub(crate) fn dtype(self) -> DType {
+    pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
             Self::F16 => DType::F16,

@@ -13,11 +13,12 @@ mod validate;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, FromArgMatches};
+use fewstep_device::DeviceName;
 use serde::{Deserialize, Serialize};
 
 pub use choices::{
-    Activation, Compat, Compute, DecayOn, Distance, Dtype, InitialWeights, LoraFormat, LossWeighting,
-    Objective, OutputLayout, RandomNumbers, ResizedTargets, ResultWeights, Schedule, Stage, StateNumbers,
+    Activation, Compat, DecayOn, Distance, Dtype, InitialWeights, LoraFormat, LossWeighting, Objective,
+    OutputLayout, RandomNumbers, ResizedTargets, ResultWeights, Schedule, Stage, StateNumbers,
     StudentGuidance, StudentStart, Task, TimestepSampling, TrainingGrid,
 };
 pub use optimizer::OptimizerName;
@@ -46,9 +47,9 @@ pub struct Recipe {
     /// Tokenizer folder, where the model is not given as one folder
     #[arg(long, help_heading = "Run")]
     pub tokenizer_path: Option<PathBuf>,
-    /// Where to train
-    #[arg(long, value_enum, default_value = "cpu", help_heading = "Run")]
-    pub device: Compute,
+    /// Where to train: cpu, cuda:N (an NVIDIA GPU) or wgpu, as far as the build has them
+    #[arg(long, default_value = "cpu", help_heading = "Run")]
+    pub device: DeviceName,
     /// Number type that weights are used in and frozen ones are stored in, norms and biases aside; arithmetic is f32
     #[arg(long, value_enum, default_value = "f32", help_heading = "Run")]
     pub dtype: Dtype,
