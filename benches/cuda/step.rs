@@ -179,9 +179,11 @@ impl Problem {
         let cotangent = difference.clone() * (2.0 / numbers as f32);
         let mut sum = GradientSum::default();
         adjoint::backward(&grid, &states, cotangent, |_, state, sigma, cotangent| {
-            let product = last.take().unwrap_or_else(|| record(state, sigma)).pull_back(cotangent);
-            sum.add(model, product.parameters);
-            product.input_gradient
+            let step = last.take().unwrap_or_else(|| record(state, sigma));
+            sum.add(model, || {
+                let product = step.pull_back(cotangent);
+                (product.parameters, product.input_gradient)
+            })
         });
         Ok((f64::from(difference.square().mean().into_scalar::<f32>()), sum))
     }
