@@ -28,7 +28,7 @@ pub(crate) fn is_fused<const D: usize>(tensor: &Tensor<D>) -> bool {
     in_host_memory(tensor) && !takes_plain_twins()
 }
 
-fn in_host_memory<const D: usize>(tensor: &Tensor<D>) -> bool {
+pub(crate) fn in_host_memory<const D: usize>(tensor: &Tensor<D>) -> bool {
     tensor.device() == Device::flex()
 }
 
@@ -137,10 +137,6 @@ impl Values {
         register: impl FnOnce(FlexTensor) -> Differentiable,
     ) -> Tensor<D> {
         Tensor::from_primitive::<Autodiff<Flex>>(register(self.0))
-    }
-
-    pub(crate) fn into_primitive(self) -> FlexTensor {
-        self.0
     }
 
     /// Write access; copies first if somebody else holds these values.

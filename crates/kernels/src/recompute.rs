@@ -3,78 +3,132 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::marker::PhantomData;
 use std::sync::Arc;
 
-use burn::backend::Flex;
-use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::autodiff::{Autodiff, NodeId};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, DispatchKindConversion, DispatchTensor, Flex};
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::Tensor;
 
-use crate::extension::{Input, Values, is_fused};
+use crate::extension::in_host_memory;
 use crate::inject;
+use crate::twins::takes_plain_twins;
 
 /// `forward(module, inputs)`, whose inside is computed once more in the backward pass instead of being kept.
 ///
 /// Values and gradients are those of calling `forward`, the gradients of the module's parameters included. What else
-/// `forward` holds must not learn. On devices other than the CPU it is called as it is, and everything is kept.
+/// `forward` holds must not learn.
 ///
 /// # Shapes
 /// Any of three axes.
-pub fn recomputed<M, F, const N: usize>(module: &M, mut inputs: [Tensor<3>; N], forward: F) -> Tensor<3>
+pub fn recomputed<M, F, const N: usize>(module: &M, inputs: [Tensor<3>; N], forward: F) -> Tensor<3>
 where
     M: Module + 'static,
     F: Fn(&M, [Tensor<3>; N]) -> Tensor<3> + Send + Sync + 'static,
 {
-    if !inputs[0].device().is_autodiff() || !is_fused(&inputs[0]) {
+    if !inputs[0].device().is_autodiff() || takes_plain_twins() {
         return forward(module, inputs);
     }
-    let parameters = Learning::of(module);
+    if in_host_memory(&inputs[0]) {
+        return on::<Flex, _, _, N>(module, inputs, forward);
+    }
+    #[cfg(feature = "cube")]
+    return on::<burn::backend::Cube, _, _, N>(module, inputs, forward);
+    #[cfg(not(feature = "cube"))]
+    forward(module, inputs)
+}
+
+/// The same on the autodiff side of a backend.
+fn on<B, M, F, const N: usize>(module: &M, mut inputs: [Tensor<3>; N], forward: F) -> Tensor<3>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B>>,
+    M: Module + 'static,
+    F: Fn(&M, [Tensor<3>; N]) -> Tensor<3> + Send + Sync + 'static,
+{
+    let parameters = Learning::<B>::of(module);
     if !inputs.iter().any(Tensor::is_tracked) {
-        if parameters.0.is_empty() {
+        if parameters.nodes.is_empty() {
             return forward(module, inputs);
         }
         // No backward pass would come by for the parameters without a tracked parent.
         inputs[0] = inputs[0].clone().require_grad();
     }
     let module = module.valid();
-    let output = Values::detached(forward(&module, inputs.clone().map(Tensor::inner)));
-    let inputs = inputs.map(Input::new);
-    let nodes = inputs.each_ref().map(Input::node);
-    let inputs = inputs.map(Input::into_values);
-    let state = State { module, inputs, parameters, forward: Arc::new(forward) };
-    let node = Recomputed::<M, F>(Default::default());
+    let output = forward(&module, inputs.clone().map(Tensor::inner));
+    let nodes = inputs.each_ref().map(|input| graph_tensor::<B, 3>(input.clone()).node());
+    let state = State { module, inputs: inputs.map(Tensor::inner), parameters, forward: Arc::new(forward) };
+    let node = Recomputed::<M, F>(PhantomData);
     match node.prepare::<NoCheckpointing>(nodes).compute_bound().stateful() {
-        OpsKind::Tracked(node) => output.into_node(|output| node.finish(state, output)),
+        OpsKind::Tracked(node) => {
+            Tensor::from_primitive::<Autodiff<B>>(node.finish(state, plain_tensor::<B, 3>(output)))
+        }
         OpsKind::UnTracked(_) => unreachable!("an input is tracked"),
     }
 }
 
-/// The nodes of a module's parameters that have a gradient.
-#[derive(Clone, Default)]
-struct Learning(HashMap<ParamId, NodeId>);
+/// The backend's tensor with its place in the graph.
+fn graph_tensor<B, const D: usize>(tensor: Tensor<D>) -> FloatTensor<Autodiff<B>>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<Autodiff<B>>,
+{
+    tensor.try_into_primitive::<Autodiff<B>>().expect("the caller knows the backend, and that it records")
+}
 
-impl Learning {
+/// The backend's tensor of one without a graph.
+fn plain_tensor<B, const D: usize>(tensor: Tensor<D>) -> FloatTensor<B>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    tensor.try_into_primitive::<B>().expect("the caller knows the backend, and that it does not record")
+}
+
+/// The nodes of a module's parameters that have a gradient.
+struct Learning<B> {
+    nodes: HashMap<ParamId, NodeId>,
+    backend: PhantomData<fn(B)>,
+}
+
+impl<B> Learning<B>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<Autodiff<B>>,
+{
     fn of(module: &impl Module) -> Self {
-        let mut found = Self::default();
+        let mut found = Self { nodes: HashMap::new(), backend: PhantomData };
         module.visit(&mut found);
         found
     }
 }
 
-impl ModuleVisitor for Learning {
+impl<B> Clone for Learning<B> {
+    fn clone(&self) -> Self {
+        Self { nodes: self.nodes.clone(), backend: PhantomData }
+    }
+}
+
+impl<B> ModuleVisitor for Learning<B>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<Autodiff<B>>,
+{
     fn visit_float<const D: usize>(&mut self, parameter: &Param<Tensor<D>>) {
         if parameter.is_require_grad() {
-            self.0.insert(parameter.id, Input::new(parameter.val()).node().id());
+            self.nodes.insert(parameter.id, graph_tensor::<B, D>(parameter.val()).node().id());
         }
     }
 }
 
 /// The node of a part of a network: what it is made of stands in its [`State`].
-struct Recomputed<M, F>(std::marker::PhantomData<fn(M, F)>);
+struct Recomputed<M, F>(PhantomData<fn(M, F)>);
 
 impl<M, F> fmt::Debug for Recomputed<M, F> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -82,15 +136,15 @@ impl<M, F> fmt::Debug for Recomputed<M, F> {
     }
 }
 
-struct State<M, F, const N: usize> {
-    /// On the plain side.
+struct State<B, M, F, const N: usize> {
+    /// On the plain side, as the inputs.
     module: M,
-    inputs: [Values; N],
-    parameters: Learning,
+    inputs: [Tensor<3>; N],
+    parameters: Learning<B>,
     forward: Arc<F>,
 }
 
-impl<M: Clone, F, const N: usize> Clone for State<M, F, N> {
+impl<B, M: Clone, F, const N: usize> Clone for State<B, M, F, N> {
     fn clone(&self) -> Self {
         let Self { module, inputs, parameters, forward } = self;
         Self {
@@ -102,27 +156,29 @@ impl<M: Clone, F, const N: usize> Clone for State<M, F, N> {
     }
 }
 
-impl<M, F, const N: usize> fmt::Debug for State<M, F, N> {
+impl<B, M, F, const N: usize> fmt::Debug for State<B, M, F, N> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("inputs of a recomputed part")
     }
 }
 
-impl<M, F, const N: usize> Backward<Flex, N> for Recomputed<M, F>
+impl<B, M, F, const N: usize> Backward<B, N> for Recomputed<M, F>
 where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B>>,
     M: Module + 'static,
     F: Fn(&M, [Tensor<3>; N]) -> Tensor<3> + Send + Sync + 'static,
 {
-    type State = State<M, F, N>;
+    type State = State<B, M, F, N>;
 
     /// The graph in here has leaves of its own and shares no node with the one outside, whose lock is held meanwhile.
     fn backward(self, operation: Ops<Self::State, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
-        let cotangent = Values::new(gradients.consume::<Flex>(&operation.node)).into_tensor::<3>();
+        let cotangent = Tensor::from_primitive::<B>(gradients.consume::<B>(&operation.node));
         let State { module, inputs, parameters, forward } = operation.state;
         let module = module.train();
         let mut parents = operation.parents.iter();
-        let inputs = inputs.map(|values| {
-            let input = values.into_tensor::<3>().autodiff();
+        let inputs = inputs.map(|input| {
+            let input = input.autodiff();
             let tracked = parents.next().is_some_and(Option::is_some);
             if tracked { input.require_grad() } else { input }
         });
@@ -130,24 +186,28 @@ where
         for (input, parent) in inputs.into_iter().zip(operation.parents) {
             let Some(parent) = parent else { continue };
             let gradient = input.grad_remove(&mut inner).unwrap_or_else(|| input.inner().zeros_like());
-            gradients.register::<Flex>(parent.id, Values::detached(gradient).into_primitive());
+            gradients.register::<B>(parent.id, plain_tensor::<B, 3>(gradient));
         }
         module.visit(&mut HandOver { parameters, inner, gradients });
     }
 }
 
 /// Moves the parameters' gradients from the graph inside to the one outside.
-struct HandOver<'a> {
-    parameters: Learning,
+struct HandOver<'a, B> {
+    parameters: Learning<B>,
     inner: burn::tensor::Gradients,
     gradients: &'a mut Gradients,
 }
 
-impl ModuleVisitor for HandOver<'_> {
+impl<B> ModuleVisitor for HandOver<'_, B>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<B>,
+{
     fn visit_float<const D: usize>(&mut self, parameter: &Param<Tensor<D>>) {
-        let Some(node) = self.parameters.0.get(&parameter.id) else { return };
+        let Some(node) = self.parameters.nodes.get(&parameter.id) else { return };
         if let Some(gradient) = parameter.val().grad_remove(&mut self.inner) {
-            self.gradients.register::<Flex>(*node, Values::detached(gradient).into_primitive());
+            self.gradients.register::<B>(*node, plain_tensor::<B, D>(gradient));
         }
     }
 }
