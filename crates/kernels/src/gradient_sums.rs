@@ -11,6 +11,7 @@ use burn::tensor::Tensor;
 
 use crate::adamw::add_in_place;
 use crate::extension::{Input, Values, is_fused};
+use crate::scoped::scoped;
 
 /// Sums by the nodes of the parameters that they belong to.
 #[derive(Default)]
@@ -43,20 +44,8 @@ impl GradientSums {
     /// Does `backward`, whose passes add to the sums. A gradient that was added is not among those that they give; those
     /// of burn's own operations are never added.
     pub fn filled_by<T>(self, backward: impl FnOnce() -> T) -> (T, Self) {
-        /// Takes the sums away even when the pass panics.
-        struct InUse;
-        impl Drop for InUse {
-            fn drop(&mut self) {
-                SUMS.take();
-            }
-        }
-        let before = SUMS.replace(self);
-        assert!(before.0.is_empty(), "backward passes do not lie in each other");
-        let in_use = InUse;
-        let result = backward();
-        let sums = SUMS.take();
-        drop(in_use);
-        (result, sums)
+        assert!(SUMS.with_borrow(|sums| sums.0.is_empty()), "backward passes do not lie in each other");
+        scoped(&SUMS, self, backward)
     }
 }
 

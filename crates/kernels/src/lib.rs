@@ -32,6 +32,7 @@ mod quantized;
 mod recompute;
 mod residual;
 mod rotary;
+mod scoped;
 mod simd;
 #[cfg(test)]
 mod testing;

@@ -19,6 +19,7 @@ use burn::tensor::Tensor;
 use crate::extension::{Input, Values, is_fused};
 use crate::gradient_sums::added_to_sum;
 use crate::inject;
+use crate::scoped::scoped;
 
 /// `forward(module, inputs)`, whose inside is computed once more in the backward pass instead of being kept: all but the
 /// outputs of attention and of linear layers that are no wider than their input.
@@ -46,8 +47,9 @@ where
         inputs[0] = inputs[0].clone().require_grad();
     }
     let module = module.valid();
-    let (output, kept) = Tape::Recording(Vec::new())
-        .used_in(|| Values::detached(forward(&module, inputs.clone().map(Tensor::inner))));
+    let (output, kept) = scoped(&TAPE, Tape::Recording(Vec::new()), || {
+        Values::detached(forward(&module, inputs.clone().map(Tensor::inner)))
+    });
     let kept = kept.into_results();
     let inputs = inputs.map(Input::new);
     let nodes = inputs.each_ref().map(Input::node);
@@ -102,23 +104,6 @@ impl Tape {
             }
             _ => None,
         })
-    }
-
-    /// Does `run` with this tape, and gives back what became of it.
-    fn used_in<T>(self, run: impl FnOnce() -> T) -> (T, Self) {
-        /// Takes the tape away even when the run panics.
-        struct InUse;
-        impl Drop for InUse {
-            fn drop(&mut self) {
-                TAPE.set(Tape::Absent);
-            }
-        }
-        TAPE.set(self);
-        let in_use = InUse;
-        let result = run();
-        let tape = TAPE.replace(Self::Absent);
-        drop(in_use);
-        (result, tape)
     }
 
     fn into_results(self) -> VecDeque<Values> {
@@ -206,7 +191,7 @@ where
             let tracked = parents.next().is_some_and(Option::is_some);
             if tracked { input.require_grad() } else { input }
         });
-        let (output, left) = Tape::Replaying(kept).used_in(|| forward(&module, inputs.clone()));
+        let (output, left) = scoped(&TAPE, Tape::Replaying(kept), || forward(&module, inputs.clone()));
         assert!(left.into_results().is_empty(), "both runs of a recomputed part do the same operations");
         let mut inner = inject(output, cotangent).backward();
         for (input, parent) in inputs.into_iter().zip(operation.parents) {

@@ -4,11 +4,13 @@
 //! elsewhere. Within [`with_plain_twins`] every operation takes its twin, so that whole models can be compared with
 //! what burn's own operations make of them.
 
-use std::cell::Cell;
+use std::cell::RefCell;
+
+use crate::scoped::scoped;
 
 thread_local! {
     /// Operations are called by the thread that builds a graph, never by those that share an operation's work.
-    static PLAIN: Cell<bool> = const { Cell::new(false) };
+    static PLAIN: RefCell<bool> = const { RefCell::new(false) };
 }
 
 /// Runs `body`; every operation that this thread calls in it takes its plain twin, on any device.
@@ -16,22 +18,12 @@ thread_local! {
 /// A graph that `body` builds has the twins' backward whenever that runs. Calls may be nested; a panic ends the choice
 /// as a return does.
 pub fn with_plain_twins<R>(body: impl FnOnce() -> R) -> R {
-    let _before = Restored(PLAIN.replace(true));
-    body()
+    scoped(&PLAIN, true, body).0
 }
 
 /// Whether operations that this thread calls take their plain twins: it is inside of [`with_plain_twins`].
 pub fn takes_plain_twins() -> bool {
-    PLAIN.get()
-}
-
-/// Sets the switch back when it goes.
-struct Restored(bool);
-
-impl Drop for Restored {
-    fn drop(&mut self) {
-        PLAIN.set(self.0);
-    }
+    PLAIN.with_borrow(|plain| *plain)
 }
 
 #[cfg(test)]
