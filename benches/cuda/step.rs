@@ -12,6 +12,7 @@ use anyhow::{Result, ensure};
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use clap::Parser;
+use fewstep::parse::named;
 use fewstep_device::DeviceName;
 use fewstep_flow::adjoint::{self, Recorded};
 use fewstep_models::sampling::{Guidance, euler_trajectory, guided_velocity};
@@ -31,8 +32,8 @@ struct Flags {
     #[arg(long, default_value = "cuda:0")]
     device: DeviceName,
     /// Number type of the frozen weights
-    #[arg(long, default_value = "bf16")]
-    dtype: String,
+    #[arg(long, default_value = "bf16", value_parser = named(&DTYPES))]
+    dtype: WeightType,
     /// Sides of the pictures in px
     #[arg(long, default_value_t = 1024)]
     side: usize,
@@ -97,18 +98,14 @@ fn main() -> Result<()> {
 
 /// The denoiser with random weights and adapters that learn.
 fn model(flags: &Flags, recipe: &Recipe, device: &Device) -> Result<Model> {
-    let known = DTYPES.iter().find(|(name, _)| *name == flags.dtype);
-    let Some((_, dtype)) = known.copied() else {
-        anyhow::bail!("--dtype {}, expected f32, bf16 or f16", flags.dtype)
-    };
     let options = LoadOptions {
         device: device.clone(),
-        dtype,
+        dtype: flags.dtype,
         components: Components::Denoiser,
         ..LoadOptions::default()
     };
     let outline = Model::outline(&ModelSource::from(&flags.model), &options)?;
-    let model = map_named(outline, &mut Drawn { device: device.clone(), dtype });
+    let model = map_named(outline, &mut Drawn { device: device.clone(), dtype: flags.dtype });
     Ok(Trainable::new(recipe, &model)?.prepare(model, recipe)?)
 }
 
@@ -121,11 +118,7 @@ struct Drawn {
 impl NamedMapper for Drawn {
     fn map<const D: usize>(&mut self, _name: &str, parameter: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let shape = parameter.lazy_shape().dims::<D>();
-        let dtype = match self.dtype {
-            WeightType::BF16 if D == 2 => DType::BF16,
-            WeightType::F16 if D == 2 => DType::F16,
-            _ => DType::F32,
-        };
+        let dtype = if D == 2 { self.dtype.dtype() } else { DType::F32 };
         let spread = if D == 1 { 0.02 } else { f64::from(shape[D - 1] as u32).sqrt().recip() };
         let values = Tensor::random(shape, Distribution::Normal(0.0, spread), (&self.device, dtype));
         let id = parameter.id;

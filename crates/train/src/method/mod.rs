@@ -6,11 +6,11 @@
 mod direct;
 mod flow_matching;
 
-use burn::module::Param;
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Gradients, Tensor};
 use fewstep_kernels::{GradientSums, added};
-use fewstep_models::{Model, NamedVisitor, visit_named};
+use fewstep_models::Model;
 
 pub use direct::{Direct, OnlineTeacher};
 pub use flow_matching::FlowMatching;
@@ -66,9 +66,9 @@ impl GradientSum {
     /// Adds the parameter gradients of one backward pass, and gives what else it leaves.
     pub fn add<T>(&mut self, model: &Model, backward: impl FnOnce() -> (Gradients, T)) -> T {
         let mut lending = Lending { sum: &mut self.0, lent: GradientSums::default() };
-        visit_named(model, &mut lending);
+        model.visit(&mut lending);
         let ((gradients, rest), lent) = lending.lent.filled_by(backward);
-        visit_named(model, &mut Adding { sum: &mut self.0, lent, gradients });
+        model.visit(&mut Adding { sum: &mut self.0, lent, gradients });
         rest
     }
 
@@ -84,8 +84,8 @@ struct Lending<'a> {
     lent: GradientSums,
 }
 
-impl NamedVisitor for Lending<'_> {
-    fn visit<const D: usize>(&mut self, _name: &str, parameter: &Param<Tensor<D>>) {
+impl ModuleVisitor for Lending<'_> {
+    fn visit_float<const D: usize>(&mut self, parameter: &Param<Tensor<D>>) {
         let Some(sum) = self.sum.remove::<D>(parameter.id) else { return };
         if let Some(sum) = self.lent.insert(parameter.val(), sum) {
             self.sum.register(parameter.id, sum);
@@ -100,8 +100,8 @@ struct Adding<'a> {
     gradients: Gradients,
 }
 
-impl NamedVisitor for Adding<'_> {
-    fn visit<const D: usize>(&mut self, _name: &str, parameter: &Param<Tensor<D>>) {
+impl ModuleVisitor for Adding<'_> {
+    fn visit_float<const D: usize>(&mut self, parameter: &Param<Tensor<D>>) {
         let gradient = parameter.val().grad_remove(&mut self.gradients);
         let sum =
             match (self.lent.remove(parameter.val()).or_else(|| self.sum.remove(parameter.id)), gradient) {
