@@ -13,13 +13,15 @@ use burn::tensor::activation::silu;
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use fewstep_kernels::{
     AdamW, AdamWStep, AttentionOptions, Gelu, Modulation, Moments, Projection, QkvStream, RotaryTable,
-    attention, gated_residual, gelu, joint_qkv, linear, norm_modulate, split_tokens, tune_allocator,
+    TunedAllocator, attention, gated_residual, gelu, joint_qkv, linear, norm_modulate, split_tokens,
 };
 use fewstep_models::qwen_image::Vae;
 use fewstep_models::{ModelSource, WeightFiles};
 
+#[global_allocator]
+static ALLOCATOR: TunedAllocator = TunedAllocator;
+
 fn main() -> Result<()> {
-    tune_allocator();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [work, folder, steps, warmup] = &arguments[..] else { bail!("ours WORK DIR STEPS WARMUP") };
     let (folder, runs) = (PathBuf::from(folder), Runs { steps: steps.parse()?, warmup: warmup.parse()? });

@@ -57,8 +57,10 @@ struct Flags {
     steps: usize,
 }
 
+#[global_allocator]
+static ALLOCATOR: fewstep_kernels::TunedAllocator = fewstep_kernels::TunedAllocator;
+
 fn main() -> Result<()> {
-    fewstep_kernels::tune_allocator();
     let flags = Flags::parse();
     let device = flags.device.open()?;
     let recipe = Recipe {

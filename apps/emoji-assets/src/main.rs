@@ -12,6 +12,10 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 use fewstep_data::emoji::{EmojiSet, Language};
+use fewstep_kernels::TunedAllocator;
+
+#[global_allocator]
+static ALLOCATOR: TunedAllocator = TunedAllocator;
 
 /// Builds assets/emoji and the teacher's tokenizer from upstream emoji packages.
 #[derive(Parser)]

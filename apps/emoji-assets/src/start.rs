@@ -43,7 +43,6 @@ pub(crate) struct Folders {
 
 /// Trains the text encoder and writes the model.
 pub(crate) fn build(folders: &Folders, steps: u64) -> Result<()> {
-    fewstep_kernels::tune_allocator();
     let device = Device::flex();
     let source = ModelSource::from(&folders.model);
     let rows = Captioned::read(folders)?;

@@ -10,8 +10,10 @@ use fewstep::{
 use fewstep_device::DeviceError;
 use fewstep_train::TrainError;
 
+#[global_allocator]
+static ALLOCATOR: fewstep_kernels::TunedAllocator = fewstep_kernels::TunedAllocator;
+
 fn main() -> ExitCode {
-    fewstep_kernels::tune_allocator();
     outlive_file_limit();
     let (cli, matches) = Cli::parse();
     let terminal = Terminal::new(false);

@@ -6,17 +6,17 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use burn::backend::Flex;
-use burn::backend::autodiff::Autodiff;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
+use burn::backend::autodiff::{Autodiff, NodeId};
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
 use half::{bf16, f16};
 
-use crate::gradient_sums::added_to_sum;
+use crate::gradient_sums::{added_to_sum, has_sum};
 use crate::twins::takes_plain_twins;
 
 type Differentiable = FloatTensor<Autodiff<Flex>>;
@@ -36,7 +36,7 @@ fn in_host_memory<const D: usize>(tensor: &Tensor<D>) -> bool {
 /// Runs `forward` as one node of the autodiff graph.
 ///
 /// `forward` gets the values of the inputs and which of them are tracked. Its pullback must give a gradient to exactly
-/// the tracked inputs: burn panics much later about a tracked input that got none.
+/// the tracked inputs, but for those that it adds to a sum itself: burn panics much later about one that got none.
 pub(crate) fn operation<const N: usize, const D: usize>(
     inputs: [Input; N],
     forward: impl FnOnce([Values; N], [bool; N]) -> (Values, Pullback<N>),
@@ -86,6 +86,11 @@ impl Input {
     /// Keeps the input's node alive until a node that depends on it is registered.
     pub(crate) fn node(&self) -> NodeGuard {
         self.tensor.node()
+    }
+
+    /// The node of an input that has a gradient.
+    pub(crate) fn learning_node(&self) -> Option<NodeId> {
+        self.tracked.then(|| self.node().id())
     }
 
     pub(crate) fn into_values(self) -> Values {
@@ -230,7 +235,9 @@ impl<const N: usize> Backward<Flex, N> for Fused<N> {
                         gradients.register::<Flex>(parent.id, gradient.0);
                     }
                 }
-                (Some(_), None) => panic!("a fused operation gave no gradient to a tracked input"),
+                (Some(parent), None) => {
+                    assert!(has_sum(parent.id), "a fused operation gave no gradient to a tracked input");
+                }
                 (None, _) => {}
             }
         }

@@ -43,7 +43,7 @@ mod weight;
 pub use activation::{After, Gelu, gelu};
 pub use adamw::{AdamW, AdamWStep, Moments, added, lerp_in_place, squared_norm};
 pub use adamw8bit::Moments8bit;
-pub use allocator::tune_allocator;
+pub use allocator::TunedAllocator;
 pub use attention::{AttentionOptions, KeyMask, attention, cross_attention};
 pub use channel_norm::channel_norm;
 pub use conv::{ConvShape, conv2d};

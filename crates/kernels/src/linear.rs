@@ -6,6 +6,7 @@
 use burn::tensor::{DType, Tensor};
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
+use crate::gradient_sums::{Factors, Sum, with_sums};
 use crate::matmul::{Matrix, MatrixMut, Output, Product, multiply_all};
 use crate::recompute::computed_once;
 use crate::weight::{HalfType, Numbers};
@@ -79,13 +80,13 @@ fn project<const P: usize, const N: usize, const D: usize>(
         ]);
     }
     let inputs: [Input; N] = inputs.try_into().unwrap_or_else(|_| unreachable!("N is 1 + {INPUTS} P"));
+    let weights = std::array::from_fn::<_, P, _>(|index| inputs[1 + index * INPUTS + WEIGHT].learning_node());
     operation(inputs, |values, tracked| {
-        let (output, hidden) = match layout.is_computed_once() {
-            true => forward_once(&layout, &values, &shape),
-            false => forward(&layout, &values, &shape),
-        };
+        let (output, hidden) = forward(&layout, &values, &shape);
         let saved = Saved::new(layout, values, hidden, tracked);
-        let pullback: Pullback<N> = Box::new(move |gradient| saved.pull_back(&gradient, &input_shape));
+        let pullback: Pullback<N> = Box::new(move |gradient| {
+            with_sums(&weights, |sums| saved.pull_back(gradient, &input_shape, sums))
+        });
         (output, pullback)
     })
 }
@@ -132,11 +133,6 @@ impl Layout {
         });
         let parts = parts.collect();
         Self { rows, input, width, parts }
-    }
-
-    /// Whether a recomputed part keeps the output: all but the wide inside of an MLP.
-    fn is_computed_once(&self) -> bool {
-        self.parts.iter().all(|part| part.output <= self.input) || self.rows <= FEW_ROWS
     }
 
     /// The part's columns of a matrix as wide as all outputs.
@@ -196,17 +192,12 @@ fn tensors(values: &[Values], index: usize) -> &[Values] {
     &values[1 + index * INPUTS..][..INPUTS]
 }
 
-/// The output, and what [`hidden`] gives.
+/// The output, kept by a recomputed part, and what [`hidden`] gives.
 fn forward(layout: &Layout, values: &[Values], shape: &[usize]) -> (Values, Vec<Vec<f32>>) {
-    let hidden = hidden(layout, values);
-    (Values::from_vec(output(layout, values, &hidden), shape), hidden)
-}
-
-/// The same, the output from the first run of a recomputed part in the second.
-fn forward_once(layout: &Layout, values: &[Values], shape: &[usize]) -> (Values, Vec<Vec<f32>>) {
     let mut found = None;
     let [output] = computed_once(|| {
-        let (output, hidden) = forward(layout, values, shape);
+        let hidden = hidden(layout, values);
+        let output = Values::from_vec(output(layout, values, &hidden), shape);
         found = Some(hidden);
         [output]
     });
@@ -318,27 +309,50 @@ impl<const N: usize> Saved<N> {
         Self { layout, values, hidden, tracked }
     }
 
-    fn pull_back(&self, gradient: &[f32], input_shape: &[usize]) -> [Option<Values>; N] {
-        let inner = self.inner_gradients(gradient);
+    /// Gradients of weights are added to their sums where there are any.
+    fn pull_back(
+        &self,
+        gradient: Values,
+        input_shape: &[usize],
+        sums: &mut [Option<Sum>],
+    ) -> [Option<Values>; N] {
+        let inner = self.inner_gradients(&gradient);
         let shapes: [Vec<usize>; N] = std::array::from_fn(|index| match index.checked_sub(1) {
             None => input_shape.to_vec(),
             Some(index) => self.layout.parts[index / INPUTS].shape(index % INPUTS, self.layout.input),
         });
+        let is_summed = |index: usize| {
+            index > 0 && (index - 1) % INPUTS == WEIGHT && sums[(index - 1) / INPUTS].is_some()
+        };
         let mut gradients: [Option<Vec<f32>>; N] = std::array::from_fn(|index| {
-            self.tracked[index].then(|| unwritten(shapes[index].iter().product()))
+            (self.tracked[index] && !is_summed(index)).then(|| unwritten(shapes[index].iter().product()))
         });
+        for (part, sum) in self.layout.parts.iter().zip(sums.iter_mut()) {
+            if let Some(sum) = sum {
+                sum.wait_for(self.factors(part, &gradient));
+            }
+        }
         let (of_input, of_parameters) = gradients.split_first_mut().expect("x is the first input");
         let mut products: Vec<Product> =
-            of_input.iter_mut().map(|into| self.input_gradient(gradient, &inner, into)).collect();
+            of_input.iter_mut().map(|into| self.input_gradient(&gradient, &inner, into)).collect();
         for (index, gradients) in of_parameters.chunks_exact_mut(INPUTS).enumerate() {
-            products.extend(self.parameter_gradients(index, gradient, &inner[index], gradients));
+            products.extend(self.parameter_gradients(index, &gradient, &inner[index], gradients));
         }
+        products.extend(sums.iter_mut().flatten().filter_map(Sum::due));
         multiply_all(products);
+        sums.iter_mut().flatten().for_each(Sum::settle);
         let mut shapes = shapes.iter();
         gradients.map(|gradient| {
             let shape = shapes.next().expect("a shape for each input");
             gradient.map(|gradient| Values::from_vec(gradient, shape))
         })
+    }
+
+    /// Those of a weight's gradient.
+    fn factors(&self, part: &Part, gradient: &Values) -> Factors {
+        let Layout { rows, width, .. } = self.layout;
+        let (gradient, x) = (gradient.clone(), self.values[0].clone());
+        Factors { gradient, width, first_column: part.first_column, x, rows }
     }
 
     /// The gradients of `x downᵀ`; empty without a branch.

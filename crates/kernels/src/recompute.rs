@@ -1,6 +1,6 @@
 //! Gradient checkpointing (arXiv 1604.06174): a part of a network as one node of the autodiff graph that keeps its inputs
-//! and runs again when its gradient is asked for. The results inside that are dear to compute and small to keep
-//! ([`computed_once`]) are kept as well, and taken over by the second run.
+//! and runs again when its gradient is asked for. The results inside that are dear to compute ([`computed_once`]) are kept
+//! as well, and taken over by the second run.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -17,12 +17,12 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::Tensor;
 
 use crate::extension::{Input, Values, is_fused};
-use crate::gradient_sums::added_to_sum;
+use crate::gradient_sums::{added_to_sum, handed_over};
 use crate::inject;
 use crate::scoped::scoped;
 
 /// `forward(module, inputs)`, whose inside is computed once more in the backward pass instead of being kept: all but the
-/// outputs of attention and of linear layers that are no wider than their input.
+/// outputs of attention and of linear layers.
 ///
 /// Values and gradients are those of calling `forward`, the gradients of the module's parameters included. What else
 /// `forward` holds must not learn, and it must do the same operations each time. On devices other than the CPU, and inside
@@ -125,6 +125,11 @@ impl Learning {
         module.visit(&mut found);
         found
     }
+
+    /// Each parameter's node in here and in there.
+    fn beside(&self, other: &Self) -> Vec<(NodeId, NodeId)> {
+        self.0.iter().filter_map(|(id, node)| Some((*node, *other.0.get(id)?))).collect()
+    }
 }
 
 impl ModuleVisitor for Learning {
@@ -193,7 +198,8 @@ where
         });
         let (output, left) = scoped(&TAPE, Tape::Replaying(kept), || forward(&module, inputs.clone()));
         assert!(left.into_results().is_empty(), "both runs of a recomputed part do the same operations");
-        let mut inner = inject(output, cotangent).backward();
+        let sums = parameters.beside(&Learning::of(&module));
+        let mut inner = handed_over(&sums, || inject(output, cotangent).backward());
         for (input, parent) in inputs.into_iter().zip(operation.parents) {
             let Some(parent) = parent else { continue };
             let gradient = input.grad_remove(&mut inner).unwrap_or_else(|| input.inner().zeros_like());

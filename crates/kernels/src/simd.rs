@@ -49,6 +49,22 @@ impl WithSimd for Lanes {
     }
 }
 
+/// f32 elements of a cache line.
+pub(crate) const LINE: usize = 16;
+
+/// Asks for the cache line of an address that is read soon. It may be any address: nothing is read here.
+#[inline(always)]
+pub(crate) fn prefetch(address: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86_64 has SSE, and an address that cannot be read is passed over.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// `e^x` with a relative error of about 1e-7 (Cephes' polynomial on ±ln2/2), in instructions that vectorise.
 ///
 /// Arguments below -87 give about 1e-38 and those above 88 about 1.6e38: no zero, infinity or denormal comes out.

@@ -8,15 +8,17 @@ use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use fewstep_kernels::{inject, tune_allocator};
+use fewstep_kernels::{TunedAllocator, inject};
 use fewstep_models::{Condition, Denoiser, LoadOptions, Model, ModelSource, write_random_weights};
 use fewstep_testkit::random;
 
 /// Tokens of each prompt.
 const TEXT: usize = 77;
 
+#[global_allocator]
+static ALLOCATOR: TunedAllocator = TunedAllocator;
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    tune_allocator();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [folder, side, batch, runs, switch @ ..] = arguments.as_slice() else {
         return Err("denoiser_step FOLDER SIDE BATCH RUNS [recomputed]".into());

@@ -133,7 +133,7 @@ impl Activations {
 pub struct Flops {
     /// One evaluation.
     pub forward: u64,
-    /// Of it, what is computed again where blocks are.
+    /// Of it, what is computed again where blocks are: convolutions, since the products of projections are kept.
     pub recomputed: u64,
     /// The backward of one evaluation.
     pub backward: u64,

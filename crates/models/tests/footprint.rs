@@ -62,9 +62,9 @@ fn work_and_activations_grow_as_they_should() {
         adapters.flops.backward < two.flops.backward
             && adapters.activations.training < two.activations.training
     );
-    // Of five blocks all results, about a third, and one whole.
-    assert!(3 * two.activations.checkpointed < 2 * two.activations.training);
-    assert!(5 * two.activations.checkpointed_graph < 2 * two.activations.graph);
+    // Of five blocks all results, about half, and one whole.
+    assert!(4 * two.activations.checkpointed < 3 * two.activations.training);
+    assert!(5 * two.activations.checkpointed_graph < 3 * two.activations.graph);
 }
 
 #[test]
@@ -78,13 +78,8 @@ fn a_forward_multiplies_every_matrix_by_its_tokens() {
     };
     let entries = WeightFiles::open(&teacher().join("transformer")).unwrap().entries();
     let matrices = entries.iter().filter(|entry| entry.shape.len() == 2);
-    let products = |counts: fn(&str) -> bool| -> usize {
-        let counted = matrices.clone().filter(|entry| counts(&entry.key));
-        counted.map(|entry| rows(&entry.key) * entry.elements()).sum()
-    };
+    let products: usize = matrices.map(|entry| rows(&entry.key) * entry.elements()).sum();
     // Five blocks of width 256: every token's scores with every other, and as many products with the values.
     let attention = 5 * 2 * (image + text).pow(2) * 256;
-    let flops = |products: usize| (2 * WORKLOAD.batch_size * products) as u64;
-    assert_eq!(footprint.flops.forward, flops(products(|_| true) + attention));
-    assert_eq!(footprint.flops.recomputed, flops(products(|key| key.contains("mlp.net.0"))));
+    assert_eq!(footprint.flops.forward, (2 * WORKLOAD.batch_size * (products + attention)) as u64);
 }

@@ -11,11 +11,13 @@ use std::fmt;
 use burn::tensor::{Device, Tensor};
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
-use fewstep_kernels::{inject, tune_allocator, with_plain_twins};
+use fewstep_kernels::{TunedAllocator, inject, with_plain_twins};
 use fewstep_testkit::random;
 
+#[global_allocator]
+static ALLOCATOR: TunedAllocator = TunedAllocator;
+
 fn main() {
-    tune_allocator();
     divan::main();
 }
 

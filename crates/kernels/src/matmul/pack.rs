@@ -7,6 +7,7 @@ use pulp::Simd;
 
 use super::tile::Rows;
 use super::{Matrix, Panel, Strided};
+use crate::simd;
 use crate::weight::Numbers;
 
 thread_local! {
@@ -87,6 +88,9 @@ pub(super) fn pack_right<S: Simd>(simd: S, part: Part, panels: &[Panel], scratch
     }
 }
 
+/// Rows from the one that is copied to the one that memory is asked for.
+const ROWS_AHEAD: usize = 16;
+
 /// Of contiguous rows. Row by row through all panels, as memory is read best.
 #[inline(always)]
 fn pack_rows<S: Simd>(simd: S, part: Part, panels: &[Panel], scratch: &mut Scratch) {
@@ -99,7 +103,13 @@ fn pack_rows<S: Simd>(simd: S, part: Part, panels: &[Panel], scratch: &mut Scrat
             let (target, rest) = all[offset + row * width..][..width].split_at_mut(columns.len());
             let start = index * right.shape.row_stride + columns.start;
             match right.values {
-                Numbers::F32(values) => copy(simd, &values[start..][..columns.len()], target),
+                Numbers::F32(values) => {
+                    let ahead = values.as_ptr().wrapping_add(start + ROWS_AHEAD * right.shape.row_stride);
+                    for element in (0..columns.len()).step_by(simd::LINE) {
+                        simd::prefetch(ahead.wrapping_add(element));
+                    }
+                    copy(simd, &values[start..][..columns.len()], target);
+                }
                 numbers => numbers.widen(start..start + columns.len(), target),
             }
             rest.fill(0.0);
@@ -254,6 +264,7 @@ mod blocks {
     };
 
     use super::BLOCK;
+    use crate::simd;
 
     pub(super) fn available() -> bool {
         std::arch::is_x86_feature_detected!("avx")
@@ -275,6 +286,12 @@ mod blocks {
                 // SAFETY: the block lies inside of both.
                 unsafe {
                     let source = source.add(row * source_stride + column);
+                    if column.is_multiple_of(simd::LINE) {
+                        // What the next call, or the next rows of this one, will read.
+                        for row in BLOCK..2 * BLOCK {
+                            simd::prefetch(source.wrapping_add(row * source_stride));
+                        }
+                    }
                     let block: [__m256; BLOCK] =
                         std::array::from_fn(|row| _mm256_loadu_ps(source.add(row * source_stride)));
                     let target = target.add(column * target_stride + row);

@@ -35,8 +35,9 @@ impl TransformerConfig {
             Some(rank) => (14, 3 * rank),
         };
         let single = tokens * (per_token * width + per_rank + heads.count as u64) + 3 * width;
-        // Of them query, key and value (3), the attention's output (1) and the last projection's (1).
-        let results = tokens * (5 * width + heads.count as u64) + 3 * width;
+        // Of them query, key and value (3), the attention's output (1), the activation's input (4) and the last projection's
+        // output (1).
+        let results = tokens * (9 * width + heads.count as u64) + 3 * width;
         Held {
             kept: blocks * batch.block(heads) + singles * single,
             largest: batch.block(heads).max(single),
@@ -63,9 +64,7 @@ impl TransformerConfig {
         let embedders = if self.guidance_embeds { 2 } else { 1 };
         let time = (embedders * TIME_FEATURES as u64 + pooled + (embedders + 3) * width) * width;
         let weights = blocks * batch.block_products(heads) + singles * single + ends + time;
-        // A single-stream block's MLP has the products of a double-stream block's.
-        let recomputed = (blocks + singles) * batch.block_recomputed(heads);
-        batch.flops(weights, recomputed, (blocks + singles) * batch.attention_products(heads))
+        batch.flops(weights, (blocks + singles) * batch.attention_products(heads))
     }
 }
 

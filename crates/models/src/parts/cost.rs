@@ -40,7 +40,7 @@ pub(crate) struct Held {
     /// What the largest block keeps.
     pub(crate) largest: u64,
     /// What is passed from block to block, and the results inside that are kept where blocks are computed again, of all of
-    /// them: the outputs of attention and of projections that are no wider than their input.
+    /// them: the outputs of attention and of projections.
     pub(crate) passed: u64,
     /// Beside it in the backward.
     pub(crate) backward: u64,
@@ -80,14 +80,9 @@ impl Batch {
     }
 
     /// Of [`Batch::block`], what is kept where the block is computed again: query, key and value (3), the attention's output
-    /// before and after its projection (2), and the MLP's (1), in D numbers per token; the modulations.
+    /// before and after its projection (2), and what the MLP's projections give (4 + 1), in D numbers per token; the modulations.
     pub(crate) fn block_results(&self, heads: Heads) -> u64 {
-        self.tokens() * (6 * heads.width() + heads.count) as u64 + 12 * heads.width() as u64
-    }
-
-    /// Products of a double-stream block's weights that are then computed again: those of the MLP's first projection.
-    pub(crate) fn block_recomputed(&self, heads: Heads) -> u64 {
-        4 * self.tokens() * (heads.width() * heads.width()) as u64
+        self.tokens() * (10 * heads.width() + heads.count) as u64 + 12 * heads.width() as u64
     }
 
     /// The backward through the wider stream's activation: gradients of its output and input, and of the residual.
@@ -124,16 +119,16 @@ impl Batch {
         }
     }
 
-    /// Operations of the whole batch, by products of weights, of those weights whose products are computed again in
-    /// recomputed blocks, and of attentions for one sample; everything else is small against them.
-    pub(crate) fn flops(&self, weights: u64, recomputed: u64, attention: u64) -> Flops {
+    /// Operations of the whole batch, by products of weights and of attentions for one sample; everything else is small
+    /// against them, what recomputed blocks compute again included.
+    pub(crate) fn flops(&self, weights: u64, attention: u64) -> Flops {
         // Each product is undone by one for its input and, where the weight learns, one for the weight; an adapter's
         // are small. Attention computes its scores again and has four more products.
         let by_weights = if self.rank.is_some() { weights } else { 2 * weights };
         let flops = |products: u64| 2 * self.samples * products;
         Flops {
             forward: flops(weights + attention),
-            recomputed: flops(recomputed),
+            recomputed: 0,
             backward: flops(by_weights + 5 * attention / 2),
         }
     }

@@ -101,7 +101,6 @@ impl TransformerConfig {
         let ends = 2 * batch.image * input * width + batch.text * joint * width;
         let time = TIME_FEATURES as u64 * width + 3 * width * width;
         let weights = blocks * batch.block_products(heads) + ends + time;
-        let recomputed = blocks * batch.block_recomputed(heads);
-        batch.flops(weights, recomputed, blocks * batch.attention_products(heads))
+        batch.flops(weights, blocks * batch.attention_products(heads))
     }
 }

@@ -58,7 +58,7 @@ impl TransformerConfig {
         let (heads, blocks, dual) = (self.heads(), self.num_layers as u64, self.dual_blocks());
         let attention = blocks * batch.attention_products(heads)
             + dual * 2 * batch.image * batch.image * heads.width() as u64;
-        batch.flops(self.products(batch), blocks * batch.block_recomputed(heads), attention)
+        batch.flops(self.products(batch), attention)
     }
 
     /// Products of all weights.

@@ -46,9 +46,9 @@ impl TransformerConfig {
         let block = image * (19 * width + 2 * hidden + 10 * ranks + 2 * heads.count as u64)
             + text * (3 * width + 2 * ranks)
             + 6 * width;
-        // Of them query, key and value (3), the query of the text (1), what both attentions give (2), and three updates (3);
-        // keys and values of the text (2).
-        let results = image * (9 * width + 2 * heads.count as u64) + 2 * text * width;
+        // Of them query, key and value (3), the query of the text (1), what both attentions give (2), three updates (3), and
+        // the MLP's before the activation; keys and values of the text (2).
+        let results = image * (9 * width + hidden + 2 * heads.count as u64) + 2 * text * width;
         Held {
             kept: blocks * block,
             largest: block,
@@ -71,6 +71,6 @@ impl TransformerConfig {
         let time = (frequencies + 7 * width) * width;
         let weights = blocks * (batch.image * per_image + batch.text * per_text) + ends + time;
         let attention = 2 * batch.image * (batch.image + batch.text) * width;
-        batch.flops(weights, blocks * batch.image * width * hidden, blocks * attention)
+        batch.flops(weights, blocks * attention)
     }
 }

@@ -33,8 +33,8 @@ impl TransformerConfig {
         // input (1), in D numbers per token; its two branches and their gated product in those of the MLP's width. A frozen projection keeps no input: with adapters on all of them each keeps its own.
         let per_rank = batch.rank.map_or(0, |rank| 7 * rank);
         let block = tokens * (17 * width + 3 * hidden + per_rank + heads.count as u64) + 4 * width;
-        // Of them query, key and value (3), the attention's output (1) and both updates (2).
-        let results = tokens * (6 * width + heads.count as u64) + 4 * width;
+        // Of them query, key and value (3), the attention's output (1), both updates (2), and the MLP's branches.
+        let results = tokens * (6 * width + 2 * hidden + heads.count as u64) + 4 * width;
         // The refiners see one part of the tokens each.
         let blocks = (self.n_layers + self.n_refiner_layers) as u64;
         Held {
@@ -57,7 +57,6 @@ impl TransformerConfig {
         let ends = 2 * batch.image * token * width + batch.text * joint * width;
         let apart = 2 * (batch.image * batch.image + batch.text * batch.text) * width;
         let attention = layers * batch.attention_products(self.heads()) + refiners * apart;
-        let recomputed = (layers + refiners) * batch.tokens() * 2 * width * hidden;
-        batch.flops(tokens + ends + TIME_FEATURES as u64 * 4 * time, recomputed, attention)
+        batch.flops(tokens + ends + TIME_FEATURES as u64 * 4 * time, attention)
     }
 }

@@ -86,8 +86,10 @@ struct Lending<'a> {
 
 impl ModuleVisitor for Lending<'_> {
     fn visit_float<const D: usize>(&mut self, parameter: &Param<Tensor<D>>) {
-        let Some(sum) = self.sum.remove::<D>(parameter.id) else { return };
-        if let Some(sum) = self.lent.insert(parameter.val(), sum) {
+        if !parameter.is_require_grad() {
+            return;
+        }
+        if let Some(sum) = self.lent.insert(parameter.val(), self.sum.remove(parameter.id)) {
             self.sum.register(parameter.id, sum);
         }
     }
