@@ -275,28 +275,28 @@ pub fn adamw_step<const D: usize>(
     at: AdamWStep,
 ) -> Tensor<D> {
     let factors = Factors::new(options, at);
-    let (shape, device) = (parameter.dims(), parameter.device());
-    let upload = |values: &mut Vec<f32>| {
-        Tensor::<D>::from_data(TensorData::new(std::mem::take(values), shape), &device)
-    };
+    let shape = parameter.dims();
+    let before = std::mem::replace(moments, Moments::zeros(0)).into_tensors(&parameter.device());
+    let [first, second] = before.map(|moment| moment.reshape(shape));
     let gradient = gradient.mul_scalar(factors.gradient_scale);
-    let first = upload(&mut moments.first);
     let first = first.clone() + (gradient.clone() - first).mul_scalar(factors.first_weight);
-    let second = upload(&mut moments.second).mul_scalar(factors.second_keep)
+    let second = second.mul_scalar(factors.second_keep)
         + (gradient.clone() * gradient).mul_scalar(factors.second_weight);
     let root = second.clone().sqrt().div_scalar(factors.root_correction).add_scalar(factors.epsilon);
     let parameter =
         parameter.mul_scalar(factors.decay) - (first.clone() / root).mul_scalar(factors.step_size);
-    moments.first = download(first);
-    moments.second = download(second);
+    *moments = Moments::Device(Box::new([first, second].map(|moment| moment.flatten(0, D - 1))));
     parameter
 }
 
-/// See [`crate::squared_norm`].
-pub fn squared_norm<const D: usize>(x: Tensor<D>) -> f64 {
-    download(x).iter().map(|value| f64::from(*value).powi(2)).sum()
+/// The squared norm of one tensor: see [`crate::SquaredNorm`].
+///
+/// # Shapes
+/// - returns: `[1]`
+pub fn squared_norm<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+    x.square().sum()
 }
 
-fn download<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+pub(crate) fn download<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().try_to_vec().expect("fused operations and their twins take f32 tensors")
 }
