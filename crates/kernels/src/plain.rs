@@ -119,11 +119,9 @@ pub fn joint_qkv(
 
 /// Rotates query and key `[B, K, T, E]`.
 fn rotated([query, key, value]: [Tensor<4>; 3], rotary: &RotaryTable, device: &Device) -> Tensor<5> {
-    let tokens = query.dims()[2];
-    let [cos, sin] = [&rotary.cos, &rotary.sin].map(|table| {
-        let table = TensorData::new(table[..tokens * rotary.pairs].to_vec(), [1, 1, tokens, rotary.pairs, 1]);
-        Tensor::<5>::from_data(table, device)
-    });
+    let [_, _, tokens, dim] = query.dims();
+    let [cos, sin] =
+        rotary.on(device).map(|table| table.narrow(0, 0, tokens).reshape([1, 1, tokens, dim / 2, 1]));
     let [query, key] = [query, key].map(|x| rotate(x, cos.clone(), sin.clone()));
     Tensor::stack(vec![query, key, value], 0)
 }
