@@ -192,7 +192,8 @@ pub fn cross_attention(query: Tensor<3>, key: Tensor<3>, value: Tensor<3>, heads
     softmax(scores, 3).matmul(by_heads(value)).swap_dims(1, 2).reshape([batch, queries, width])
 }
 
-/// `[B, 1, T, T]`, true where a query must not look; nothing if it may look everywhere.
+/// `[B, 1, T, T]`, or `[B, 1, 1, T]` where all queries see the same keys: true where a query must not look; nothing if it
+/// may look everywhere.
 fn hidden_keys(
     options: &AttentionOptions,
     batch: usize,
@@ -203,13 +204,14 @@ fn hidden_keys(
     if padding.is_none() && !options.causal {
         return None;
     }
-    let mut hidden = vec![0_i32; batch * tokens * tokens];
+    let queries = if options.causal { tokens } else { 1 };
+    let mut hidden = vec![0_i32; batch * queries * tokens];
     for (index, hidden) in hidden.iter_mut().enumerate() {
-        let (sample, query, key) = (index / tokens / tokens, index / tokens % tokens, index % tokens);
+        let (sample, query, key) = (index / tokens / queries, index / tokens % queries, index % tokens);
         let padded = padding.as_ref().is_some_and(|padding| padding[sample * tokens + key]);
         *hidden = i32::from(padded || (options.causal && key > query));
     }
-    let hidden = Tensor::<4, Int>::from_data(TensorData::new(hidden, [batch, 1, tokens, tokens]), device);
+    let hidden = Tensor::<4, Int>::from_data(TensorData::new(hidden, [batch, 1, queries, tokens]), device);
     Some(hidden.equal_elem(1))
 }
 
