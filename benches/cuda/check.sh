@@ -19,13 +19,14 @@ mkdir "$work/driver"
 cp "$target/libnull_cuda.so" "$work/driver/libcuda.so"
 export LD_LIBRARY_PATH="$work/driver"
 
-# The selftest finds that no number is right (exit code 1) and says so of each check; a panic (101) or a signal is not that.
+# The selftest finds that no number is right (exit code 1) and says so of each check; an error, a panic (101) or a signal is
+# not that.
 counted() {
     report=$work/$1.json
     shift
     code=0
     NULL_CUDA_REPORT=$report "$@" >"$work/said" 2>&1 || code=$?
-    if [ "$code" -gt 1 ] || ! [ -s "$report" ]; then
+    if [ "$code" -gt 1 ] || ! [ -s "$report" ] || grep -q '^error: ' "$work/said"; then
         cat "$work/said"
         echo "exit code $code of: $*"
         exit 1

@@ -11,6 +11,7 @@ pub mod evaluate;
 pub mod generate;
 pub mod inspect;
 pub mod interrupt;
+pub mod kernel_failure;
 pub mod lora;
 pub mod machine;
 pub mod model_args;

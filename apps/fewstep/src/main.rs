@@ -2,10 +2,13 @@
 
 use std::process::ExitCode;
 
+use anyhow::Result;
+use clap::ArgMatches;
 use fewstep::args::{Cli, Command};
 use fewstep::progress::Terminal;
 use fewstep::{
-    INTERRUPTED, WRONG_USAGE, demo, download, evaluate, generate, inspect, lora, selftest, train, watch,
+    INTERRUPTED, WRONG_USAGE, demo, download, evaluate, generate, inspect, kernel_failure, lora, selftest,
+    train, watch,
 };
 use fewstep_device::DeviceError;
 use fewstep_train::TrainError;
@@ -16,9 +19,13 @@ static ALLOCATOR: fewstep_kernels::TunedAllocator = fewstep_kernels::TunedAlloca
 fn main() -> ExitCode {
     outlive_file_limit();
     let (cli, matches) = Cli::parse();
+    kernel_failure::caught(|| run(&cli, &matches)).unwrap_or_else(|error| fail(&error))
+}
+
+fn run(cli: &Cli, matches: &ArgMatches) -> Result<ExitCode> {
     let terminal = Terminal::new(false);
-    let outcome = match &cli.command {
-        Command::Train(flags) => train::train(flags, &matches),
+    match &cli.command {
+        Command::Train(flags) => train::train(flags, matches),
         Command::Generate(flags) => generate::generate(flags, &terminal).map(|()| ExitCode::SUCCESS),
         Command::Evaluate(flags) => evaluate::run(flags, &terminal).map(|()| ExitCode::SUCCESS),
         Command::Download(flags) => download::run(flags, &terminal).map(|()| ExitCode::SUCCESS),
@@ -30,8 +37,7 @@ fn main() -> ExitCode {
         Command::Watch(flags) => watch::run(flags),
         Command::Lora(flags) => lora::run(flags, &terminal).map(|()| ExitCode::SUCCESS),
         Command::Selftest(flags) => selftest::run(flags),
-    };
-    outcome.unwrap_or_else(|error| fail(&error))
+    }
 }
 
 /// A file that outgrows its limit (`ulimit -f`) shall be an error like a full disk, not the end of the process.

@@ -1,6 +1,8 @@
 //! The optimiser's and the moving average's element-wise work.
 
-use burn::tensor::Tensor;
+use std::borrow::Cow;
+
+use burn::tensor::{Device, Tensor};
 
 use crate::extension::{Values, is_fused};
 use crate::{parallel, plain, simd};
@@ -28,19 +30,46 @@ impl Default for AdamW {
     }
 }
 
-/// Running moments of one parameter's gradient, in its row-major order.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Moments {
-    /// Of the gradient.
-    pub first: Vec<f32>,
-    /// Of its square.
-    pub second: Vec<f32>,
+/// Running moments of one parameter's gradient and of its square, in its row-major order.
+#[derive(Clone, Debug)]
+pub enum Moments {
+    /// In host memory, before the first step and for parameters on the CPU.
+    Host([Vec<f32>; 2]),
+    /// On the parameter's device.
+    Device(Box<[Tensor<1>; 2]>),
 }
 
 impl Moments {
     /// The moments before the first step, of a parameter of `len` elements.
     pub fn zeros(len: usize) -> Self {
-        Self { first: vec![0.0; len], second: vec![0.0; len] }
+        Self::Host([(); 2].map(|()| vec![0.0; len]))
+    }
+
+    /// Both for reading; from a device they are copied.
+    pub fn read(&self) -> [Cow<'_, [f32]>; 2] {
+        match self {
+            Self::Host(moments) => moments.each_ref().map(|moment| moment.into()),
+            Self::Device(moments) => moments.each_ref().map(|moment| plain::download(moment.clone()).into()),
+        }
+    }
+
+    /// Both for work on the host, where they stay.
+    pub fn on_host(&mut self) -> [&mut [f32]; 2] {
+        if let Self::Device(moments) = self {
+            *self = Self::Host(moments.each_ref().map(|moment| plain::download(moment.clone())));
+        }
+        match self {
+            Self::Host(moments) => moments.each_mut().map(Vec::as_mut_slice),
+            Self::Device(_) => unreachable!("they were read back above"),
+        }
+    }
+
+    /// Both on a device.
+    pub(crate) fn into_tensors(self, device: &Device) -> [Tensor<1>; 2] {
+        match self {
+            Self::Host(moments) => moments.map(|moment| Tensor::from_data(moment.as_slice(), device)),
+            Self::Device(moments) => *moments,
+        }
     }
 }
 
@@ -70,8 +99,6 @@ impl AdamW {
         assert!(!parameter.device().is_autodiff(), "the optimiser takes parameters without autodiff history");
         assert_eq!(parameter.dims(), gradient.dims(), "parameter and gradient");
         assert!(at.step > 0, "steps are counted from 1");
-        let len = parameter.dims().iter().product();
-        assert_eq!((moments.first.len(), moments.second.len()), (len, len), "moments of {len} elements");
         if !is_fused(&parameter) {
             return plain::adamw_step(self, parameter, gradient, moments, at);
         }
@@ -83,8 +110,11 @@ impl AdamW {
 
     fn update(&self, parameter: &mut [f32], gradient: &[f32], moments: &mut Moments, at: AdamWStep) {
         let factors = Factors::new(self, at);
-        let moments = moments.first.chunks_mut(PIECE).zip(moments.second.chunks_mut(PIECE));
-        let work = parameter.chunks_mut(PIECE).zip(gradient.chunks(PIECE)).zip(moments);
+        let len = parameter.len();
+        let moments = moments.on_host();
+        assert_eq!(moments.each_ref().map(|moment| moment.len()), [len; 2], "moments of {len} elements");
+        let [first, second] = moments.map(|moment| moment.chunks_mut(PIECE));
+        let work = parameter.chunks_mut(PIECE).zip(gradient.chunks(PIECE)).zip(first.zip(second));
         parallel::for_each(work, |((parameter, gradient), (first, second))| {
             simd::vectorized(
                 #[inline(always)]
@@ -180,14 +210,36 @@ pub(crate) fn add_in_place(total: &mut [f32], more: &[f32]) {
     });
 }
 
-/// Sum of squares, in double precision and in a fixed order.
-pub fn squared_norm<const D: usize>(x: Tensor<D>) -> f64 {
-    if !is_fused(&x) {
-        return plain::squared_norm(x);
+/// Sum of squares over any number of tensors; from a device it is read back once.
+///
+/// On the CPU it is summed in double precision and in a fixed order, elsewhere in f32 within each tensor.
+#[derive(Debug, Default)]
+pub struct SquaredNorm {
+    read: f64,
+    /// One number of each tensor.
+    unread: Vec<Tensor<1>>,
+}
+
+impl SquaredNorm {
+    /// Takes in the elements of `x`, which is outside of any graph.
+    pub fn add<const D: usize>(&mut self, x: Tensor<D>) {
+        if !is_fused(&x) {
+            self.unread.push(plain::squared_norm(x));
+            return;
+        }
+        let values = Values::detached(x);
+        let partial = parallel::map(values.chunks(PIECE), |piece| simd::vectorized(|| squares(piece)));
+        self.read += partial.iter().sum::<f64>();
     }
-    let values = Values::detached(x);
-    let partial = parallel::map(values.chunks(PIECE), |piece| simd::vectorized(|| squares(piece)));
-    partial.iter().sum()
+
+    /// The sum.
+    pub fn total(self) -> f64 {
+        if self.unread.is_empty() {
+            return self.read;
+        }
+        let unread = plain::download(Tensor::cat(self.unread, 0));
+        self.read + unread.into_iter().map(f64::from).sum::<f64>()
+    }
 }
 
 #[inline(always)]
@@ -207,7 +259,7 @@ fn squares(values: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::Device;
+    use crate::with_plain_twins;
     use fewstep_testkit::{assert_close, random, random_values, values};
 
     const LEN: usize = PIECE + 37;
@@ -294,10 +346,38 @@ mod tests {
     }
 
     #[test]
-    fn the_norm_counts_every_element() {
-        let x = random::<1>([LEN], 4, &Device::flex());
-        let expected: f64 = random_values(LEN, 4).iter().map(|value| f64::from(*value).powi(2)).sum();
-        assert!((squared_norm(x.clone()) / expected - 1.0).abs() < 1e-12);
-        assert!((plain::squared_norm(x) / expected - 1.0).abs() < 1e-12);
+    fn the_norm_counts_every_element_of_all_tensors() {
+        let squares =
+            |seed| random_values(LEN, seed).iter().map(|value| f64::from(*value).powi(2)).sum::<f64>();
+        let expected = squares(4) + squares(5);
+        let found = || {
+            let mut norm = SquaredNorm::default();
+            for seed in [4, 5] {
+                norm.add(random::<1>([LEN], seed, &Device::flex()));
+            }
+            norm.total()
+        };
+        assert!((found() / expected - 1.0).abs() < 1e-12);
+        // The twin's sums are those of f32.
+        assert!((with_plain_twins(found) / expected - 1.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn moments_are_the_same_wherever_they_are_between_two_steps() {
+        let options = AdamW::default();
+        let after = |[first, second]: [Step; 2]| {
+            let mut moments = Moments::zeros(LEN);
+            let gradient = |seed| random([LEN], seed, &Device::flex());
+            let moved = first(&options, gradient(1), gradient(10), &mut moments, step_at(1));
+            let moved = second(&options, moved, gradient(11), &mut moments, step_at(2));
+            [values(moved), moments.read()[0].to_vec(), moments.read()[1].to_vec()]
+        };
+        let expected = after([AdamW::step; 2]);
+        for steps in [[plain::adamw_step as Step, AdamW::step], [AdamW::step, plain::adamw_step]] {
+            for (found, expected) in after(steps).iter().zip(&expected) {
+                // Two roundings of numbers up to 4.
+                assert_close(found, expected, 1e-6);
+            }
+        }
     }
 }

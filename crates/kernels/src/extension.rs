@@ -5,7 +5,6 @@ use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use burn::backend::Flex;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
@@ -13,6 +12,7 @@ use burn::backend::autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
 use burn::backend::autodiff::{Autodiff, NodeId};
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, DispatchKindConversion, DispatchTensor, Flex};
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
 use half::{bf16, f16};
 
@@ -29,8 +29,26 @@ pub(crate) fn is_fused<const D: usize>(tensor: &Tensor<D>) -> bool {
     in_host_memory(tensor) && !takes_plain_twins()
 }
 
-fn in_host_memory<const D: usize>(tensor: &Tensor<D>) -> bool {
+pub(crate) fn in_host_memory<const D: usize>(tensor: &Tensor<D>) -> bool {
     tensor.device() == Device::flex()
+}
+
+/// A backend's tensor with its place in the graph.
+pub(crate) fn graph_tensor<B, const D: usize>(tensor: Tensor<D>) -> FloatTensor<Autodiff<B>>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<Autodiff<B>>,
+{
+    tensor.try_into_primitive::<Autodiff<B>>().expect("the caller knows the backend, and that it records")
+}
+
+/// A backend's tensor outside of any graph.
+pub(crate) fn plain_tensor<B, const D: usize>(tensor: Tensor<D>) -> FloatTensor<B>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    tensor.try_into_primitive::<B>().expect("the caller knows the backend, and that it does not record")
 }
 
 /// Runs `forward` as one node of the autodiff graph.
@@ -65,11 +83,9 @@ impl Input {
         let tracked = tensor.is_tracked();
         let autodiff = tensor.device().is_autodiff();
         let tensor = if autodiff {
-            tensor.try_into_primitive::<Autodiff<Flex>>().expect("the caller checked for the flex device")
+            graph_tensor::<Flex, D>(tensor)
         } else {
-            Differentiable::new(
-                tensor.try_into_primitive::<Flex>().expect("the caller checked for the flex device"),
-            )
+            Differentiable::new(plain_tensor::<Flex, D>(tensor))
         };
         Self { tensor, tracked, autodiff }
     }
@@ -143,10 +159,6 @@ impl Values {
         register: impl FnOnce(FlexTensor) -> Differentiable,
     ) -> Tensor<D> {
         Tensor::from_primitive::<Autodiff<Flex>>(register(self.0))
-    }
-
-    pub(crate) fn into_primitive(self) -> FlexTensor {
-        self.0
     }
 
     /// Write access; copies first if somebody else holds these values.

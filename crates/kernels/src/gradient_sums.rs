@@ -11,7 +11,7 @@ use burn::backend::autodiff::NodeId;
 use burn::tensor::Tensor;
 
 use crate::adamw::add_in_place;
-use crate::extension::{Input, Values, is_fused, unwritten};
+use crate::extension::{Input, Values, in_host_memory, is_fused, unwritten};
 use crate::matmul::{Matrix, MatrixMut, Output, Product, multiply_all};
 use crate::scoped::scoped;
 
@@ -176,6 +176,14 @@ pub(crate) fn added_to_sum(node: NodeId, gradient: Values) -> Option<Values> {
         }
         None => Some(gradient),
     })
+}
+
+/// [`added_to_sum`] of a tensor; there are no sums on devices other than the CPU.
+pub(crate) fn tensor_added_to_sum<const D: usize>(node: NodeId, gradient: Tensor<D>) -> Option<Tensor<D>> {
+    if !in_host_memory(&gradient) {
+        return Some(gradient);
+    }
+    added_to_sum(node, Values::detached(gradient)).map(Values::into_tensor)
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ mod twins;
 mod weight;
 
 pub use activation::{After, Gelu, gelu};
-pub use adamw::{AdamW, AdamWStep, Moments, added, lerp_in_place, squared_norm};
+pub use adamw::{AdamW, AdamWStep, Moments, SquaredNorm, added, lerp_in_place};
 pub use adamw8bit::Moments8bit;
 pub use allocator::TunedAllocator;
 pub use attention::{AttentionOptions, KeyMask, attention, cross_attention};

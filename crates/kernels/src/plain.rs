@@ -119,11 +119,9 @@ pub fn joint_qkv(
 
 /// Rotates query and key `[B, K, T, E]`.
 fn rotated([query, key, value]: [Tensor<4>; 3], rotary: &RotaryTable, device: &Device) -> Tensor<5> {
-    let tokens = query.dims()[2];
-    let [cos, sin] = [&rotary.cos, &rotary.sin].map(|table| {
-        let table = TensorData::new(table[..tokens * rotary.pairs].to_vec(), [1, 1, tokens, rotary.pairs, 1]);
-        Tensor::<5>::from_data(table, device)
-    });
+    let [_, _, tokens, dim] = query.dims();
+    let [cos, sin] =
+        rotary.on(device).map(|table| table.narrow(0, 0, tokens).reshape([1, 1, tokens, dim / 2, 1]));
     let [query, key] = [query, key].map(|x| rotate(x, cos.clone(), sin.clone()));
     Tensor::stack(vec![query, key, value], 0)
 }
@@ -194,7 +192,8 @@ pub fn cross_attention(query: Tensor<3>, key: Tensor<3>, value: Tensor<3>, heads
     softmax(scores, 3).matmul(by_heads(value)).swap_dims(1, 2).reshape([batch, queries, width])
 }
 
-/// `[B, 1, T, T]`, true where a query must not look; nothing if it may look everywhere.
+/// `[B, 1, T, T]`, or `[B, 1, 1, T]` where all queries see the same keys: true where a query must not look; nothing if it
+/// may look everywhere.
 fn hidden_keys(
     options: &AttentionOptions,
     batch: usize,
@@ -205,13 +204,14 @@ fn hidden_keys(
     if padding.is_none() && !options.causal {
         return None;
     }
-    let mut hidden = vec![0_i32; batch * tokens * tokens];
+    let queries = if options.causal { tokens } else { 1 };
+    let mut hidden = vec![0_i32; batch * queries * tokens];
     for (index, hidden) in hidden.iter_mut().enumerate() {
-        let (sample, query, key) = (index / tokens / tokens, index / tokens % tokens, index % tokens);
+        let (sample, query, key) = (index / tokens / queries, index / tokens % queries, index % tokens);
         let padded = padding.as_ref().is_some_and(|padding| padding[sample * tokens + key]);
         *hidden = i32::from(padded || (options.causal && key > query));
     }
-    let hidden = Tensor::<4, Int>::from_data(TensorData::new(hidden, [batch, 1, tokens, tokens]), device);
+    let hidden = Tensor::<4, Int>::from_data(TensorData::new(hidden, [batch, 1, queries, tokens]), device);
     Some(hidden.equal_elem(1))
 }
 
@@ -275,28 +275,28 @@ pub fn adamw_step<const D: usize>(
     at: AdamWStep,
 ) -> Tensor<D> {
     let factors = Factors::new(options, at);
-    let (shape, device) = (parameter.dims(), parameter.device());
-    let upload = |values: &mut Vec<f32>| {
-        Tensor::<D>::from_data(TensorData::new(std::mem::take(values), shape), &device)
-    };
+    let shape = parameter.dims();
+    let before = std::mem::replace(moments, Moments::zeros(0)).into_tensors(&parameter.device());
+    let [first, second] = before.map(|moment| moment.reshape(shape));
     let gradient = gradient.mul_scalar(factors.gradient_scale);
-    let first = upload(&mut moments.first);
     let first = first.clone() + (gradient.clone() - first).mul_scalar(factors.first_weight);
-    let second = upload(&mut moments.second).mul_scalar(factors.second_keep)
+    let second = second.mul_scalar(factors.second_keep)
         + (gradient.clone() * gradient).mul_scalar(factors.second_weight);
     let root = second.clone().sqrt().div_scalar(factors.root_correction).add_scalar(factors.epsilon);
     let parameter =
         parameter.mul_scalar(factors.decay) - (first.clone() / root).mul_scalar(factors.step_size);
-    moments.first = download(first);
-    moments.second = download(second);
+    *moments = Moments::Device(Box::new([first, second].map(|moment| moment.flatten(0, D - 1))));
     parameter
 }
 
-/// See [`crate::squared_norm`].
-pub fn squared_norm<const D: usize>(x: Tensor<D>) -> f64 {
-    download(x).iter().map(|value| f64::from(*value).powi(2)).sum()
+/// The squared norm of one tensor: see [`crate::SquaredNorm`].
+///
+/// # Shapes
+/// - returns: `[1]`
+pub fn squared_norm<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+    x.square().sum()
 }
 
-fn download<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+pub(crate) fn download<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().try_to_vec().expect("fused operations and their twins take f32 tensors")
 }

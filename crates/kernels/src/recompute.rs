@@ -1,63 +1,80 @@
 //! Gradient checkpointing (arXiv 1604.06174): a part of a network as one node of the autodiff graph that keeps its inputs
-//! and runs again when its gradient is asked for. The results inside that are dear to compute ([`computed_once`]) are kept
-//! as well, and taken over by the second run.
+//! and runs again when its gradient is asked for. On the CPU, the results inside that are dear to compute
+//! ([`computed_once`]) are kept as well, and taken over by the second run.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
+use std::marker::PhantomData;
 use std::sync::Arc;
 
-use burn::backend::Flex;
-use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::autodiff::{Autodiff, NodeId};
+use burn::backend::{Backend, DispatchKindConversion, DispatchTensor, Flex};
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::Tensor;
 
-use crate::extension::{Input, Values, is_fused};
-use crate::gradient_sums::{added_to_sum, handed_over};
+use crate::extension::{Values, graph_tensor, in_host_memory, plain_tensor};
+use crate::gradient_sums::{handed_over, tensor_added_to_sum};
 use crate::inject;
 use crate::scoped::scoped;
+use crate::twins::takes_plain_twins;
 
-/// `forward(module, inputs)`, whose inside is computed once more in the backward pass instead of being kept: all but the
-/// outputs of attention and of linear layers.
+/// `forward(module, inputs)`, whose inside is computed once more in the backward pass instead of being kept: all but, on
+/// the CPU, the outputs of attention and of linear layers.
 ///
 /// Values and gradients are those of calling `forward`, the gradients of the module's parameters included. What else
-/// `forward` holds must not learn, and it must do the same operations each time. On devices other than the CPU, and inside
-/// of another recomputed part, it is called as it is.
+/// `forward` holds must not learn, and it must do the same operations each time. Inside of another recomputed part, and
+/// of [`crate::with_plain_twins`], it is called as it is.
 ///
 /// # Shapes
 /// Any of three axes.
-pub fn recomputed<M, F, const N: usize>(module: &M, mut inputs: [Tensor<3>; N], forward: F) -> Tensor<3>
+pub fn recomputed<M, F, const N: usize>(module: &M, inputs: [Tensor<3>; N], forward: F) -> Tensor<3>
 where
     M: Module + 'static,
     F: Fn(&M, [Tensor<3>; N]) -> Tensor<3> + Send + Sync + 'static,
 {
-    if !inputs[0].device().is_autodiff() || !is_fused(&inputs[0]) || Tape::is_in_use() {
+    if !inputs[0].device().is_autodiff() || takes_plain_twins() || Tape::is_in_use() {
         return forward(module, inputs);
     }
-    let parameters = Learning::of(module);
+    if in_host_memory(&inputs[0]) {
+        return recomputed_on::<Flex, M, F, N>(module, inputs, forward);
+    }
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    return recomputed_on::<burn::backend::Cube, M, F, N>(module, inputs, forward);
+    #[cfg(not(any(feature = "cuda", feature = "wgpu")))]
+    forward(module, inputs)
+}
+
+/// [`recomputed`] on the autodiff side of a backend.
+fn recomputed_on<B, M, F, const N: usize>(module: &M, mut inputs: [Tensor<3>; N], forward: F) -> Tensor<3>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B>>,
+    M: Module + 'static,
+    F: Fn(&M, [Tensor<3>; N]) -> Tensor<3> + Send + Sync + 'static,
+{
+    let parameters = Learning::<B>::of(module);
     if !inputs.iter().any(Tensor::is_tracked) {
-        if parameters.0.is_empty() {
+        if parameters.nodes.is_empty() {
             return forward(module, inputs);
         }
         // No backward pass would come by for the parameters without a tracked parent.
         inputs[0] = inputs[0].clone().require_grad();
     }
     let module = module.valid();
-    let (output, kept) = scoped(&TAPE, Tape::Recording(Vec::new()), || {
-        Values::detached(forward(&module, inputs.clone().map(Tensor::inner)))
-    });
-    let kept = kept.into_results();
-    let inputs = inputs.map(Input::new);
-    let nodes = inputs.each_ref().map(Input::node);
-    let inputs = inputs.map(Input::into_values);
-    let state = State { module, inputs, kept, parameters, forward: Arc::new(forward) };
-    let node = Recomputed::<M, F>(Default::default());
-    match node.prepare::<NoCheckpointing>(nodes).compute_bound().stateful() {
-        OpsKind::Tracked(node) => output.into_node(|output| node.finish(state, output)),
+    let (output, kept) =
+        scoped(&TAPE, Tape::Recording(Vec::new()), || forward(&module, inputs.clone().map(Tensor::inner)));
+    let nodes = inputs.each_ref().map(|input| graph_tensor::<B, 3>(input.clone()).node());
+    let inputs = inputs.map(Tensor::inner);
+    let state = State { module, inputs, kept: kept.into_results(), parameters, forward: Arc::new(forward) };
+    match Recomputed::<M, F>(PhantomData).prepare::<NoCheckpointing>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(node) => {
+            Tensor::from_primitive::<Autodiff<B>>(node.finish(state, plain_tensor::<B, 3>(output)))
+        }
         OpsKind::UnTracked(_) => unreachable!("an input is tracked"),
     }
 }
@@ -116,32 +133,48 @@ impl Tape {
 }
 
 /// The nodes of a module's parameters that have a gradient.
-#[derive(Clone, Default)]
-struct Learning(HashMap<ParamId, NodeId>);
+struct Learning<B> {
+    nodes: HashMap<ParamId, NodeId>,
+    backend: PhantomData<fn(B)>,
+}
 
-impl Learning {
+impl<B> Learning<B>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<Autodiff<B>>,
+{
     fn of(module: &impl Module) -> Self {
-        let mut found = Self::default();
+        let mut found = Self { nodes: HashMap::new(), backend: PhantomData };
         module.visit(&mut found);
         found
     }
 
     /// Each parameter's node in here and in there.
     fn beside(&self, other: &Self) -> Vec<(NodeId, NodeId)> {
-        self.0.iter().filter_map(|(id, node)| Some((*node, *other.0.get(id)?))).collect()
+        self.nodes.iter().filter_map(|(id, node)| Some((*node, *other.nodes.get(id)?))).collect()
     }
 }
 
-impl ModuleVisitor for Learning {
+impl<B> Clone for Learning<B> {
+    fn clone(&self) -> Self {
+        Self { nodes: self.nodes.clone(), backend: PhantomData }
+    }
+}
+
+impl<B> ModuleVisitor for Learning<B>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<Autodiff<B>>,
+{
     fn visit_float<const D: usize>(&mut self, parameter: &Param<Tensor<D>>) {
         if parameter.is_require_grad() {
-            self.0.insert(parameter.id, Input::new(parameter.val()).node().id());
+            self.nodes.insert(parameter.id, graph_tensor::<B, D>(parameter.val()).node().id());
         }
     }
 }
 
 /// The node of a part of a network: what it is made of stands in its [`State`].
-struct Recomputed<M, F>(std::marker::PhantomData<fn(M, F)>);
+struct Recomputed<M, F>(PhantomData<fn(M, F)>);
 
 impl<M, F> fmt::Debug for Recomputed<M, F> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -149,17 +182,17 @@ impl<M, F> fmt::Debug for Recomputed<M, F> {
     }
 }
 
-struct State<M, F, const N: usize> {
-    /// On the plain side.
+struct State<B, M, F, const N: usize> {
+    /// On the plain side, as the inputs.
     module: M,
-    inputs: [Values; N],
+    inputs: [Tensor<3>; N],
     /// From the first run.
     kept: VecDeque<Values>,
-    parameters: Learning,
+    parameters: Learning<B>,
     forward: Arc<F>,
 }
 
-impl<M: Clone, F, const N: usize> Clone for State<M, F, N> {
+impl<B, M: Clone, F, const N: usize> Clone for State<B, M, F, N> {
     fn clone(&self) -> Self {
         let Self { module, inputs, kept, parameters, forward } = self;
         Self {
@@ -172,56 +205,62 @@ impl<M: Clone, F, const N: usize> Clone for State<M, F, N> {
     }
 }
 
-impl<M, F, const N: usize> fmt::Debug for State<M, F, N> {
+impl<B, M, F, const N: usize> fmt::Debug for State<B, M, F, N> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("inputs of a recomputed part")
     }
 }
 
-impl<M, F, const N: usize> Backward<Flex, N> for Recomputed<M, F>
+impl<B, M, F, const N: usize> Backward<B, N> for Recomputed<M, F>
 where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B>>,
     M: Module + 'static,
     F: Fn(&M, [Tensor<3>; N]) -> Tensor<3> + Send + Sync + 'static,
 {
-    type State = State<M, F, N>;
+    type State = State<B, M, F, N>;
 
     /// The graph in here has leaves of its own and shares no node with the one outside, whose lock is held meanwhile.
     fn backward(self, operation: Ops<Self::State, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
-        let cotangent = Values::new(gradients.consume::<Flex>(&operation.node)).into_tensor::<3>();
+        let cotangent = Tensor::<3>::from_primitive::<B>(gradients.consume::<B>(&operation.node));
         let State { module, inputs, kept, parameters, forward } = operation.state;
         let module = module.train();
         let mut parents = operation.parents.iter();
-        let inputs = inputs.map(|values| {
-            let input = values.into_tensor::<3>().autodiff();
+        let inputs = inputs.map(|input| {
+            let input = input.autodiff();
             let tracked = parents.next().is_some_and(Option::is_some);
             if tracked { input.require_grad() } else { input }
         });
         let (output, left) = scoped(&TAPE, Tape::Replaying(kept), || forward(&module, inputs.clone()));
         assert!(left.into_results().is_empty(), "both runs of a recomputed part do the same operations");
-        let sums = parameters.beside(&Learning::of(&module));
+        let sums = parameters.beside(&Learning::<B>::of(&module));
         let mut inner = handed_over(&sums, || inject(output, cotangent).backward());
         for (input, parent) in inputs.into_iter().zip(operation.parents) {
             let Some(parent) = parent else { continue };
             let gradient = input.grad_remove(&mut inner).unwrap_or_else(|| input.inner().zeros_like());
-            gradients.register::<Flex>(parent.id, Values::detached(gradient).into_primitive());
+            gradients.register::<B>(parent.id, plain_tensor::<B, 3>(gradient));
         }
         module.visit(&mut HandOver { parameters, inner, gradients });
     }
 }
 
 /// Moves the parameters' gradients from the graph inside to the one outside.
-struct HandOver<'a> {
-    parameters: Learning,
+struct HandOver<'a, B> {
+    parameters: Learning<B>,
     inner: burn::tensor::Gradients,
     gradients: &'a mut Gradients,
 }
 
-impl ModuleVisitor for HandOver<'_> {
+impl<B> ModuleVisitor for HandOver<'_, B>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<B>,
+{
     fn visit_float<const D: usize>(&mut self, parameter: &Param<Tensor<D>>) {
-        let Some(node) = self.parameters.0.get(&parameter.id) else { return };
-        let gradient = parameter.val().grad_remove(&mut self.inner).map(Values::detached);
-        if let Some(gradient) = gradient.and_then(|gradient| added_to_sum(*node, gradient)) {
-            self.gradients.register::<Flex>(*node, gradient.into_primitive());
+        let Some(node) = self.parameters.nodes.get(&parameter.id) else { return };
+        let gradient = parameter.val().grad_remove(&mut self.inner);
+        if let Some(gradient) = gradient.and_then(|gradient| tensor_added_to_sum(*node, gradient)) {
+            self.gradients.register::<B>(*node, plain_tensor::<B, D>(gradient));
         }
     }
 }
@@ -229,7 +268,7 @@ impl ModuleVisitor for HandOver<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Gelu, Projection, gelu, linear};
+    use crate::{Gelu, Projection, gelu, linear, with_plain_twins};
     use burn::tensor::Device;
     use fewstep_testkit::{assert_close, random, values};
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -245,8 +284,8 @@ mod tests {
     }
 
     impl Part {
-        fn new(seed: u64) -> Self {
-            let weight = |seed| Param::from_tensor(random([WIDTH, WIDTH], seed, &Device::flex()));
+        fn new(seed: u64, device: &Device) -> Self {
+            let weight = |seed| Param::from_tensor(random([WIDTH, WIDTH], seed, device));
             Self { up: weight(seed), down: weight(seed + 1), unread: weight(seed + 2) }
         }
 
@@ -271,14 +310,23 @@ mod tests {
         y: bool,
     }
 
+    /// Those of the build.
+    fn devices() -> Vec<Device> {
+        vec![
+            Device::flex(),
+            #[cfg(feature = "wgpu")]
+            Device::wgpu(burn::tensor::DeviceKind::DefaultDevice),
+        ]
+    }
+
     /// The output of one part after the other, both used twice, and all gradients.
-    fn run(call: Call, tracked: Tracked) -> (Vec<f32>, Vec<Option<Vec<f32>>>) {
-        let mut first = Part::new(1);
+    fn run(call: Call, tracked: Tracked, device: &Device) -> (Vec<f32>, Vec<Option<Vec<f32>>>) {
+        let mut first = Part::new(1, device);
         first.up = first.up.set_require_grad(tracked.up);
         first.down = first.down.set_require_grad(tracked.down);
-        let parts = [first.train(), Part::new(5).set_require_grad(false).train()];
+        let parts = [first.train(), Part::new(5, device).set_require_grad(false).train()];
         let input = |seed, tracked| {
-            let input = random::<3>([2, 3, WIDTH], seed, &Device::flex()).autodiff();
+            let input = random::<3>([2, 3, WIDTH], seed, device).autodiff();
             if tracked { input.require_grad() } else { input }
         };
         let (x, y) = (input(20, tracked.x), input(21, tracked.y));
@@ -286,7 +334,7 @@ mod tests {
         for part in parts.iter().chain(&parts) {
             hidden = call(part, [hidden, y.clone()]);
         }
-        let cotangent = random([2, 3, WIDTH], 22, &Device::flex());
+        let cotangent = random([2, 3, WIDTH], 22, device);
         let gradients = inject(hidden.clone(), cotangent).backward();
         let weights = parts.iter().flat_map(|part| [&part.up, &part.down, &part.unread]);
         let weights = weights.map(|weight| weight.val().grad(&gradients).map(values));
@@ -297,10 +345,11 @@ mod tests {
 
     #[test]
     fn a_recomputed_part_equals_one_that_is_kept_whatever_has_a_gradient() {
-        for bits in 1..16 {
+        for (device, bits) in devices().iter().flat_map(|device| (1..16).map(move |bits| (device, bits))) {
             let bit = |index: usize| bits >> index & 1 == 1;
             let tracked = Tracked { up: bit(0), down: bit(1), x: bit(2), y: bit(3) };
-            let ((output, gradients), (kept, expected)) = (run(RECOMPUTED, tracked), run(KEPT, tracked));
+            let [(output, gradients), (kept, expected)] =
+                [RECOMPUTED, KEPT].map(|call| run(call, tracked, device));
             assert_eq!(output, kept);
             for (index, pair) in gradients.iter().zip(&expected).enumerate() {
                 match pair {
@@ -312,6 +361,26 @@ mod tests {
             }
             assert_eq!(gradients[0].is_some(), tracked.up);
             assert!(gradients[2].is_none(), "a parameter that nothing reads has no gradient");
+        }
+    }
+
+    #[test]
+    fn the_inside_runs_twice_on_every_device_and_once_among_twins() {
+        for device in devices() {
+            let runs = || {
+                let runs = Arc::new(AtomicUsize::new(0));
+                let counted = {
+                    let runs = Arc::clone(&runs);
+                    move |part: &Part, inputs: [Tensor<3>; 2]| {
+                        runs.fetch_add(1, Ordering::Relaxed);
+                        part.forward(inputs)
+                    }
+                };
+                let x = random::<3>([2, 3, WIDTH], 20, &device).autodiff().require_grad();
+                recomputed(&Part::new(1, &device).train(), [x.clone(), x], counted).sum().backward();
+                runs.load(Ordering::Relaxed)
+            };
+            assert_eq!((runs(), with_plain_twins(runs)), (2, 1));
         }
     }
 
@@ -332,7 +401,7 @@ mod tests {
                 }
             };
             let x = random::<3>([2, 3, WIDTH], 20, &Device::flex()).autodiff().require_grad();
-            let output = recomputed(&Part::new(1).train(), [x.clone(), x.clone()], counted);
+            let output = recomputed(&Part::new(1, &Device::flex()).train(), [x.clone(), x.clone()], counted);
             let gradients = output.sum().backward();
             assert!(x.grad(&gradients).is_some());
             assert_eq!(runs.load(Ordering::Relaxed), count);
@@ -351,12 +420,12 @@ mod tests {
             output
         };
         let x = random::<3>([2, 3, WIDTH], 20, &Device::flex()).autodiff().require_grad();
-        recomputed(&Part::new(1).train(), [x.clone(), x], forgetful).sum().backward();
+        recomputed(&Part::new(1, &Device::flex()).train(), [x.clone(), x], forgetful).sum().backward();
     }
 
     #[test]
     fn nothing_is_recorded_without_a_graph() {
-        let part = Part::new(1);
+        let part = Part::new(1, &Device::flex());
         let inputs = || [20, 21].map(|seed| random::<3>([2, 3, WIDTH], seed, &Device::flex()));
         let output = recomputed(&part, inputs(), Part::forward);
         assert!(!output.device().is_autodiff());

@@ -1,9 +1,9 @@
 //! From two streams' projections to the joined query, key and value of an attention: RMS norm of queries and keys,
 //! rotary position embedding, and the change of layout, in one pass.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::norm::{chunk, inverse_rms, rms_row, rms_row_backward};
@@ -12,9 +12,11 @@ use crate::{parallel, plain, simd};
 /// Cosines and sines of every position's rotation angles. Cloning copies nothing.
 #[derive(Clone, Debug)]
 pub struct RotaryTable {
-    pub(crate) cos: Arc<[f32]>,
-    pub(crate) sin: Arc<[f32]>,
-    pub(crate) pairs: usize,
+    cos: Arc<[f32]>,
+    sin: Arc<[f32]>,
+    pairs: usize,
+    /// Both on the device that first asked for them.
+    sent: Arc<OnceLock<[Tensor<2>; 2]>>,
 }
 
 impl RotaryTable {
@@ -22,12 +24,27 @@ impl RotaryTable {
     pub fn new(cos: Vec<f32>, sin: Vec<f32>, pairs: usize) -> Self {
         assert_eq!(cos.len(), sin.len(), "cosines and sines");
         assert!(pairs > 0 && cos.len().is_multiple_of(pairs), "{} cosines in rows of {pairs}", cos.len());
-        Self { cos: cos.into(), sin: sin.into(), pairs }
+        Self { cos: cos.into(), sin: sin.into(), pairs, sent: Arc::default() }
     }
 
     /// Number of positions.
     pub fn positions(&self) -> usize {
         self.cos.len() / self.pairs
+    }
+
+    /// Cosines and sines `[positions, pairs]` on a device; to the first one they are sent once.
+    pub(crate) fn on(&self, device: &Device) -> [Tensor<2>; 2] {
+        let plain = device.clone().without_autodiff();
+        let send = || {
+            let shape = [self.positions(), self.pairs];
+            [&self.cos, &self.sin]
+                .map(|table| Tensor::from_data(TensorData::new(table.to_vec(), shape), &plain))
+        };
+        let mut tables = self.sent.get_or_init(send).clone();
+        if tables[0].device() != plain {
+            tables = send();
+        }
+        if device.is_autodiff() { tables.map(Tensor::autodiff) } else { tables }
     }
 
     /// Rotates one head in place; `direction` -1 turns back.
@@ -312,6 +329,16 @@ mod tests {
         let (text_stream, image_stream) = (stream(text, tracked), stream(image, tracked >> 3));
         let output = operation(text_stream, image_stream, heads, &table(text + image, dim / 2), 1e-6);
         probe.finish(output)
+    }
+
+    #[test]
+    fn a_table_is_sent_to_a_device_once_whether_it_records_or_not() {
+        let table = table(3, 2);
+        let sent = [Device::flex(), Device::flex().autodiff()].map(|device| table.clone().on(&device));
+        assert_eq!(sent.each_ref().map(|[cos, _]| cos.device().is_autodiff()), [false, true]);
+        let [first, second] = sent.map(|tables| tables.map(Values::detached));
+        assert_eq!(first.each_ref().map(|values| values.as_ptr()), second.map(|values| values.as_ptr()));
+        assert_eq!(first.map(|values| values.to_vec()), [table.cos.to_vec(), table.sin.to_vec()]);
     }
 
     #[test]

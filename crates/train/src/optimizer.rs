@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::module::Param;
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
-use fewstep_kernels::{squared_norm, with_values};
+use fewstep_kernels::{SquaredNorm, with_values};
 use fewstep_models::{Model, NamedMapper, NamedVisitor, Numbers, map_named, visit_named};
 
 use crate::TrainError;
@@ -161,19 +161,19 @@ fn estimate(
     prodigy.advance(total, at);
 }
 
-/// The norm of all gradients together.
+/// The norm of all gradients together; from a GPU it is read back once.
 pub fn gradient_norm(model: &Model, gradients: &GradientsParams) -> f64 {
-    struct Norm<'a>(&'a GradientsParams, f64);
+    struct Norm<'a>(&'a GradientsParams, SquaredNorm);
     impl NamedVisitor for Norm<'_> {
         fn visit<const D: usize>(&mut self, _name: &str, parameter: &Param<Tensor<D>>) {
             if let Some(gradient) = self.0.get::<D>(parameter.id) {
-                self.1 += squared_norm(gradient);
+                self.1.add(gradient);
             }
         }
     }
-    let mut norm = Norm(gradients, 0.0);
+    let mut norm = Norm(gradients, SquaredNorm::default());
     visit_named(model, &mut norm);
-    norm.1.sqrt()
+    norm.1.total().sqrt()
 }
 
 /// torch's `clip_grad_norm_`, its 1e-6 included; a maximum of 0 is off.

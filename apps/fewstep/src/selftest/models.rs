@@ -1,4 +1,5 @@
-//! The parts of a small model of every family: text encoders, denoiser with all of its gradients, autoencoder.
+//! The parts of a small model of every family: text encoders, denoiser with all of its gradients, its blocks kept and
+//! recomputed, autoencoder.
 
 use std::path::Path;
 
@@ -95,7 +96,9 @@ impl Subject {
     }
 
     fn checks(self) -> Result<Vec<Check>> {
-        Ok(vec![self.text_encoders()?, self.denoiser()?, self.encoder(), self.decoder()])
+        let denoiser = self.denoiser("denoiser", false)?;
+        let recomputed = Check { flops: 0.0, ..self.denoiser("recomputed", true)? };
+        Ok(vec![self.text_encoders()?, denoiser, recomputed, self.encoder(), self.decoder()])
     }
 
     /// Text and pooled states of prompts.
@@ -115,8 +118,8 @@ impl Subject {
         }))
     }
 
-    /// A velocity, with the gradients by latents and by all parameters.
-    fn denoiser(&self) -> Result<Check> {
+    /// A velocity, with the gradients by latents and by all parameters. The twins keep their blocks in any case.
+    fn denoiser(&self, part: &str, recomputes_blocks: bool) -> Result<Check> {
         let workload = Workload {
             frames: self.extent.frames,
             height: SIDE,
@@ -132,7 +135,8 @@ impl Subject {
         let operation = move |inputs: &mut Inputs| -> Run {
             let device = inputs.device().clone();
             let latents = inputs.learning(shape, 1.0);
-            let mut model = loaded(&source, &device.clone().without_autodiff());
+            let model = loaded(&source, &device.clone().without_autodiff());
+            let mut model = model.recomputing_blocks(recomputes_blocks);
             if device.is_autodiff() {
                 model = model.train();
                 inputs.parameters(&model);
@@ -144,7 +148,7 @@ impl Subject {
         Ok(Check {
             backward_passes: flops.backward as f64 / flops.forward as f64,
             tolerance: BACKWARD,
-            ..self.forward("denoiser", size(self.latents), flops.forward as f64, operation)
+            ..self.forward(part, size(self.latents), flops.forward as f64, operation)
         })
     }
 
@@ -231,7 +235,7 @@ mod tests {
     fn every_part_of_every_family_agrees_with_its_twin_on_this_machine() {
         let models = SmallModels::written().unwrap();
         let checks = models.checks().unwrap();
-        assert_eq!(checks.len(), 4 * trial_classes().len());
+        assert_eq!(checks.len(), 5 * trial_classes().len());
         for check in checks {
             let found = check.run(&Device::flex(), 1);
             assert!(found.agrees(), "{}: {found:?}", check.name);

@@ -3,6 +3,8 @@
 use std::fs;
 use std::sync::atomic::AtomicBool;
 
+use fewstep_kernels::with_plain_twins;
+
 use super::fixtures::{
     Bench, Recorder, SIDE_PX, STUDENT_STEPS, TEACHER_CFG_SCALE, TEACHER_STEPS, fail, file_bytes,
     newest_checkpoint, run, train,
@@ -129,6 +131,13 @@ fn a_resumed_flow_matching_run_equals_an_uninterrupted_one_to_the_bit() {
 fn a_resumed_adapter_run_equals_an_uninterrupted_one_to_the_bit() {
     let bench = Bench::new().with_teacher_data();
     assert_resumes_to_the_bit(&lora(resumable(&bench, Task::DirectDistill)), &bench);
+}
+
+/// On other devices, and among the plain twins, moments lie beside their parameters while a run goes on.
+#[test]
+fn a_run_of_plain_twins_resumes_to_the_bit() {
+    let bench = Bench::new().with_teacher_data();
+    with_plain_twins(|| assert_resumes_to_the_bit(&lora(resumable(&bench, Task::DirectDistill)), &bench));
 }
 
 #[test]

@@ -31,7 +31,7 @@ pub(crate) struct Estimate {
 }
 
 /// What is remembered of one parameter.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Travelled {
     pub(crate) moments: Moments,
     /// Running sum of gradients.
@@ -91,9 +91,9 @@ impl Prodigy {
         let weights = Weights::new(self, at);
         let Travelled { moments, sum, start } = travelled;
         let values = parameter.par_chunks(PIECE).zip(gradient.par_chunks(PIECE)).zip(start.par_chunks(PIECE));
-        let moments = moments.first.par_chunks_mut(PIECE).zip(moments.second.par_chunks_mut(PIECE));
+        let [first, second] = moments.on_host().map(|moment| moment.par_chunks_mut(PIECE));
         let pieces: Vec<Fraction> = values
-            .zip(moments)
+            .zip(first.zip(second))
             .zip(sum.par_chunks_mut(PIECE))
             .map(|((((parameter, gradient), start), (first, second)), sum)| {
                 weights.take_in([parameter, gradient, start], [first, second, sum])
@@ -131,7 +131,7 @@ impl Prodigy {
     pub(crate) fn apply(&self, parameter: &mut [f32], travelled: &Travelled, weight_decay: f64) {
         let Some(Rates { step, epsilon, decay }) = self.rates else { return };
         let keep = (1.0 - decay * weight_decay) as f32;
-        let Moments { first, second } = &travelled.moments;
+        let [first, second] = travelled.moments.read();
         let moments = first.par_chunks(PIECE).zip(second.par_chunks(PIECE));
         parameter.par_chunks_mut(PIECE).zip(moments).for_each(|(parameter, (first, second))| {
             for ((parameter, first), second) in parameter.iter_mut().zip(first).zip(second) {

@@ -33,7 +33,8 @@ pub(crate) fn step(
     let correct = |beta: f64| 1.0 - beta.powf(at.step as f64);
     let step_size = (at.learning_rate / correct(options.beta_1)) as f32;
     let second_scale = correct(options.beta_2).sqrt() as f32;
-    let moments = moments.first.iter_mut().zip(&mut moments.second);
+    let [first, second] = moments.on_host();
+    let moments = first.iter_mut().zip(second);
     for ((parameter, gradient), (first, second)) in parameter.iter_mut().zip(gradient).zip(moments) {
         let gradient = round(gradient * at.gradient_scale);
         *parameter = round(*parameter * keep);
