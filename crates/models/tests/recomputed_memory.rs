@@ -1,4 +1,5 @@
-//! Gradient checkpointing's promise: a backward pass holds the inside of one block, whatever the family.
+//! Gradient checkpointing's promise: a backward pass holds the whole inside of one block alone, and of the others what is
+//! dear to compute, whatever the family.
 //!
 //! Alone in its test binary, because it counts what the whole process allocates.
 
@@ -41,6 +42,7 @@ fn recomputed_blocks_take_less_memory_than_kept_ones() {
         let kept = peak(&model);
         let recomputed = peak(&model.recomputing_blocks(true));
         println!("{family}: {:.1} MB kept, {:.1} MB recomputed", kept / 1e6, recomputed / 1e6);
-        assert!(recomputed < 0.75 * kept, "{family}: {recomputed} of {kept} bytes");
+        // The small models have two or three blocks, of which one is whole.
+        assert!(recomputed < 0.85 * kept, "{family}: {recomputed} of {kept} bytes");
     }
 }
