@@ -147,18 +147,16 @@ pub(crate) fn with_sums<T>(nodes: &[Option<NodeId>], add: impl FnOnce(&mut [Opti
 
 /// Does `backward` while the sums of the first nodes of `pairs` are those of the second.
 pub(crate) fn handed_over<T>(pairs: &[(NodeId, NodeId)], backward: impl FnOnce() -> T) -> T {
-    let hand_over = |pairs: &mut dyn Iterator<Item = (NodeId, NodeId)>| {
+    let hand_over = |from: NodeId, to: NodeId| {
         SUMS.with_borrow_mut(|sums| {
-            for (from, to) in pairs {
-                if let Some(sum) = sums.0.remove(&from) {
-                    sums.0.insert(to, sum);
-                }
+            if let Some(sum) = sums.0.remove(&from) {
+                sums.0.insert(to, sum);
             }
         });
     };
-    hand_over(&mut pairs.iter().copied());
+    pairs.iter().for_each(|(first, second)| hand_over(*first, *second));
     let result = backward();
-    hand_over(&mut pairs.iter().map(|(from, to)| (*to, *from)));
+    pairs.iter().for_each(|(first, second)| hand_over(*second, *first));
     result
 }
 

@@ -80,7 +80,7 @@ fn project<const P: usize, const N: usize, const D: usize>(
         ]);
     }
     let inputs: [Input; N] = inputs.try_into().unwrap_or_else(|_| unreachable!("N is 1 + {INPUTS} P"));
-    let weights = std::array::from_fn::<_, P, _>(|index| inputs[1 + index * INPUTS + WEIGHT].learning_node());
+    let weights = std::array::from_fn::<_, P, _>(|index| tensors(&inputs, index)[WEIGHT].learning_node());
     operation(inputs, |values, tracked| {
         let (output, hidden) = forward(&layout, &values, &shape);
         let saved = Saved::new(layout, values, hidden, tracked);
@@ -187,9 +187,9 @@ impl Part {
     }
 }
 
-/// The tensors of one projection.
-fn tensors(values: &[Values], index: usize) -> &[Values] {
-    &values[1 + index * INPUTS..][..INPUTS]
+/// What belongs to the tensors of one projection, of what belongs to all inputs.
+fn tensors<T>(inputs: &[T], index: usize) -> &[T] {
+    &inputs[1 + index * INPUTS..][..INPUTS]
 }
 
 /// The output, kept by a recomputed part, and what [`hidden`] gives.
@@ -321,17 +321,16 @@ impl<const N: usize> Saved<N> {
             None => input_shape.to_vec(),
             Some(index) => self.layout.parts[index / INPUTS].shape(index % INPUTS, self.layout.input),
         });
-        let is_summed = |index: usize| {
-            index > 0 && (index - 1) % INPUTS == WEIGHT && sums[(index - 1) / INPUTS].is_some()
-        };
-        let mut gradients: [Option<Vec<f32>>; N] = std::array::from_fn(|index| {
-            (self.tracked[index] && !is_summed(index)).then(|| unwritten(shapes[index].iter().product()))
-        });
-        for (part, sum) in self.layout.parts.iter().zip(sums.iter_mut()) {
+        let mut made_here = self.tracked;
+        let parts = self.layout.parts.iter().zip(made_here[1..].chunks_exact_mut(INPUTS));
+        for ((part, made_here), sum) in parts.zip(sums.iter_mut()) {
             if let Some(sum) = sum {
                 sum.wait_for(self.factors(part, &gradient));
+                made_here[WEIGHT] = false;
             }
         }
+        let mut gradients: [Option<Vec<f32>>; N] =
+            std::array::from_fn(|index| made_here[index].then(|| unwritten(shapes[index].iter().product())));
         let (of_input, of_parameters) = gradients.split_first_mut().expect("x is the first input");
         let mut products: Vec<Product> =
             of_input.iter_mut().map(|into| self.input_gradient(&gradient, &inner, into)).collect();

@@ -82,4 +82,5 @@ fn a_forward_multiplies_every_matrix_by_its_tokens() {
     // Five blocks of width 256: every token's scores with every other, and as many products with the values.
     let attention = 5 * 2 * (image + text).pow(2) * 256;
     assert_eq!(footprint.flops.forward, (2 * WORKLOAD.batch_size * (products + attention)) as u64);
+    assert_eq!(footprint.flops.recomputed, 0, "recomputed blocks keep what their matrices give");
 }

@@ -35,14 +35,23 @@ fn peak(model: &Model) -> f64 {
 
 #[test]
 fn recomputed_blocks_take_less_memory_than_kept_ones() {
-    for family in ["flux", "qwen_image", "sd15", "sd3", "sdxl", "wan", "zimage"] {
+    // The largest share of the memory by family. Of two or three blocks one is whole.
+    let shares = [
+        ("flux", 0.75),
+        ("qwen_image", 0.75),
+        ("sd15", 0.75),
+        ("sd3", 0.85),
+        ("sdxl", 0.75),
+        ("wan", 0.85),
+        ("zimage", 0.75),
+    ];
+    for (family, share) in shares {
         let source = ModelSource::from(&golden(&format!("{family}/model")));
         let model = Model::from_pretrained(&source, &LoadOptions::default()).unwrap();
         peak(&model); // what threads allocate once and keep
         let kept = peak(&model);
         let recomputed = peak(&model.recomputing_blocks(true));
         println!("{family}: {:.1} MB kept, {:.1} MB recomputed", kept / 1e6, recomputed / 1e6);
-        // The small models have two or three blocks, of which one is whole.
-        assert!(recomputed < 0.85 * kept, "{family}: {recomputed} of {kept} bytes");
+        assert!(recomputed < share * kept, "{family}: {recomputed} of {kept} bytes");
     }
 }

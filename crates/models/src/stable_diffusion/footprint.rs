@@ -210,9 +210,17 @@ mod tests {
                 shape.len() > 1 && !key.contains("time_emb") && !key.contains("embedding")
             };
             let tensors = kind.component_tensors(&source, "unet").unwrap();
-            let matrices = tensors.iter().filter(|(key, shape)| counts(key, shape));
-            let numbers: usize = matrices.map(|(_, shape)| shape.iter().product::<usize>()).sum();
-            assert_eq!(count.weights, numbers as u64, "{family}");
+            let matrices = || tensors.iter().filter(|(key, shape)| counts(key, shape));
+            let numbers = |key_part: &str| -> usize {
+                let of_part = matrices().filter(|(key, _)| key.contains(key_part));
+                of_part.map(|(_, shape)| shape.iter().product::<usize>()).sum()
+            };
+            assert_eq!(count.weights, numbers("") as u64, "{family}");
+            assert_eq!(
+                count.recomputed,
+                numbers("resnets") as u64,
+                "{family}: convolutions of residual blocks"
+            );
         }
     }
 
