@@ -189,14 +189,17 @@ const PIECE_ROWS: usize = 1024;
 /// Terms of a sum between two visits of the output.
 const DEPTH: usize = 400;
 
-/// Rows of a left factor that are packed at one time: whole tiles, and whole blocks that are transposed.
-const LEFT_ROWS: usize = 24;
+/// Rows of a left factor that are packed at one time: whole tiles, and whole lines of memory.
+const LEFT_ROWS: usize = 48;
 
 /// Panels that a piece packs at one time.
 const PIECE_PANELS: usize = 8;
 
 /// Pieces for each thread, where there are as many: the more, the more evenly they end.
 const PIECES_PER_THREAD: usize = 4;
+
+/// The same where both factors are packed.
+const PACKED_PIECES_PER_THREAD: usize = 2;
 
 /// How one product is cut.
 struct Plan<'a> {
@@ -238,9 +241,10 @@ impl<'a> Plan<'a> {
         let lanes = simd::lanes();
         let (tile_rows, registers) = tile::shape(lanes);
         let panels = columns.div_ceil(lanes).div_ceil(registers);
-        let wanted = if threads > 1 { threads * PIECES_PER_THREAD } else { 1 };
-        // A left factor that has to be transposed is so once for each group.
+        // A left factor that has to be packed is so once for each group, and the right one once for each block of rows.
         let turned = terms.iter().any(|(left, _)| !pack::lies_in_rows(*left));
+        let per_thread = if turned { PACKED_PIECES_PER_THREAD } else { PIECES_PER_THREAD };
+        let wanted = if threads > 1 { threads * per_thread } else { 1 };
         let least = if turned { PIECE_PANELS.min(panels.max(1)) } else { 1 };
         let piece_rows = (rows * panels.div_ceil(least)).div_ceil(wanted).next_multiple_of(tile_rows);
         let piece_rows = piece_rows.clamp(tile_rows, PIECE_ROWS);
@@ -351,14 +355,14 @@ impl Piece<'_, '_> {
         let mut lefts = Vec::with_capacity(segments.len());
         for block in self.rows.clone().step_by(LEFT_ROWS) {
             let block = block..self.rows.end.min(block + LEFT_ROWS);
-            self.lefts(&segments, block.clone(), scratch, &mut lefts);
+            self.lefts::<S>(&segments, block.clone(), scratch, &mut lefts);
             self.tiles(simd, block, &mut lefts, (first, depth), scratch);
         }
     }
 
     /// The rows of every segment's left factor: packed first, then pointed at.
     #[inline(always)]
-    fn lefts(
+    fn lefts<S: pulp::Simd>(
         &self,
         segments: &[(usize, Range<usize>)],
         rows: Range<usize>,
@@ -368,14 +372,20 @@ impl Piece<'_, '_> {
         let left = |term: usize| self.plan.terms[term].0;
         let mut offset = 0;
         for (term, range) in segments {
-            pack::pack_left(left(*term), rows.clone(), range.clone(), offset, scratch);
-            offset += rows.len() * range.len();
+            pack::pack_left::<S>(left(*term), rows.clone(), range.clone(), offset, scratch);
+            offset += LEFT_ROWS * range.len();
         }
         lefts.clear();
         offset = 0;
         for (term, range) in segments {
-            lefts.push(pack::left_rows(left(*term), rows.clone(), range.clone(), offset, scratch));
-            offset += rows.len() * range.len();
+            lefts.push(pack::left_rows::<S>(
+                left(*term),
+                rows.clone(),
+                range.clone(),
+                (offset, self.panels.len()),
+                scratch,
+            ));
+            offset += LEFT_ROWS * range.len();
         }
     }
 
@@ -394,7 +404,7 @@ impl Piece<'_, '_> {
         for row in rows.clone().step_by(tile_rows) {
             let tile_rows = tile_rows.min(rows.end - row);
             let mut offset = 0;
-            for panel in &self.panels {
+            for (index, panel) in self.panels.iter().enumerate() {
                 let start = match plan.start {
                     _ if !first => Output::Accumulate,
                     Output::Row(row) => Output::Row(&row[panel.columns.clone()]),
@@ -403,6 +413,7 @@ impl Piece<'_, '_> {
                 let tile = tile::Tile {
                     lefts,
                     panel: scratch.panels(offset),
+                    index,
                     into: plan.into.0.wrapping_add(row * plan.stride + panel.columns.start),
                     stride: plan.stride,
                     rows: tile_rows,
@@ -416,7 +427,7 @@ impl Piece<'_, '_> {
                 unsafe { tile.multiply(simd, panel.registers) };
                 offset += depth * panel.registers * S::F32_LANES;
             }
-            lefts.iter_mut().for_each(|left| left.skip(tile_rows));
+            lefts.iter_mut().for_each(tile::Rows::skip_tile);
         }
     }
 }
@@ -507,7 +518,8 @@ mod tests {
 
     #[test]
     fn terms_are_summed_and_a_row_is_added_to_every_row() {
-        let (rows, columns) = (20, 50);
+        // More rows than are packed at one time, and a last tile that is not full.
+        let (rows, columns) = (LEFT_ROWS + 20, 50);
         let depths = [500, 8, 450];
         let lefts = depths.map(|depth| random_values(rows * depth, depth as u64));
         let rights = depths.map(|depth| random_values(depth * columns, 1 + depth as u64));
@@ -516,14 +528,21 @@ mod tests {
         for ((left, right), depth) in lefts.iter().zip(&rights).zip(depths) {
             expected = three_loops(&expected, -2.0, left, right, depth);
         }
-        let mut found = vec![f32::NAN; rows * columns];
-        let terms = lefts.iter().zip(&rights).zip(depths).map(|((left, right), depth)| {
-            (Matrix::new(left, rows, depth), Matrix::new(right, depth, columns))
-        });
-        let into = MatrixMut::new(&mut found, rows, columns);
-        let product = Product { into, start: Output::Row(&row), scale: -2.0, terms: terms.collect() };
-        share_out(vec![product]);
-        assert_close(&found, &expected, 3.0 * TOLERANCE);
+        let turned_lefts = [0, 1, 2].map(|term| transposed(&lefts[term], depths[term]));
+        for is_turned in [[false; 3], [true; 3], [true, false, true]] {
+            let mut found = vec![f32::NAN; rows * columns];
+            let terms = depths.iter().enumerate().map(|(term, depth)| {
+                let left = match is_turned[term] {
+                    true => Matrix::new(&turned_lefts[term], *depth, rows).transposed(),
+                    false => Matrix::new(&lefts[term], rows, *depth),
+                };
+                (left, Matrix::new(&rights[term], *depth, columns))
+            });
+            let terms = terms.collect();
+            let into = MatrixMut::new(&mut found, rows, columns);
+            share_out(vec![Product { into, start: Output::Row(&row), scale: -2.0, terms }]);
+            assert_close(&found, &expected, 3.0 * TOLERANCE);
+        }
     }
 
     #[test]

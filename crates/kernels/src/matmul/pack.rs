@@ -1,13 +1,13 @@
-//! Factors laid out as the tiles read them: the right one in panels of whole registers, the left one in contiguous rows.
+//! Factors laid out as the tiles read them: the right one in panels of whole registers, the left one in tiles of rows.
 
 use std::cell::Cell;
 use std::ops::Range;
 
 use pulp::Simd;
 
-use super::tile::Rows;
-use super::{Matrix, Panel, Strided};
-use crate::simd;
+use super::tile::{self, Ahead, Rows};
+use super::{LEFT_ROWS, Matrix, Panel, Strided};
+use crate::simd::{self, LINE};
 use crate::weight::Numbers;
 
 thread_local! {
@@ -88,8 +88,8 @@ pub(super) fn pack_right<S: Simd>(simd: S, part: Part, panels: &[Panel], scratch
     }
 }
 
-/// Rows from the one that is copied to the one that memory is asked for.
-const ROWS_AHEAD: usize = 16;
+/// Rows, or columns, from the one that is copied to the one that memory is asked for.
+const LINES_AHEAD: usize = 16;
 
 /// Of contiguous rows. Row by row through all panels, as memory is read best.
 #[inline(always)]
@@ -104,8 +104,8 @@ fn pack_rows<S: Simd>(simd: S, part: Part, panels: &[Panel], scratch: &mut Scrat
             let start = index * right.shape.row_stride + columns.start;
             match right.values {
                 Numbers::F32(values) => {
-                    let ahead = values.as_ptr().wrapping_add(start + ROWS_AHEAD * right.shape.row_stride);
-                    for element in (0..columns.len()).step_by(simd::LINE) {
+                    let ahead = values.as_ptr().wrapping_add(start + LINES_AHEAD * right.shape.row_stride);
+                    for element in (0..columns.len()).step_by(LINE) {
                         simd::prefetch(ahead.wrapping_add(element));
                     }
                     copy(simd, &values[start..][..columns.len()], target);
@@ -183,9 +183,10 @@ pub(super) fn lies_in_rows(left: Matrix) -> bool {
     left.shape.column_stride == 1
 }
 
-/// Lays some columns of some rows down as contiguous rows, at `offset`, where they do not lie so.
+/// Lays some columns of some rows down, at `offset`, where rows are not contiguous: tile by tile, in each tile column by
+/// column, as the tile reads them. The last tile has room for as many rows as the others.
 #[inline(always)]
-pub(super) fn pack_left(
+pub(super) fn pack_left<S: Simd>(
     left: Matrix,
     rows: Range<usize>,
     columns: Range<usize>,
@@ -195,35 +196,64 @@ pub(super) fn pack_left(
     if lies_in_rows(left) {
         return;
     }
+    let (tile_rows, _) = tile::shape(S::F32_LANES);
+    let (depth, count) = (columns.len(), rows.len());
     let Strided { row_stride, column_stride, .. } = left.shape;
     let source = &left.values.f32s()[rows.start * row_stride + columns.start * column_stride..];
-    let target = &mut scratch.left.elements_mut()[offset..][..rows.len() * columns.len()];
-    if row_stride == 1 {
-        return transpose(source, column_stride, [columns.len(), rows.len()], target, columns.len());
-    }
-    for (row, target) in target.chunks_exact_mut(columns.len()).enumerate() {
-        for (column, target) in target.iter_mut().enumerate() {
-            *target = source[row * row_stride + column * column_stride];
+    let target = &mut scratch.left.elements_mut()[offset..][..count.next_multiple_of(tile_rows) * depth];
+    // Whole tiles of contiguous columns are copied, without a call: the number of rows is known when this is compiled.
+    let copied = if row_stride == 1 { count / tile_rows * tile_rows } else { 0 };
+    for column in 0..depth {
+        let source = &source[column * column_stride..];
+        if row_stride == 1 {
+            let ahead = source.as_ptr().wrapping_add(LINES_AHEAD * column_stride);
+            for row in (0..count).step_by(LINE) {
+                simd::prefetch(ahead.wrapping_add(row));
+            }
+        }
+        for (tile, source) in source[..copied].chunks_exact(tile_rows).enumerate() {
+            target[(tile * depth + column) * tile_rows..][..tile_rows].copy_from_slice(source);
+        }
+        for row in copied..count {
+            let tile = row / tile_rows;
+            target[(tile * depth + column) * tile_rows + row % tile_rows] = source[row * row_stride];
         }
     }
 }
 
 /// Some columns of some rows: where they lie, or where [`pack_left`] laid them.
 #[inline(always)]
-pub(super) fn left_rows(
+pub(super) fn left_rows<S: Simd>(
     left: Matrix,
     rows: Range<usize>,
     columns: Range<usize>,
-    offset: usize,
+    (offset, panels): (usize, usize),
     scratch: &Scratch,
 ) -> Rows {
+    let (tile_rows, _) = tile::shape(S::F32_LANES);
     let depth = columns.len();
+    let Strided { row_stride, column_stride, .. } = left.shape;
+    let source = left.values.f32s()[rows.start * row_stride + columns.start * column_stride..].as_ptr();
+    let part = depth.div_ceil(tile_rows).max(LINE);
     if lies_in_rows(left) {
-        let stride = left.shape.row_stride;
-        let first = left.values.f32s()[rows.start * stride + columns.start..].as_ptr();
-        return Rows { first, stride, depth };
+        // Each tile asks for one of the next rows.
+        let tile_stride = tile_rows * row_stride;
+        let first = source.wrapping_add(tile_stride);
+        let lines = part.div_ceil(LINE);
+        let ahead = Ahead { first, lines, part_stride: part, panel_stride: row_stride, tile_stride };
+        return Rows { first: source, row_stride, term_stride: 1, tile_stride, depth, part, ahead };
     }
-    Rows { first: scratch.left.elements()[offset..].as_ptr(), stride: depth, depth }
+    // Each tile asks for some of the columns that are packed next.
+    let panel_stride = tile_rows * column_stride;
+    let ahead = Ahead {
+        first: source.wrapping_add(LEFT_ROWS * row_stride),
+        lines: LEFT_ROWS / LINE,
+        part_stride: column_stride,
+        panel_stride,
+        tile_stride: panels * panel_stride,
+    };
+    let first = scratch.left.elements()[offset..].as_ptr();
+    Rows { first, row_stride: 1, term_stride: tile_rows, tile_stride: tile_rows * depth, depth, part, ahead }
 }
 
 /// Writes `source`, `rows` rows of `columns`, as columns: `target[column · target_stride + row]`.

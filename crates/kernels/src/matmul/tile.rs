@@ -3,6 +3,7 @@
 use pulp::{MemMask, Simd};
 
 use super::Output;
+use crate::simd::{LINE, prefetch};
 
 /// The most rows of a tile, and the most registers side by side in a row.
 const ROWS: usize = 8;
@@ -14,29 +15,56 @@ pub(super) const fn shape(lanes: usize) -> (usize, usize) {
     if lanes == 8 { (6, 2) } else { (ROWS, REGISTERS) }
 }
 
-/// Some rows of a left factor, each contiguous.
+/// Some rows of a left factor.
 #[derive(Clone, Copy)]
 pub(super) struct Rows {
     pub(super) first: *const f32,
-    /// Elements from one row to the next.
-    pub(super) stride: usize,
+    /// Elements from one row of a tile to the next.
+    pub(super) row_stride: usize,
+    /// Elements from one term of a row to the next.
+    pub(super) term_stride: usize,
+    /// Elements from one tile to the next.
+    pub(super) tile_stride: usize,
     pub(super) depth: usize,
+    /// Terms of a part.
+    pub(super) part: usize,
+    pub(super) ahead: Ahead,
 }
 
 impl Rows {
-    /// Leaves out the first rows.
+    /// Leaves out the rows of the first tile.
     #[inline(always)]
-    pub(super) fn skip(&mut self, rows: usize) {
-        self.first = self.first.wrapping_add(rows * self.stride);
+    pub(super) fn skip_tile(&mut self) {
+        self.first = self.first.wrapping_add(self.tile_stride);
+        self.ahead.first = self.ahead.first.wrapping_add(self.ahead.tile_stride);
     }
 }
 
+/// What is read after a tile and its neighbours. A tile asks for a piece of it before each part of its terms.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    pub(super) first: *const f32,
+    /// Cache lines of a piece.
+    pub(super) lines: usize,
+    /// Elements from the piece of one part to that of the next.
+    pub(super) part_stride: usize,
+    /// Elements from the pieces of one tile to those of its neighbour to the right.
+    pub(super) panel_stride: usize,
+    /// Elements from the pieces of one tile to those of the one below.
+    pub(super) tile_stride: usize,
+}
+
 /// One tile of the output.
+///
+/// While it is computed it asks memory, a few lines at a time, for the output that it will write and for what is read
+/// next. All lines at once would hold up the loads of the terms.
 pub(super) struct Tile<'a> {
     /// The rows of each term's left factor.
     pub(super) lefts: &'a [Rows],
     /// The same terms' right factors, one after the other, the tile's columns of each row in whole registers.
     pub(super) panel: *const f32,
+    /// Its place among the tiles of the same rows.
+    pub(super) index: usize,
     pub(super) into: *mut f32,
     /// Elements from one row of the output to the next.
     pub(super) stride: usize,
@@ -85,21 +113,32 @@ impl Tile<'_> {
         let mut sums = [[simd.splat_f32s(0.0); R]; M];
         let mut panel = self.panel.cast::<S::f32s>();
         for left in self.lefts {
-            for term in 0..left.depth {
-                let mut right = [simd.splat_f32s(0.0); R];
-                for (register, right) in right.iter_mut().enumerate() {
-                    // SAFETY: the panel has `R` registers for each term.
-                    *right = unsafe { panel.add(register).read_unaligned() };
-                }
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: each of the `M` rows has `depth` elements.
-                    let left = simd.splat_f32s(unsafe { *left.first.add(row * left.stride + term) });
-                    for (sum, right) in sums.iter_mut().zip(right) {
-                        *sum = simd.mul_add_f32s(left, right, *sum);
+            let mut terms = left.first;
+            let mut ahead = left.ahead.first.wrapping_add(self.index * left.ahead.panel_stride);
+            let (mut rest, mut row) = (left.depth, self.into.cast_const());
+            while rest > 0 {
+                prefetch_lines(row, (R * S::F32_LANES).div_ceil(LINE));
+                prefetch_lines(ahead, left.ahead.lines);
+                (row, ahead) = (row.wrapping_add(self.stride), ahead.wrapping_add(left.ahead.part_stride));
+                let part = left.part.min(rest);
+                rest -= part;
+                for _ in 0..part {
+                    let mut right = [simd.splat_f32s(0.0); R];
+                    for (register, right) in right.iter_mut().enumerate() {
+                        // SAFETY: the panel has `R` registers for each term.
+                        *right = unsafe { panel.add(register).read_unaligned() };
                     }
+                    for (row, sums) in sums.iter_mut().enumerate() {
+                        // SAFETY: each of the `M` rows has `depth` elements.
+                        let left = simd.splat_f32s(unsafe { *terms.add(row * left.row_stride) });
+                        for (sum, right) in sums.iter_mut().zip(right) {
+                            *sum = simd.mul_add_f32s(left, right, *sum);
+                        }
+                    }
+                    terms = terms.wrapping_add(left.term_stride);
+                    // SAFETY: at most one past the panel's end.
+                    panel = unsafe { panel.add(R) };
                 }
-                // SAFETY: at most one past the panel's end.
-                panel = unsafe { panel.add(R) };
             }
         }
         // SAFETY: as `multiply`'s.
@@ -139,6 +178,15 @@ impl Tile<'_> {
             }
         }
     }
+}
+
+/// Asks for cache lines that follow each other.
+#[inline(always)]
+fn prefetch_lines(first: *const f32, lines: usize) {
+    (0..lines).for_each(
+        #[inline(always)]
+        |line| prefetch(first.wrapping_add(line * LINE)),
+    );
 }
 
 /// The last register of a row.
