@@ -68,6 +68,7 @@ impl Drawing {
             text_tokens: self.text_tokens,
             lora_rank: None,
             components: Components::All,
+            on_cpu: false,
         };
         let footprint = Footprint::of(source, &workload)?;
         let encoding = Footprint::of_encoding(source)?;

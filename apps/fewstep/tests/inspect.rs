@@ -107,6 +107,19 @@ fn a_model_folder_is_told_with_what_it_takes() {
     // Four steps: seven evaluations and, with frozen weights, four backwards of about the same work.
     let distilled = secs("secs_per_distillation_step") / secs("secs_per_evaluation");
     assert!((11.0..12.0).contains(&distilled), "{time}");
+    // Other devices keep nothing inside of blocks that are computed again, and more inside of those that are not.
+    let on_gpu = inspect(&teacher(), &[&flags[..], &["--device", "cuda:0"]].concat());
+    let held = |told: &Value, name: &str| told["memory_gib"]["f32"][name].as_f64().unwrap();
+    for name in ["activations_drawing", "activations_training"] {
+        assert!(held(&on_gpu, name) > held(&told, name), "{name}: {on_gpu}");
+    }
+    let secs = |told: &Value, name: &str| told["time"][name].as_f64().unwrap();
+    let plain = "secs_per_distillation_step";
+    let again = "secs_per_distillation_step_with_checkpointing";
+    assert!(
+        secs(&on_gpu, again) > secs(&on_gpu, plain) && secs(&told, again) == secs(&told, plain),
+        "{told}"
+    );
     let text = fewstep(&["inspect", &teacher().to_string_lossy(), "--height", "64", "--width", "64"]);
     let text = String::from_utf8(text.stdout).unwrap();
     assert!(text.starts_with("kind: model folder\n") && text.contains("\n  transformer:\n"), "{text}");

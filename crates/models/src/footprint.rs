@@ -27,6 +27,8 @@ pub struct Workload {
     pub lora_rank: Option<usize>,
     /// What is loaded; the denoiser is among it.
     pub components: Components,
+    /// Whether the CPU computes. Other devices hold attention scores, and nothing inside of blocks that are computed again.
+    pub on_cpu: bool,
 }
 
 /// What text encoder and autoencoder hold beside their weights, in numbers.
@@ -111,7 +113,7 @@ pub struct Activations {
     pub training: u64,
     /// Of [`Activations::training`], what is kept for each evaluation whose backward is yet to come.
     pub graph: u64,
-    /// Forward and backward, blocks computed a second time from their inputs and the results that they keep.
+    /// Forward and backward, blocks computed a second time from their inputs and, on the CPU, results that they keep.
     pub checkpointed: u64,
     /// Of [`Activations::checkpointed`], what is kept for each evaluation whose backward is yet to come.
     pub checkpointed_graph: u64,
@@ -133,7 +135,7 @@ impl Activations {
 pub struct Flops {
     /// One evaluation.
     pub forward: u64,
-    /// Of it, what is computed again where blocks are: convolutions, since the products of projections are kept.
+    /// Of it, what is computed again where blocks are: on the CPU convolutions, since the products of projections are kept.
     pub recomputed: u64,
     /// The backward of one evaluation.
     pub backward: u64,

@@ -21,11 +21,38 @@ const WORKLOAD: Workload = Workload {
     text_tokens: 32,
     lora_rank: None,
     components: Components::All,
+    on_cpu: true,
 };
 
 fn file_parameters(component: &Path) -> u64 {
     let entries = WeightFiles::open(component).unwrap().entries();
     entries.iter().map(TensorEntry::elements).sum::<usize>() as u64
+}
+
+#[test]
+fn activations_of_other_devices_are_those_that_were_measured_at_full_size() {
+    // Of Qwen-Image with adapters of rank 32, in bytes: LOG.md, "What other devices hold".
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/cuda/qwen_image");
+    for (side, batch_size, measured) in [(1024, 1, 13.2e9), (1328, 1, 32.0e9), (1024, 2, 30.3e9)] {
+        let workload = Workload {
+            height: side,
+            width: side,
+            batch_size,
+            text_tokens: 128,
+            lora_rank: Some(32),
+            components: Components::Denoiser,
+            on_cpu: false,
+            ..WORKLOAD
+        };
+        let of = |workload| Footprint::of(&ModelSource::from(&source), &workload).unwrap().activations;
+        let found = of(workload);
+        let estimated = 4.0 * found.checkpointed as f64;
+        assert!((0.85..1.15).contains(&(estimated / measured)), "{side} px: {estimated:e}, {measured:e}");
+        // The CPU keeps results of every block there, and no scores where all is kept.
+        let on_cpu = of(Workload { on_cpu: true, ..workload });
+        assert!(on_cpu.checkpointed_graph > 5 * found.checkpointed_graph, "{on_cpu:?}, {found:?}");
+        assert!(found.training > 2 * on_cpu.training, "{on_cpu:?}, {found:?}");
+    }
 }
 
 #[test]

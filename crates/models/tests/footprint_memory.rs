@@ -32,6 +32,7 @@ fn activations_are_those_measured() {
         text_tokens: 32,
         lora_rank: None,
         components: Components::All,
+        on_cpu: true,
     };
     let footprint = Footprint::of(&ModelSource::from(&teacher), &workload).unwrap();
     let model = Model::random(&ModelSource::from(&teacher), 1, &device).unwrap().train();

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
+use fewstep_device::DeviceName;
 use fewstep_models::{Components, Footprint, ModelSource, WeightFiles, WeightType, Workload, check_weights};
 use fewstep_train::Recipe;
 use serde_json::{Value, json};
@@ -27,6 +28,7 @@ pub(super) fn model(path: &Path, args: &InspectArgs) -> Result<Value> {
             text_tokens: args.text_tokens,
             lora_rank: args.lora_rank,
             components: Components::All,
+            on_cpu: args.device == DeviceName::Cpu,
         },
     )?;
     let index = json(&path.join("model_index.json"))?;
@@ -47,6 +49,7 @@ pub(super) fn model(path: &Path, args: &InspectArgs) -> Result<Value> {
             "image_tokens": footprint.image_tokens,
             "text_tokens": args.text_tokens,
             "num_inference_steps": args.num_inference_steps,
+            "device": args.device.to_string(),
             "trained": args.lora_rank.map_or("all of the denoiser".into(), |rank| format!("LoRA of rank {rank}")),
             "trained_parameters": footprint.trained,
         },

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use fewstep_data::provenance;
+use fewstep_device::DeviceName;
 use fewstep_models::ModelError;
 use fewstep_models::lora::LoraWeights;
 use serde_json::Value;
@@ -45,6 +46,9 @@ pub struct InspectArgs {
     /// Model folder: rank of the adapters trained [default: the whole denoiser is trained]
     #[arg(long)]
     pub lora_rank: Option<usize>,
+    /// Model folder: device whose memory is stated, cpu, cuda:N or wgpu; it need not be here
+    #[arg(long, default_value = "cpu")]
+    pub device: DeviceName,
     /// Model folder: speed of the machine in 10¹² operations per second [default: measured here by a matrix product]
     #[arg(long)]
     pub tflops: Option<f64>,

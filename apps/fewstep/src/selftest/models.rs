@@ -128,6 +128,7 @@ impl Subject {
             text_tokens: self.states.shape[1],
             lora_rank: None,
             components: Components::Denoiser,
+            on_cpu: true,
         };
         let flops = Footprint::of(&self.source, &workload)?.flops;
         let (source, states, shape) = (self.source.clone(), self.states.clone(), self.latents);

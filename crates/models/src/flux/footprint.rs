@@ -41,9 +41,10 @@ impl TransformerConfig {
         Held {
             kept: blocks * batch.block(heads) + singles * single,
             largest: batch.block(heads).max(single),
-            passed: (blocks + singles) * tokens * width
-                + blocks * batch.block_results(heads)
-                + singles * results,
+            passed: (blocks + singles) * tokens * width,
+            results: blocks * batch.block_results(heads) + singles * results,
+            scores: (blocks + singles) * batch.scores(heads),
+            largest_scores: batch.scores(heads),
             // Gradients of what the last projection reads, of the activation's output and input, and of the residual.
             backward: batch.backward(heads).max(14 * tokens * width),
             // The residual, the norm's output, the attention's, the MLP's hidden tokens before and after the activation,

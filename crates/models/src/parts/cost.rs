@@ -31,17 +31,25 @@ pub(crate) struct Batch {
     pub(crate) text: u64,
     /// r; `None` where all weights learn.
     pub(crate) rank: Option<u64>,
+    pub(crate) on_cpu: bool,
 }
 
 /// Numbers of one sample at the worst moment of an evaluation.
+#[derive(Clone, Copy)]
 pub(crate) struct Held {
     /// Everything that all blocks keep for their backward.
     pub(crate) kept: u64,
     /// What the largest block keeps.
     pub(crate) largest: u64,
-    /// What is passed from block to block, and the results inside that are kept where blocks are computed again, of all of
-    /// them: the outputs of attention and of projections.
+    /// What is passed from block to block.
     pub(crate) passed: u64,
+    /// The results inside of all blocks that the CPU keeps where they are computed again: the outputs of attention and of
+    /// projections.
+    pub(crate) results: u64,
+    /// Scores of all attentions.
+    pub(crate) scores: u64,
+    /// Those of the largest.
+    pub(crate) largest_scores: u64,
     /// Beside it in the backward.
     pub(crate) backward: u64,
     /// Without a graph.
@@ -56,6 +64,7 @@ impl Batch {
             image: image_tokens as u64,
             text: workload.text_tokens as u64,
             rank: workload.lora_rank.map(|rank| rank as u64),
+            on_cpu: workload.on_cpu,
         }
     }
 
@@ -108,15 +117,14 @@ impl Batch {
         2 * self.tokens() * self.tokens() * heads.width() as u64
     }
 
+    /// Scores of one attention over all tokens.
+    pub(crate) fn scores(&self, heads: Heads) -> u64 {
+        heads.count as u64 * self.tokens() * self.tokens()
+    }
+
     /// Activations of the whole batch.
     pub(crate) fn activations(&self, held: &Held) -> Activations {
-        Activations {
-            drawing: self.samples * held.drawing,
-            training: self.samples * (held.kept + held.backward),
-            graph: self.samples * held.kept,
-            checkpointed: self.samples * (held.passed + held.largest + held.backward),
-            checkpointed_graph: self.samples * held.passed,
-        }
+        held.activations(self.samples, self.on_cpu)
     }
 
     /// Operations of the whole batch, by products of weights and of attentions for one sample; everything else is small
@@ -128,8 +136,35 @@ impl Batch {
         let flops = |products: u64| 2 * self.samples * products;
         Flops {
             forward: flops(weights + attention),
-            recomputed: 0,
+            recomputed: if self.on_cpu { 0 } else { flops(weights + attention) },
             backward: flops(by_weights + 5 * attention / 2),
+        }
+    }
+}
+
+/// Matrices as large as an attention's scores that operations of other devices than the CPU keep for its backward, or hold
+/// in it. Measured (LOG.md, "What other devices hold"); the CPU's keep none.
+const KEPT_SCORES: u64 = 5;
+
+/// The same without a graph: scores, their exponentials and weights.
+const DRAWN_SCORES: u64 = 3;
+
+impl Held {
+    /// Activations of so many samples.
+    pub(crate) fn activations(&self, samples: u64, on_cpu: bool) -> Activations {
+        let mut held = *self;
+        if !on_cpu {
+            held.kept += KEPT_SCORES * held.scores;
+            held.largest += KEPT_SCORES * held.largest_scores;
+            held.drawing += DRAWN_SCORES * held.largest_scores;
+            held.results = 0;
+        }
+        Activations {
+            drawing: samples * held.drawing,
+            training: samples * (held.kept + held.backward),
+            graph: samples * held.kept,
+            checkpointed: samples * (held.passed + held.results + held.largest + held.backward),
+            checkpointed_graph: samples * (held.passed + held.results),
         }
     }
 }

@@ -88,7 +88,10 @@ impl TransformerConfig {
         Held {
             kept: blocks * batch.block(heads),
             largest: batch.block(heads),
-            passed: blocks * (batch.tokens() * heads.width() as u64 + batch.block_results(heads)),
+            passed: blocks * batch.tokens() * heads.width() as u64,
+            results: blocks * batch.block_results(heads),
+            scores: blocks * batch.scores(heads),
+            largest_scores: batch.scores(heads),
             backward: batch.backward(heads),
             drawing: batch.drawing(heads),
         }

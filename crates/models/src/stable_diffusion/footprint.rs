@@ -2,10 +2,11 @@
 
 use super::PUBLISHED_FACTOR;
 use super::config::UnetConfig;
-use crate::footprint::{Activations, Encoding, Evaluation, Flops, Workload};
+use crate::footprint::{Encoding, Evaluation, Flops, Workload};
 use crate::model::token_grid;
 use crate::parts::autoencoder_kl::AutoencoderKlConfig;
 use crate::parts::clip::{self, ClipTextConfig};
+use crate::parts::cost::Held;
 use crate::{ModelError, ModelSource};
 
 /// What one evaluation on a batch takes.
@@ -26,16 +27,13 @@ pub(super) fn evaluation(source: &ModelSource, workload: &Workload) -> Result<Ev
     let by_weights = if workload.lora_rank.is_some() { count.weights } else { 2 * count.weights };
     Ok(Evaluation {
         image_tokens: latents[0] * latents[1],
-        activations: Activations {
-            drawing: batch * (count.skipped + count.moment),
-            training: batch * (count.kept + count.backward),
-            graph: batch * count.kept,
-            checkpointed: batch * (count.passed + count.largest + count.backward),
-            checkpointed_graph: batch * count.passed,
-        },
+        activations: count.held().activations(batch, workload.on_cpu),
         flops: Flops {
             forward: flops(count.weights + count.attention),
-            recomputed: flops(count.recomputed),
+            recomputed: match workload.on_cpu {
+                true => flops(count.recomputed),
+                false => flops(count.weights + count.attention),
+            },
             backward: flops(by_weights + 5 * count.attention / 2),
         },
     })
@@ -65,8 +63,14 @@ struct Count {
     attention: u64,
     /// Numbers that a backward needs.
     kept: u64,
-    /// Those of them that are kept where blocks are computed again.
+    /// What is passed from block to block.
     passed: u64,
+    /// What the CPU keeps inside of blocks that are computed again.
+    results: u64,
+    /// Scores of all attentions.
+    scores: u64,
+    /// Those of the largest.
+    largest_scores: u64,
     /// The most that one block keeps.
     largest: u64,
     /// The most that is alive at one time in a backward beside what was kept.
@@ -78,6 +82,12 @@ struct Count {
 }
 
 impl Count {
+    fn held(&self) -> Held {
+        let Self { kept, largest, passed, results, scores, largest_scores, backward, .. } = *self;
+        let drawing = self.skipped + self.moment;
+        Held { kept, largest, passed, results, scores, largest_scores, backward, drawing }
+    }
+
     fn unet(&mut self, config: &UnetConfig, latents: [usize; 2]) {
         let pixels =
             |stage: usize| -> u64 { latents.iter().map(|side| side.div_ceil(1 << stage) as u64).product() };
@@ -174,8 +184,12 @@ impl Count {
         // Query, key and value (3), the query to the text (1), what both attentions give and their projections make of it
         // (4), the MLP's halves (8) and its output (1); keys and values of the text.
         let results = (17 * width + 2 * heads) * pixels + 2 * width * text;
+        self.results += depth * results;
         // What goes into each block, and the output.
-        self.passed += ends + (depth + 1) * width * pixels + depth * results;
+        self.passed += ends + (depth + 1) * width * pixels;
+        // Over the picture, and over the text.
+        self.scores += depth * heads * pixels * (pixels + text);
+        self.largest_scores = self.largest_scores.max(heads * pixels * pixels.max(text));
     }
 
     /// What a block of a transformer keeps.
@@ -236,6 +250,7 @@ mod tests {
                 text_tokens: 77,
                 lora_rank,
                 components: crate::Components::All,
+                on_cpu: true,
             };
             evaluation(&source, &workload).unwrap()
         };

@@ -48,7 +48,10 @@ impl TransformerConfig {
         Held {
             kept: blocks * batch.block(heads) + dual * own,
             largest: batch.block(heads) + dual.min(1) * own,
-            passed: blocks * (batch.tokens() * width + batch.block_results(heads)) + dual * own_results,
+            passed: blocks * batch.tokens() * width,
+            results: blocks * batch.block_results(heads) + dual * own_results,
+            scores: (blocks + dual) * batch.scores(heads),
+            largest_scores: batch.scores(heads),
             backward: batch.backward(heads),
             drawing: batch.drawing(heads),
         }
@@ -106,6 +109,7 @@ mod tests {
         text_tokens: 1,
         lora_rank: None,
         components: Components::All,
+        on_cpu: true,
     };
 
     #[test]

@@ -52,7 +52,10 @@ impl TransformerConfig {
         Held {
             kept: blocks * block,
             largest: block,
-            passed: blocks * (image * width + results),
+            passed: blocks * image * width,
+            results: blocks * results,
+            scores: blocks * heads.count as u64 * image * (image + text),
+            largest_scores: heads.count as u64 * image * image.max(text),
             backward: image * (4 * width + 2 * hidden),
             drawing: image * (2 * width + (7 * width).max(2 * hidden)) + 4 * text * width,
         }

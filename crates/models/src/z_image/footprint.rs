@@ -40,7 +40,10 @@ impl TransformerConfig {
         Held {
             kept: blocks * block,
             largest: block,
-            passed: blocks * (tokens * width + results),
+            passed: blocks * tokens * width,
+            results: blocks * results,
+            scores: blocks * batch.scores(heads),
+            largest_scores: batch.scores(heads),
             backward: tokens * (4 * width + 3 * hidden),
             drawing: tokens * (2 * width + (7 * width).max(3 * hidden)),
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use fewstep_device::DeviceName;
 use fewstep_models::{Encoding, Footprint, Model, ModelError, ModelSource, WeightType, Workload};
 use serde::Serialize;
 
@@ -91,6 +92,7 @@ pub(super) fn estimate(facts: &Facts<'_>) -> Result<Memory, ModelError> {
     let state: Vec<Part> = state.collect();
     let step =
         vec![part("gradients", F32 * facts.gradients()), part("activations", F32 * facts.activations()?)];
+    let step = step.into_iter().chain([part("frozen weights as f32", facts.widened_bytes(&held))]).collect();
     phases.push(Phase::new("a training step", &state, step));
     let copy = part("a copy of weights, optimiser and averages", facts.checkpoint_bytes());
     phases.push(Phase::new("saving a checkpoint", &state, vec![copy]));
@@ -136,8 +138,12 @@ impl Facts<'_> {
         parts
     }
 
-    /// The sum over evaluations, where there are several, and those that are being added to it.
+    /// The sum over evaluations, where there are several, and those that are being added to it: on the CPU each is when it
+    /// is made.
     fn gradients(&self) -> u64 {
+        if self.recipe.device == DeviceName::Cpu {
+            return self.trained;
+        }
         let evaluations = match self.recipe.task.objective() {
             Objective::FlowMatching => 1,
             Objective::Distillation => {
@@ -146,6 +152,17 @@ impl Facts<'_> {
         };
         let several = evaluations > 1 || self.recipe.gradient_accumulation_steps > 1;
         if several { 2 * self.trained } else { self.trained }
+    }
+
+    /// Devices other than the CPU multiply with copies of frozen weights of two bytes, and keep them for the backward where
+    /// blocks are not computed again.
+    fn widened_bytes(&self, held: &BTreeMap<&str, u64>) -> u64 {
+        let denoiser = self.model.denoiser_name();
+        let is_widened = self.recipe.device != DeviceName::Cpu && self.bytes_per_weight(denoiser) < F32;
+        match is_widened && !self.recipe.checkpoints_gradients() {
+            true => F32 * held.get(denoiser).copied().unwrap_or(0),
+            false => 0,
+        }
     }
 
     fn optimizer_bytes(&self) -> u64 {
@@ -281,6 +298,7 @@ pub(super) fn footprint(
         text_tokens: data.longest_prompt_tokens,
         lora_rank: recipe.lora_base_model.as_ref().map(|_| recipe.lora_rank),
         components: trainer::components(recipe),
+        on_cpu: recipe.device == DeviceName::Cpu,
     };
     Footprint::of(source, &workload)
 }
