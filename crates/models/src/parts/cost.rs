@@ -134,9 +134,10 @@ impl Batch {
         // are small. Attention computes its scores again and has four more products.
         let by_weights = if self.rank.is_some() { weights } else { 2 * weights };
         let flops = |products: u64| 2 * self.samples * products;
+        let forward = flops(weights + attention);
         Flops {
-            forward: flops(weights + attention),
-            recomputed: if self.on_cpu { 0 } else { flops(weights + attention) },
+            forward,
+            recomputed: if self.on_cpu { 0 } else { forward },
             backward: flops(by_weights + 5 * attention / 2),
         }
     }

@@ -25,15 +25,13 @@ pub(super) fn evaluation(source: &ModelSource, workload: &Workload) -> Result<Ev
     // Each product is undone by one for its input and, where the weight learns, one for the weight; an adapter's are
     // small. Attention computes its scores again and has four more products.
     let by_weights = if workload.lora_rank.is_some() { count.weights } else { 2 * count.weights };
+    let forward = flops(count.weights + count.attention);
     Ok(Evaluation {
         image_tokens: latents[0] * latents[1],
         activations: count.held().activations(batch, workload.on_cpu),
         flops: Flops {
-            forward: flops(count.weights + count.attention),
-            recomputed: match workload.on_cpu {
-                true => flops(count.recomputed),
-                false => flops(count.weights + count.attention),
-            },
+            forward,
+            recomputed: if workload.on_cpu { flops(count.recomputed) } else { forward },
             backward: flops(by_weights + 5 * count.attention / 2),
         },
     })

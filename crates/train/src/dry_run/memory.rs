@@ -90,9 +90,11 @@ pub(super) fn estimate(facts: &Facts<'_>) -> Result<Memory, ModelError> {
     let ahead = part("batches read ahead", facts.ahead_bytes());
     let state = weights.into_iter().chain(facts.data()).chain([ahead]).chain(facts.state());
     let state: Vec<Part> = state.collect();
-    let step =
-        vec![part("gradients", F32 * facts.gradients()), part("activations", F32 * facts.activations()?)];
-    let step = step.into_iter().chain([part("frozen weights as f32", facts.widened_bytes(&held))]).collect();
+    let step = vec![
+        part("gradients", F32 * facts.gradients()),
+        part("activations", F32 * facts.activations()?),
+        part("frozen weights as f32", facts.widened_bytes(&held)),
+    ];
     phases.push(Phase::new("a training step", &state, step));
     let copy = part("a copy of weights, optimiser and averages", facts.checkpoint_bytes());
     phases.push(Phase::new("saving a checkpoint", &state, vec![copy]));
