@@ -134,6 +134,18 @@ impl<'a> Product<'a> {
         Self { into, start: Output::Overwrite, scale: 1.0, terms: vec![(left, right)] }
     }
 
+    /// Whether few rows meet factors of contiguous columns, as a weight's are: these are read as they lie then, and the
+    /// rows are packed.
+    fn is_better_turned(&self) -> bool {
+        let Strided { rows, columns, .. } = self.into.shape;
+        let lie = |(left, right): &(Matrix, Matrix)| {
+            pack::lies_in_rows(*left)
+                && pack::lies_in_rows(right.transposed())
+                && matches!(right.values, Numbers::F32(_))
+        };
+        rows <= TURNED_ROWS && columns >= TURNED_COLUMNS && self.terms.iter().all(lie)
+    }
+
     fn multiplications(&self) -> usize {
         self.into.shape.rows * self.into.shape.columns * joined_depth(&self.terms)
     }
@@ -192,6 +204,10 @@ const DEPTH: usize = 400;
 /// Rows of a left factor that are packed at one time: whole tiles, and whole lines of memory.
 const LEFT_ROWS: usize = 48;
 
+/// The most rows, and the least columns, of a product that is computed as its transpose.
+const TURNED_ROWS: usize = 96;
+const TURNED_COLUMNS: usize = 256;
+
 /// Panels that a piece packs at one time.
 const PIECE_PANELS: usize = 8;
 
@@ -201,6 +217,9 @@ const PIECES_PER_THREAD: usize = 4;
 /// The same where both factors are packed.
 const PACKED_PIECES_PER_THREAD: usize = 2;
 
+/// The same where each piece packs all of the right factor.
+const TURNED_PIECES_PER_THREAD: usize = 1;
+
 /// How one product is cut.
 struct Plan<'a> {
     into: Target,
@@ -208,6 +227,8 @@ struct Plan<'a> {
     stride: usize,
     start: Output<'a>,
     scale: f32,
+    /// The output is written by columns: rows, columns and terms are those of its transpose.
+    is_turned: bool,
     terms: Vec<(Matrix<'a>, Matrix<'a>)>,
     rows: usize,
     columns: usize,
@@ -236,16 +257,27 @@ struct Panel {
 impl<'a> Plan<'a> {
     fn new(product: Product<'a>, threads: usize) -> Self {
         product.check();
-        let Product { into, start, scale, terms } = product;
-        let Strided { rows, columns, row_stride, .. } = into.shape;
+        let is_turned = product.is_better_turned();
+        let Product { into, start, scale, mut terms } = product;
+        let Strided { mut rows, mut columns, row_stride, .. } = into.shape;
+        if is_turned {
+            (rows, columns) = (columns, rows);
+            terms
+                .iter_mut()
+                .for_each(|(left, right)| (*left, *right) = (right.transposed(), left.transposed()));
+        }
         let lanes = simd::lanes();
         let (tile_rows, registers) = tile::shape(lanes);
         let panels = columns.div_ceil(lanes).div_ceil(registers);
         // A left factor that has to be packed is so once for each group, and the right one once for each block of rows.
-        let turned = terms.iter().any(|(left, _)| !pack::lies_in_rows(*left));
-        let per_thread = if turned { PACKED_PIECES_PER_THREAD } else { PIECES_PER_THREAD };
+        let is_packed = terms.iter().any(|(left, _)| !pack::lies_in_rows(*left));
+        let (per_thread, least) = match (is_turned, is_packed) {
+            (true, _) => (TURNED_PIECES_PER_THREAD, PIECE_PANELS),
+            (_, true) => (PACKED_PIECES_PER_THREAD, PIECE_PANELS),
+            _ => (PIECES_PER_THREAD, 1),
+        };
+        let least = least.min(panels.max(1));
         let wanted = if threads > 1 { threads * per_thread } else { 1 };
-        let least = if turned { PIECE_PANELS.min(panels.max(1)) } else { 1 };
         let piece_rows = (rows * panels.div_ceil(least)).div_ceil(wanted).next_multiple_of(tile_rows);
         let piece_rows = piece_rows.clamp(tile_rows, PIECE_ROWS);
         let group = (panels * rows.div_ceil(piece_rows)).div_ceil(wanted).clamp(least, PIECE_PANELS);
@@ -255,6 +287,7 @@ impl<'a> Plan<'a> {
             stride: row_stride,
             start,
             scale,
+            is_turned,
             terms,
             rows,
             columns,
@@ -279,7 +312,11 @@ impl<'a> Plan<'a> {
         let rows = block * self.piece_rows..self.rows.min((block + 1) * self.piece_rows);
         let panels = group * self.group..self.panels.min((group + 1) * self.group);
         let panels = panels.map(|panel| self.panel(panel)).collect();
-        simd::dispatch(Piece { plan: self, rows, panels });
+        if self.is_turned {
+            simd::dispatch(Piece::<true> { plan: self, rows, panels });
+        } else {
+            simd::dispatch(Piece::<false> { plan: self, rows, panels });
+        }
     }
 
     /// Registers are shared out evenly: two panels of two are faster than one of three and one of one.
@@ -309,14 +346,14 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// What one thread computes: some rows of some columns.
-struct Piece<'a, 'p> {
+/// What one thread computes: some rows of some columns. Compiled twice: a branch in its loops would cost every product.
+struct Piece<'a, 'p, const IS_TURNED: bool> {
     plan: &'p Plan<'a>,
     rows: Range<usize>,
     panels: Vec<Panel>,
 }
 
-impl pulp::WithSimd for Piece<'_, '_> {
+impl<const IS_TURNED: bool> pulp::WithSimd for Piece<'_, '_, IS_TURNED> {
     type Output = ();
 
     #[inline(always)]
@@ -332,7 +369,7 @@ impl pulp::WithSimd for Piece<'_, '_> {
     }
 }
 
-impl Piece<'_, '_> {
+impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
     /// Adds the products of some segments.
     #[inline(always)]
     fn visit<S: pulp::Simd>(
@@ -375,16 +412,16 @@ impl Piece<'_, '_> {
             pack::pack_left::<S>(left(*term), rows.clone(), range.clone(), offset, scratch);
             offset += LEFT_ROWS * range.len();
         }
+        let panels = self.panels.len();
+        let (tile_rows, _) = tile::shape(S::F32_LANES);
+        // A weight is read from memory, few rows of values have just been written.
+        let rows_ahead = if IS_TURNED { tile_rows.div_ceil(panels) } else { 1 };
+        let neighbours = pack::Neighbours { panels, rows_ahead };
         lefts.clear();
         offset = 0;
         for (term, range) in segments {
-            lefts.push(pack::left_rows::<S>(
-                left(*term),
-                rows.clone(),
-                range.clone(),
-                (offset, self.panels.len()),
-                scratch,
-            ));
+            let (rows, columns) = (rows.clone(), range.clone());
+            lefts.push(pack::left_rows::<S>(left(*term), rows, columns, offset, neighbours, scratch));
             offset += LEFT_ROWS * range.len();
         }
     }
@@ -401,30 +438,44 @@ impl Piece<'_, '_> {
     ) {
         let plan = self.plan;
         let (tile_rows, _) = tile::shape(S::F32_LANES);
+        let mut turned = tile::Turned::new();
         for row in rows.clone().step_by(tile_rows) {
             let tile_rows = tile_rows.min(rows.end - row);
             let mut offset = 0;
             for (index, panel) in self.panels.iter().enumerate() {
                 let start = match plan.start {
                     _ if !first => Output::Accumulate,
-                    Output::Row(row) => Output::Row(&row[panel.columns.clone()]),
+                    Output::Row(added) if IS_TURNED => Output::Row(&added[row..row + tile_rows]),
+                    Output::Row(added) => Output::Row(&added[panel.columns.clone()]),
                     other => other,
+                };
+                let columns = panel.columns.len();
+                let (into, stride, tile_start) = if IS_TURNED {
+                    (turned.sums.as_mut_ptr(), tile::WIDTH, Output::Overwrite)
+                } else {
+                    let first = row * plan.stride + panel.columns.start;
+                    (plan.into.0.wrapping_add(first), plan.stride, start)
                 };
                 let tile = tile::Tile {
                     lefts,
                     panel: scratch.panels(offset),
                     index,
-                    into: plan.into.0.wrapping_add(row * plan.stride + panel.columns.start),
-                    stride: plan.stride,
+                    into,
+                    stride,
                     rows: tile_rows,
-                    columns: panel.columns.len(),
-                    start,
+                    columns,
+                    start: tile_start,
                     scale: plan.scale,
                 };
                 // SAFETY: `Product::check` found every element of output and factors inside its slice; `left_rows` and
                 // `pack_right` laid out as many rows, registers and terms as the tile reads; no other piece has these rows
                 // of these columns.
                 unsafe { tile.multiply(simd, panel.registers) };
+                if IS_TURNED {
+                    let into = plan.into.0.wrapping_add(panel.columns.start * plan.stride + row);
+                    // SAFETY: as above.
+                    unsafe { turned.write(into, plan.stride, [tile_rows, columns], start) };
+                }
                 offset += depth * panel.registers * S::F32_LANES;
             }
             lefts.iter_mut().for_each(tile::Rows::skip_tile);
@@ -461,8 +512,17 @@ mod tests {
 
     #[test]
     fn products_of_every_layout_agree_with_three_loops() {
-        let shapes =
-            [(1, 1, 1), (7, 5, 3), (33, 130, 17), (78, 79, 64), (5, 8, 300), (300, 9, 40), (17, 65, 999)];
+        let shapes = [
+            (1, 1, 1),
+            (7, 5, 3),
+            (9, TURNED_COLUMNS + 5, 4),
+            (33, 130, 17),
+            (78, 79, 64),
+            (5, 8, 300),
+            (300, 9, 40),
+            (17, 65, 999),
+            (TURNED_ROWS, TURNED_COLUMNS, 450),
+        ];
         // Interpreters are slow.
         let count = if cfg!(miri) { 3 } else { shapes.len() };
         for (rows, columns, depth) in shapes.into_iter().take(count) {
@@ -519,29 +579,45 @@ mod tests {
     #[test]
     fn terms_are_summed_and_a_row_is_added_to_every_row() {
         // More rows than are packed at one time, and a last tile that is not full.
-        let (rows, columns) = (LEFT_ROWS + 20, 50);
+        let rows = LEFT_ROWS + 20;
         let depths = [500, 8, 450];
         let lefts = depths.map(|depth| random_values(rows * depth, depth as u64));
-        let rights = depths.map(|depth| random_values(depth * columns, 1 + depth as u64));
-        let row = random_values(columns, 9);
-        let mut expected = row.repeat(rows);
-        for ((left, right), depth) in lefts.iter().zip(&rights).zip(depths) {
-            expected = three_loops(&expected, -2.0, left, right, depth);
-        }
         let turned_lefts = [0, 1, 2].map(|term| transposed(&lefts[term], depths[term]));
-        for is_turned in [[false; 3], [true; 3], [true, false, true]] {
-            let mut found = vec![f32::NAN; rows * columns];
-            let terms = depths.iter().enumerate().map(|(term, depth)| {
-                let left = match is_turned[term] {
-                    true => Matrix::new(&turned_lefts[term], *depth, rows).transposed(),
-                    false => Matrix::new(&lefts[term], rows, *depth),
-                };
-                (left, Matrix::new(&rights[term], *depth, columns))
-            });
-            let terms = terms.collect();
-            let into = MatrixMut::new(&mut found, rows, columns);
-            share_out(vec![Product { into, start: Output::Row(&row), scale: -2.0, terms }]);
-            assert_close(&found, &expected, 3.0 * TOLERANCE);
+        for columns in [50, TURNED_COLUMNS + 3] {
+            let rights = depths.map(|depth| random_values(depth * columns, 1 + depth as u64));
+            let turned_rights = rights.each_ref().map(|right| transposed(right, columns));
+            let row = random_values(columns, 9);
+            let mut expected = row.repeat(rows);
+            for ((left, right), depth) in lefts.iter().zip(&rights).zip(depths) {
+                expected = three_loops(&expected, -2.0, left, right, depth);
+            }
+            for (left_is_turned, right_is_turned) in [
+                ([false; 3], [false; 3]),
+                ([true; 3], [false; 3]),
+                ([true, false, true], [false; 3]),
+                ([false; 3], [true; 3]),
+                ([false; 3], [false, true, true]),
+            ] {
+                let mut found = vec![f32::NAN; rows * (columns + 1)];
+                let terms = depths.iter().enumerate().map(|(term, depth)| {
+                    let left = match left_is_turned[term] {
+                        true => Matrix::new(&turned_lefts[term], *depth, rows).transposed(),
+                        false => Matrix::new(&lefts[term], rows, *depth),
+                    };
+                    let right = match right_is_turned[term] {
+                        true => Matrix::new(&turned_rights[term], columns, *depth).transposed(),
+                        false => Matrix::new(&rights[term], *depth, columns),
+                    };
+                    (left, right)
+                });
+                let terms = terms.collect();
+                let into = MatrixMut::strided(&mut found, rows, columns, columns + 1);
+                share_out(vec![Product { into, start: Output::Row(&row), scale: -2.0, terms }]);
+                for (found, expected) in found.chunks(columns + 1).zip(expected.chunks(columns)) {
+                    assert_close(&found[..columns], expected, 5.0 * TOLERANCE);
+                    assert!(found[columns].is_nan(), "the gap between rows is written");
+                }
+            }
         }
     }
 
@@ -611,7 +687,12 @@ mod tests {
 
     #[test]
     fn the_cut_into_pieces_does_not_change_a_bit() {
-        let (rows, columns, depth) = if cfg!(miri) { (60, 100, 5) } else { (300, 200, 120) };
+        let shapes =
+            if cfg!(miri) { [(60, 100, 5), (20, 300, 5)] } else { [(300, 200, 120), (50, 400, 120)] };
+        shapes.into_iter().for_each(is_the_same_however_cut);
+    }
+
+    fn is_the_same_however_cut((rows, columns, depth): (usize, usize, usize)) {
         let (left, right) = (random_values(rows * depth, 1), random_values(columns * depth, 2));
         let run = |threads: usize| {
             let mut found = vec![f32::NAN; rows * columns];

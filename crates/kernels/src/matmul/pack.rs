@@ -221,13 +221,23 @@ pub(super) fn pack_left<S: Simd>(
     }
 }
 
+/// The tiles that read the same rows of a left factor.
+#[derive(Clone, Copy)]
+pub(super) struct Neighbours {
+    /// How many there are.
+    pub(super) panels: usize,
+    /// Of the next rows, where they are read as they lie, so many are asked for by each.
+    pub(super) rows_ahead: usize,
+}
+
 /// Some columns of some rows: where they lie, or where [`pack_left`] laid them.
 #[inline(always)]
 pub(super) fn left_rows<S: Simd>(
     left: Matrix,
     rows: Range<usize>,
     columns: Range<usize>,
-    (offset, panels): (usize, usize),
+    offset: usize,
+    neighbours: Neighbours,
     scratch: &Scratch,
 ) -> Rows {
     let (tile_rows, _) = tile::shape(S::F32_LANES);
@@ -236,21 +246,28 @@ pub(super) fn left_rows<S: Simd>(
     let source = left.values.f32s()[rows.start * row_stride + columns.start * column_stride..].as_ptr();
     let part = depth.div_ceil(tile_rows).max(LINE);
     if lies_in_rows(left) {
-        // Each tile asks for one of the next rows.
-        let tile_stride = tile_rows * row_stride;
-        let first = source.wrapping_add(tile_stride);
-        let lines = part.div_ceil(LINE);
-        let ahead = Ahead { first, lines, part_stride: part, panel_stride: row_stride, tile_stride };
+        let (rows, tile_stride) = (neighbours.rows_ahead, tile_rows * row_stride);
+        let ahead = Ahead {
+            first: source.wrapping_add(tile_stride),
+            rows,
+            row_stride,
+            lines: part.div_ceil(LINE),
+            part_stride: part,
+            panel_stride: rows * row_stride,
+            tile_stride,
+        };
         return Rows { first: source, row_stride, term_stride: 1, tile_stride, depth, part, ahead };
     }
     // Each tile asks for some of the columns that are packed next.
     let panel_stride = tile_rows * column_stride;
     let ahead = Ahead {
         first: source.wrapping_add(LEFT_ROWS * row_stride),
+        rows: 1,
+        row_stride,
         lines: LEFT_ROWS / LINE,
         part_stride: column_stride,
         panel_stride,
-        tile_stride: panels * panel_stride,
+        tile_stride: neighbours.panels * panel_stride,
     };
     let first = scratch.left.elements()[offset..].as_ptr();
     Rows { first, row_stride: 1, term_stride: tile_rows, tile_stride: tile_rows * depth, depth, part, ahead }
@@ -258,7 +275,7 @@ pub(super) fn left_rows<S: Simd>(
 
 /// Writes `source`, `rows` rows of `columns`, as columns: `target[column · target_stride + row]`.
 #[inline(always)]
-fn transpose(
+pub(super) fn transpose(
     source: &[f32],
     source_stride: usize,
     [rows, columns]: [usize; 2],

@@ -2,7 +2,7 @@
 
 use pulp::{MemMask, Simd};
 
-use super::Output;
+use super::{Output, pack};
 use crate::simd::{LINE, prefetch};
 
 /// The most rows of a tile, and the most registers side by side in a row.
@@ -44,7 +44,10 @@ impl Rows {
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
     pub(super) first: *const f32,
-    /// Cache lines of a piece.
+    /// Rows of a piece, and elements from one to the next.
+    pub(super) rows: usize,
+    pub(super) row_stride: usize,
+    /// Cache lines of each of its rows.
     pub(super) lines: usize,
     /// Elements from the piece of one part to that of the next.
     pub(super) part_stride: usize,
@@ -118,7 +121,9 @@ impl Tile<'_> {
             let (mut rest, mut row) = (left.depth, self.into.cast_const());
             while rest > 0 {
                 prefetch_lines(row, (R * S::F32_LANES).div_ceil(LINE));
-                prefetch_lines(ahead, left.ahead.lines);
+                for row in 0..left.ahead.rows {
+                    prefetch_lines(ahead.wrapping_add(row * left.ahead.row_stride), left.ahead.lines);
+                }
                 (row, ahead) = (row.wrapping_add(self.stride), ahead.wrapping_add(left.ahead.part_stride));
                 let part = left.part.min(rest);
                 rest -= part;
@@ -174,6 +179,48 @@ impl Tile<'_> {
                         let sum = simd.mul_f32s(sum, scale);
                         store(simd, edge, self.into.add(row * self.stride + column), sum);
                     }
+                }
+            }
+        }
+    }
+}
+
+/// A tile whose columns become rows of the output.
+pub(super) struct Turned {
+    /// [`ROWS`] rows of [`WIDTH`].
+    pub(super) sums: [f32; ROWS * WIDTH],
+    columns: [f32; ROWS * WIDTH],
+}
+
+/// The most columns of a tile.
+pub(super) const WIDTH: usize = REGISTERS * 16;
+
+impl Turned {
+    pub(super) const fn new() -> Self {
+        Self { sums: [0.0; ROWS * WIDTH], columns: [0.0; ROWS * WIDTH] }
+    }
+
+    /// Writes some rows and columns of the sums as columns and rows.
+    ///
+    /// # Safety
+    /// `into` may be written in as many rows as there are columns, `stride` elements apart, as far as there are rows.
+    #[inline(always)]
+    pub(super) unsafe fn write(
+        &mut self,
+        into: *mut f32,
+        stride: usize,
+        [rows, columns]: [usize; 2],
+        start: Output,
+    ) {
+        pack::transpose(&self.sums, WIDTH, [rows, columns], &mut self.columns, ROWS);
+        for (column, sums) in self.columns.chunks_exact(ROWS).take(columns).enumerate() {
+            // SAFETY: as this function's.
+            let into = unsafe { std::slice::from_raw_parts_mut(into.wrapping_add(column * stride), rows) };
+            match start {
+                Output::Overwrite => into.copy_from_slice(&sums[..rows]),
+                Output::Accumulate => into.iter_mut().zip(sums).for_each(|(into, sum)| *into += sum),
+                Output::Row(row) => {
+                    into.iter_mut().zip(sums).zip(row).for_each(|((into, sum), added)| *into = sum + added);
                 }
             }
         }
