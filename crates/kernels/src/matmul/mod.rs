@@ -4,7 +4,9 @@
 //! wide as a tile of registers, and reads the left factors as they lie (the loops of Goto and van de Geijn, "Anatomy of
 //! High-Performance Matrix Multiplication", 2008). The `gemm` crate packs a transposed factor on one core before it
 //! starts, which is a quarter of the time of a weight that few rows meet; here each piece packs its own part, widens stored
-//! weights of two bytes on the way, and adds a low-rank branch before the output is written. LOG.md has the comparison.
+//! weights of two bytes on the way, and adds a low-rank branch before the output is written. Where few rows meet the right
+//! factor, packing it would take too long: it is read as it lies, or, if its columns are contiguous, becomes the left
+//! factor of the transpose. LOG.md has the comparisons.
 //!
 //! Every element is summed in the same order however many threads there are.
 
@@ -134,16 +136,17 @@ impl<'a> Product<'a> {
         Self { into, start: Output::Overwrite, scale: 1.0, terms: vec![(left, right)] }
     }
 
-    /// Whether few rows meet factors of contiguous columns, as a weight's are: these are read as they lie then, and the
-    /// rows are packed.
+    /// Whether its transpose is computed: where that lets the larger factor be read as it lies.
     fn is_better_turned(&self) -> bool {
         let Strided { rows, columns, .. } = self.into.shape;
-        let lie = |(left, right): &(Matrix, Matrix)| {
+        let lies_by_columns = |(left, right): &(Matrix, Matrix)| {
             pack::lies_in_rows(*left)
                 && pack::lies_in_rows(right.transposed())
                 && matches!(right.values, Numbers::F32(_))
         };
-        rows <= TURNED_ROWS && columns >= TURNED_COLUMNS && self.terms.iter().all(lie)
+        rows <= TURNED_ROWS && columns >= TURNED_COLUMNS && self.terms.iter().all(lies_by_columns)
+            || !reads_in_place([rows, columns], &self.terms)
+                && reads_in_place([columns, rows], &self.terms.iter().map(turned).collect::<Vec<_>>())
     }
 
     fn multiplications(&self) -> usize {
@@ -178,6 +181,21 @@ pub(crate) fn multiply_all(products: Vec<Product>) {
     products.into_iter().for_each(|product| Plan::new(product, 1).work_alone());
 }
 
+/// The factors of a transposed product.
+fn turned<'a>(&(left, right): &(Matrix<'a>, Matrix<'a>)) -> (Matrix<'a>, Matrix<'a>) {
+    (right.transposed(), left.transposed())
+}
+
+/// Whether a product of so many rows and columns reads its right factor as it lies: where few rows meet it, packing it
+/// would take longer than the product does.
+fn reads_in_place([rows, columns]: [usize; 2], terms: &[(Matrix, Matrix)]) -> bool {
+    let lanes = simd::lanes();
+    let [(_, right)] = terms else { return false };
+    let in_registers = columns >= IN_PLACE_COLUMNS && columns.is_multiple_of(lanes);
+    let lies = pack::lies_in_rows(*right) && matches!(right.values, Numbers::F32(_));
+    rows <= IN_PLACE_ROWS && in_registers && lies
+}
+
 /// Summands of each element of the output.
 fn joined_depth(terms: &[(Matrix, Matrix)]) -> usize {
     terms.iter().map(|(left, _)| left.shape.columns).sum()
@@ -204,9 +222,14 @@ const DEPTH: usize = 400;
 /// Rows of a left factor that are packed at one time: whole tiles, and whole lines of memory.
 const LEFT_ROWS: usize = 48;
 
-/// The most rows, and the least columns, of a product that is computed as its transpose.
+/// The most rows, and the least columns, of a product whose right factor is a weight that is read as it lies: as the left
+/// one of the transpose.
 const TURNED_ROWS: usize = 96;
 const TURNED_COLUMNS: usize = 256;
+
+/// The most rows, and the least columns, of a product that reads its right factor as it lies.
+const IN_PLACE_ROWS: usize = 64;
+const IN_PLACE_COLUMNS: usize = 128;
 
 /// Panels that a piece packs at one time.
 const PIECE_PANELS: usize = 8;
@@ -214,11 +237,11 @@ const PIECE_PANELS: usize = 8;
 /// Pieces for each thread, where there are as many: the more, the more evenly they end.
 const PIECES_PER_THREAD: usize = 4;
 
-/// The same where both factors are packed.
+/// The same where left factors are packed.
 const PACKED_PIECES_PER_THREAD: usize = 2;
 
-/// The same where each piece packs all of the right factor.
-const TURNED_PIECES_PER_THREAD: usize = 1;
+/// The same where each piece packs the whole right factor.
+const WHOLE_PIECES_PER_THREAD: usize = 1;
 
 /// How one product is cut.
 struct Plan<'a> {
@@ -229,6 +252,8 @@ struct Plan<'a> {
     scale: f32,
     /// The output is written by columns: rows, columns and terms are those of its transpose.
     is_turned: bool,
+    /// The right factor of the only term is read as it lies.
+    is_in_place: bool,
     terms: Vec<(Matrix<'a>, Matrix<'a>)>,
     rows: usize,
     columns: usize,
@@ -254,6 +279,21 @@ struct Panel {
     registers: usize,
 }
 
+/// A part of the terms of all sums, between two visits of the output.
+struct Visit {
+    /// In the order of the terms.
+    segments: Vec<Segment>,
+    /// Of all segments.
+    depth: usize,
+    is_first: bool,
+}
+
+/// Some columns of a term's left factor, rows of its right one.
+struct Segment {
+    term: usize,
+    range: Range<usize>,
+}
+
 impl<'a> Plan<'a> {
     fn new(product: Product<'a>, threads: usize) -> Self {
         product.check();
@@ -262,19 +302,22 @@ impl<'a> Plan<'a> {
         let Strided { mut rows, mut columns, row_stride, .. } = into.shape;
         if is_turned {
             (rows, columns) = (columns, rows);
-            terms
-                .iter_mut()
-                .for_each(|(left, right)| (*left, *right) = (right.transposed(), left.transposed()));
+            terms.iter_mut().for_each(|term| *term = turned(term));
         }
+        let is_in_place = reads_in_place([rows, columns], &terms);
         let lanes = simd::lanes();
         let (tile_rows, registers) = tile::shape(lanes);
         let panels = columns.div_ceil(lanes).div_ceil(registers);
         // A left factor that has to be packed is so once for each group, and the right one once for each block of rows.
         let is_packed = terms.iter().any(|(left, _)| !pack::lies_in_rows(*left));
-        let (per_thread, least) = match (is_turned, is_packed) {
-            (true, _) => (TURNED_PIECES_PER_THREAD, PIECE_PANELS),
-            (_, true) => (PACKED_PIECES_PER_THREAD, PIECE_PANELS),
-            _ => (PIECES_PER_THREAD, 1),
+        let (per_thread, least) = if is_in_place {
+            (PACKED_PIECES_PER_THREAD, 1)
+        } else if is_turned || panels == 1 {
+            (WHOLE_PIECES_PER_THREAD, PIECE_PANELS)
+        } else if is_packed {
+            (PACKED_PIECES_PER_THREAD, PIECE_PANELS)
+        } else {
+            (PIECES_PER_THREAD, 1)
         };
         let least = least.min(panels.max(1));
         let wanted = if threads > 1 { threads * per_thread } else { 1 };
@@ -288,6 +331,7 @@ impl<'a> Plan<'a> {
             start,
             scale,
             is_turned,
+            is_in_place,
             terms,
             rows,
             columns,
@@ -326,8 +370,8 @@ impl<'a> Plan<'a> {
         Panel { columns: first * self.lanes..self.columns.min(last * self.lanes), registers: last - first }
     }
 
-    /// The part of the terms' joined depth that comes in one visit of the output: pieces of terms, in order.
-    fn segments(&self, visit: usize, visits: usize) -> Vec<(usize, Range<usize>)> {
+    /// The part of the terms' joined depth that comes in one visit of the output.
+    fn visit(&self, visit: usize, visits: usize) -> Visit {
         let depth = self.depth();
         let (from, to) = (depth * visit / visits, depth * (visit + 1) / visits);
         let mut before = 0;
@@ -336,9 +380,10 @@ impl<'a> Plan<'a> {
             let range =
                 from.clamp(before, before + depth) - before..to.clamp(before, before + depth) - before;
             before += depth;
-            (term, range)
+            Segment { term, range }
         });
-        segments.filter(|(_, range)| !range.is_empty()).collect()
+        let segments = segments.filter(|segment| !segment.range.is_empty()).collect();
+        Visit { segments, depth: to - from, is_first: visit == 0 }
     }
 
     fn depth(&self) -> usize {
@@ -363,37 +408,31 @@ impl<const IS_TURNED: bool> pulp::WithSimd for Piece<'_, '_, IS_TURNED> {
         // the instructions that every machine has.
         let mut scratch = pack::SCRATCH.take();
         for visit in 0..visits {
-            self.visit(simd, self.plan.segments(visit, visits), visit == 0, &mut scratch);
+            self.add(simd, self.plan.visit(visit, visits), &mut scratch);
         }
         pack::SCRATCH.set(scratch);
     }
 }
 
 impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
-    /// Adds the products of some segments.
+    /// Adds the products of one visit.
     #[inline(always)]
-    fn visit<S: pulp::Simd>(
-        &self,
-        simd: S,
-        segments: Vec<(usize, Range<usize>)>,
-        first: bool,
-        scratch: &mut pack::Scratch,
-    ) {
-        let plan = self.plan;
-        let depth: usize = segments.iter().map(|(_, range)| range.len()).sum();
+    fn add<S: pulp::Simd>(&self, simd: S, visit: Visit, scratch: &mut pack::Scratch) {
+        let (plan, depth) = (self.plan, visit.depth);
         let widths = self.panels.iter().map(|panel| panel.registers * S::F32_LANES);
         scratch.reserve(depth * widths.sum::<usize>(), LEFT_ROWS * depth);
         let mut before = 0;
-        for (term, rows) in &segments {
-            let part = pack::Part { right: plan.terms[*term].1, rows: rows.clone(), before, depth };
+        let packed = if plan.is_in_place { &[] } else { &visit.segments[..] };
+        for Segment { term, range } in packed {
+            let part = pack::Part { right: plan.terms[*term].1, rows: range.clone(), before, depth };
             pack::pack_right(simd, part, &self.panels, scratch);
-            before += rows.len();
+            before += range.len();
         }
-        let mut lefts = Vec::with_capacity(segments.len());
+        let mut lefts = Vec::with_capacity(visit.segments.len());
         for block in self.rows.clone().step_by(LEFT_ROWS) {
             let block = block..self.rows.end.min(block + LEFT_ROWS);
-            self.lefts::<S>(&segments, block.clone(), scratch, &mut lefts);
-            self.tiles(simd, block, &mut lefts, (first, depth), scratch);
+            self.lefts::<S>(&visit.segments, block.clone(), scratch, &mut lefts);
+            self.tiles(simd, block, &mut lefts, &visit, scratch);
         }
     }
 
@@ -401,14 +440,14 @@ impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
     #[inline(always)]
     fn lefts<S: pulp::Simd>(
         &self,
-        segments: &[(usize, Range<usize>)],
+        segments: &[Segment],
         rows: Range<usize>,
         scratch: &mut pack::Scratch,
         lefts: &mut Vec<tile::Rows>,
     ) {
         let left = |term: usize| self.plan.terms[term].0;
         let mut offset = 0;
-        for (term, range) in segments {
+        for Segment { term, range } in segments {
             pack::pack_left::<S>(left(*term), rows.clone(), range.clone(), offset, scratch);
             offset += LEFT_ROWS * range.len();
         }
@@ -419,11 +458,21 @@ impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
         let neighbours = pack::Neighbours { panels, rows_ahead };
         lefts.clear();
         offset = 0;
-        for (term, range) in segments {
+        for Segment { term, range } in segments {
             let (rows, columns) = (rows.clone(), range.clone());
             lefts.push(pack::left_rows::<S>(left(*term), rows, columns, offset, neighbours, scratch));
             offset += LEFT_ROWS * range.len();
         }
+    }
+
+    /// A panel of the right factor where it is read as it lies, and its rows' stride.
+    #[inline(always)]
+    fn in_place(&self, visit: &Visit, panel: &Panel) -> Option<(*const f32, usize)> {
+        let [Segment { term, range }] = &visit.segments[..] else { return None };
+        let (_, right) = self.plan.terms[*term];
+        let stride = right.shape.row_stride;
+        let first = range.start * stride + panel.columns.start;
+        self.plan.is_in_place.then(|| (right.values.f32s()[first..].as_ptr(), stride))
     }
 
     /// All panels' tiles of some rows, whose left factors lie at `lefts`.
@@ -433,7 +482,7 @@ impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
         simd: S,
         rows: Range<usize>,
         lefts: &mut [tile::Rows],
-        (first, depth): (bool, usize),
+        visit: &Visit,
         scratch: &pack::Scratch,
     ) {
         let plan = self.plan;
@@ -444,7 +493,7 @@ impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
             let mut offset = 0;
             for (index, panel) in self.panels.iter().enumerate() {
                 let start = match plan.start {
-                    _ if !first => Output::Accumulate,
+                    _ if !visit.is_first => Output::Accumulate,
                     Output::Row(added) if IS_TURNED => Output::Row(&added[row..row + tile_rows]),
                     Output::Row(added) => Output::Row(&added[panel.columns.clone()]),
                     other => other,
@@ -456,9 +505,13 @@ impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
                     let first = row * plan.stride + panel.columns.start;
                     (plan.into.0.wrapping_add(first), plan.stride, start)
                 };
+                let width = panel.registers * S::F32_LANES;
+                let (right, right_stride) =
+                    self.in_place(visit, panel).unwrap_or((scratch.panels(offset), width));
                 let tile = tile::Tile {
                     lefts,
-                    panel: scratch.panels(offset),
+                    right,
+                    right_stride,
                     index,
                     into,
                     stride,
@@ -468,15 +521,15 @@ impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
                     scale: plan.scale,
                 };
                 // SAFETY: `Product::check` found every element of output and factors inside its slice; `left_rows` and
-                // `pack_right` laid out as many rows, registers and terms as the tile reads; no other piece has these rows
-                // of these columns.
+                // `pack_right` laid out as many rows, registers and terms as the tile reads, and what is read in place has
+                // whole registers; no other piece has these rows of these columns.
                 unsafe { tile.multiply(simd, panel.registers) };
                 if IS_TURNED {
                     let into = plan.into.0.wrapping_add(panel.columns.start * plan.stride + row);
                     // SAFETY: as above.
                     unsafe { turned.write(into, plan.stride, [tile_rows, columns], start) };
                 }
-                offset += depth * panel.registers * S::F32_LANES;
+                offset += visit.depth * width;
             }
             lefts.iter_mut().for_each(tile::Rows::skip_tile);
         }
@@ -521,6 +574,8 @@ mod tests {
             (5, 8, 300),
             (300, 9, 40),
             (17, 65, 999),
+            (11, IN_PLACE_COLUMNS + 32, 450),
+            (IN_PLACE_COLUMNS + 32, 11, 450),
             (TURNED_ROWS, TURNED_COLUMNS, 450),
         ];
         // Interpreters are slow.

@@ -65,7 +65,9 @@ pub(super) struct Tile<'a> {
     /// The rows of each term's left factor.
     pub(super) lefts: &'a [Rows],
     /// The same terms' right factors, one after the other, the tile's columns of each row in whole registers.
-    pub(super) panel: *const f32,
+    pub(super) right: *const f32,
+    /// Elements from one of their rows to the next.
+    pub(super) right_stride: usize,
     /// Its place among the tiles of the same rows.
     pub(super) index: usize,
     pub(super) into: *mut f32,
@@ -79,7 +81,7 @@ pub(super) struct Tile<'a> {
 
 impl Tile<'_> {
     /// # Safety
-    /// All rows of `lefts` are readable as far as they say, `panel` for the sum of their depths times `registers`,
+    /// All rows of `lefts` are readable as far as they say, `right` for `registers` in as many rows as their depths' sum,
     /// `into` may be written in `rows` rows of `columns`, and a row that is added has as many columns.
     #[inline(always)]
     pub(super) unsafe fn multiply<S: Simd>(self, simd: S, registers: usize) {
@@ -114,7 +116,7 @@ impl Tile<'_> {
     #[inline(always)]
     unsafe fn sum<S: Simd, const M: usize, const R: usize>(self, simd: S) {
         let mut sums = [[simd.splat_f32s(0.0); R]; M];
-        let mut panel = self.panel.cast::<S::f32s>();
+        let mut panel = self.right;
         for left in self.lefts {
             let mut terms = left.first;
             let mut ahead = left.ahead.first.wrapping_add(self.index * left.ahead.panel_stride);
@@ -131,7 +133,7 @@ impl Tile<'_> {
                     let mut right = [simd.splat_f32s(0.0); R];
                     for (register, right) in right.iter_mut().enumerate() {
                         // SAFETY: the panel has `R` registers for each term.
-                        *right = unsafe { panel.add(register).read_unaligned() };
+                        *right = unsafe { panel.cast::<S::f32s>().add(register).read_unaligned() };
                     }
                     for (row, sums) in sums.iter_mut().enumerate() {
                         // SAFETY: each of the `M` rows has `depth` elements.
@@ -141,8 +143,7 @@ impl Tile<'_> {
                         }
                     }
                     terms = terms.wrapping_add(left.term_stride);
-                    // SAFETY: at most one past the panel's end.
-                    panel = unsafe { panel.add(R) };
+                    panel = panel.wrapping_add(self.right_stride);
                 }
             }
         }
