@@ -55,7 +55,7 @@ pub use inject::inject;
 pub use linear::{LowRank, Projection, linear, linear_concat};
 pub use norm::{Modulation, norm_modulate, rms_norm};
 pub use quantized::Quantized;
-pub use recompute::recomputed;
+pub use recompute::{recomputed, recomputed_outputs};
 pub use residual::gated_residual;
 pub use rotary::{QkvStream, RotaryTable, joint_qkv, single_qkv};
 pub use simd::instructions;

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
@@ -37,25 +37,46 @@ where
     M: Module + 'static,
     F: Fn(&M, [Tensor<3>; N]) -> Tensor<3> + Send + Sync + 'static,
 {
+    let [output] = recomputed_outputs(module, inputs, move |module, inputs| [forward(module, inputs)]);
+    output
+}
+
+/// [`recomputed`] of a part with `K` outputs.
+pub fn recomputed_outputs<M, F, const N: usize, const K: usize>(
+    module: &M,
+    inputs: [Tensor<3>; N],
+    forward: F,
+) -> [Tensor<3>; K]
+where
+    M: Module + 'static,
+    F: Fn(&M, [Tensor<3>; N]) -> [Tensor<3>; K] + Send + Sync + 'static,
+{
     if !inputs[0].device().is_autodiff() || takes_plain_twins() || Tape::is_in_use() {
         return forward(module, inputs);
     }
     if in_host_memory(&inputs[0]) {
-        return recomputed_on::<Flex, M, F, N>(module, inputs, forward);
+        return recomputed_on::<Flex, M, F, N, K>(module, inputs, forward);
     }
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
-    return recomputed_on::<burn::backend::Cube, M, F, N>(module, inputs, forward);
+    return recomputed_on::<burn::backend::Cube, M, F, N, K>(module, inputs, forward);
     #[cfg(not(any(feature = "cuda", feature = "wgpu")))]
     forward(module, inputs)
 }
 
-/// [`recomputed`] on the autodiff side of a backend.
-fn recomputed_on<B, M, F, const N: usize>(module: &M, mut inputs: [Tensor<3>; N], forward: F) -> Tensor<3>
+/// [`recomputed_outputs`] on the autodiff side of a backend.
+///
+/// burn's nodes have one output. That of the part's node stands for all of the part's; each of these comes from a node after
+/// it, which leaves its gradient where the part's node finds it.
+fn recomputed_on<B, M, F, const N: usize, const K: usize>(
+    module: &M,
+    mut inputs: [Tensor<3>; N],
+    forward: F,
+) -> [Tensor<3>; K]
 where
     B: Backend,
     DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B>>,
     M: Module + 'static,
-    F: Fn(&M, [Tensor<3>; N]) -> Tensor<3> + Send + Sync + 'static,
+    F: Fn(&M, [Tensor<3>; N]) -> [Tensor<3>; K] + Send + Sync + 'static,
 {
     let parameters = Learning::<B>::of(module);
     if !inputs.iter().any(Tensor::is_tracked) {
@@ -66,16 +87,56 @@ where
         inputs[0] = inputs[0].clone().require_grad();
     }
     let module = module.valid();
-    let (output, kept) =
+    let (outputs, kept) =
         scoped(&TAPE, Tape::Recording(Vec::new()), || forward(&module, inputs.clone().map(Tensor::inner)));
     let nodes = inputs.each_ref().map(|input| graph_tensor::<B, 3>(input.clone()).node());
     let inputs = inputs.map(Tensor::inner);
-    let state = State { module, inputs, kept: kept.into_results(), parameters, forward: Arc::new(forward) };
-    match Recomputed::<M, F>(PhantomData).prepare::<NoCheckpointing>(nodes).compute_bound().stateful() {
-        OpsKind::Tracked(node) => {
-            Tensor::from_primitive::<Autodiff<B>>(node.finish(state, plain_tensor::<B, 3>(output)))
+    let cotangents: Cotangents<K> = Arc::new([const { Mutex::new(None) }; K]);
+    let stand_in = Tensor::<1>::zeros([1], &outputs[0].device());
+    let (kept, handed) = (kept.into_results(), Arc::clone(&cotangents));
+    let state = State { module, inputs, kept, parameters, cotangents: handed, forward: Arc::new(forward) };
+    let part = Recomputed::<M, F, K>(PhantomData).prepare::<NoCheckpointing>(nodes);
+    let OpsKind::Tracked(part) = part.compute_bound().stateful() else { unreachable!("an input is tracked") };
+    let part = part.finish(state, plain_tensor::<B, 1>(stand_in.clone()));
+    let mut indices = 0..K;
+    outputs.map(|output| {
+        let index = indices.next().expect("as many as outputs");
+        let state = Handed { cotangents: Arc::clone(&cotangents), index, stand_in: stand_in.clone() };
+        let node = PartOutput::<K>.prepare::<NoCheckpointing>([part.node()]).compute_bound().stateful();
+        let OpsKind::Tracked(node) = node else { unreachable!("the part is tracked") };
+        Tensor::from_primitive::<Autodiff<B>>(node.finish(state, plain_tensor::<B, 3>(output)))
+    })
+}
+
+/// Gradients of a part's outputs on their way to its node; `None` for those that nobody reads.
+type Cotangents<const K: usize> = Arc<[Mutex<Option<Tensor<3>>>; K]>;
+
+/// The node of one of a part's outputs.
+#[derive(Debug)]
+struct PartOutput<const K: usize>;
+
+#[derive(Clone, Debug)]
+struct Handed<const K: usize> {
+    cotangents: Cotangents<K>,
+    index: usize,
+    /// The gradient of the output of the part's own node.
+    stand_in: Tensor<1>,
+}
+
+impl<B, const K: usize> Backward<B, 1> for PartOutput<K>
+where
+    B: Backend,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    type State = Handed<K>;
+
+    fn backward(self, operation: Ops<Self::State, 1>, gradients: &mut Gradients, _: &mut Checkpointer) {
+        let cotangent = Tensor::from_primitive::<B>(gradients.consume::<B>(&operation.node));
+        let Handed { cotangents, index, stand_in } = operation.state;
+        *cotangents[index].lock().unwrap_or_else(PoisonError::into_inner) = Some(cotangent);
+        for parent in operation.parents.into_iter().flatten() {
+            gradients.register::<B>(parent.id, plain_tensor::<B, 1>(stand_in.clone()));
         }
-        OpsKind::UnTracked(_) => unreachable!("an input is tracked"),
     }
 }
 
@@ -174,56 +235,58 @@ where
 }
 
 /// The node of a part of a network: what it is made of stands in its [`State`].
-struct Recomputed<M, F>(PhantomData<fn(M, F)>);
+struct Recomputed<M, F, const K: usize>(PhantomData<fn(M, F)>);
 
-impl<M, F> fmt::Debug for Recomputed<M, F> {
+impl<M, F, const K: usize> fmt::Debug for Recomputed<M, F, K> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("recomputed part")
     }
 }
 
-struct State<B, M, F, const N: usize> {
+struct State<B, M, F, const N: usize, const K: usize> {
     /// On the plain side, as the inputs.
     module: M,
     inputs: [Tensor<3>; N],
     /// From the first run.
     kept: VecDeque<Values>,
     parameters: Learning<B>,
+    cotangents: Cotangents<K>,
     forward: Arc<F>,
 }
 
-impl<B, M: Clone, F, const N: usize> Clone for State<B, M, F, N> {
+impl<B, M: Clone, F, const N: usize, const K: usize> Clone for State<B, M, F, N, K> {
     fn clone(&self) -> Self {
-        let Self { module, inputs, kept, parameters, forward } = self;
+        let Self { module, inputs, kept, parameters, cotangents, forward } = self;
         Self {
             module: module.clone(),
             inputs: inputs.clone(),
             kept: kept.clone(),
             parameters: parameters.clone(),
+            cotangents: cotangents.clone(),
             forward: forward.clone(),
         }
     }
 }
 
-impl<B, M, F, const N: usize> fmt::Debug for State<B, M, F, N> {
+impl<B, M, F, const N: usize, const K: usize> fmt::Debug for State<B, M, F, N, K> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("inputs of a recomputed part")
     }
 }
 
-impl<B, M, F, const N: usize> Backward<B, N> for Recomputed<M, F>
+impl<B, M, F, const N: usize, const K: usize> Backward<B, N> for Recomputed<M, F, K>
 where
     B: Backend,
     DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B>>,
     M: Module + 'static,
-    F: Fn(&M, [Tensor<3>; N]) -> Tensor<3> + Send + Sync + 'static,
+    F: Fn(&M, [Tensor<3>; N]) -> [Tensor<3>; K] + Send + Sync + 'static,
 {
-    type State = State<B, M, F, N>;
+    type State = State<B, M, F, N, K>;
 
     /// The graph in here has leaves of its own and shares no node with the one outside, whose lock is held meanwhile.
     fn backward(self, operation: Ops<Self::State, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
-        let cotangent = Tensor::<3>::from_primitive::<B>(gradients.consume::<B>(&operation.node));
-        let State { module, inputs, kept, parameters, forward } = operation.state;
+        gradients.consume::<B>(&operation.node);
+        let State { module, inputs, kept, parameters, cotangents, forward } = operation.state;
         let module = module.train();
         let mut parents = operation.parents.iter();
         let inputs = inputs.map(|input| {
@@ -231,10 +294,19 @@ where
             let tracked = parents.next().is_some_and(Option::is_some);
             if tracked { input.require_grad() } else { input }
         });
-        let (output, left) = scoped(&TAPE, Tape::Replaying(kept), || forward(&module, inputs.clone()));
+        let (outputs, left) = scoped(&TAPE, Tape::Replaying(kept), || forward(&module, inputs.clone()));
         assert!(left.into_results().is_empty(), "both runs of a recomputed part do the same operations");
         let sums = parameters.beside(&Learning::<B>::of(&module));
-        let mut inner = handed_over(&sums, || inject(output, cotangent).backward());
+        let cotangents = cotangents.each_ref().map(|handed| {
+            let mut handed = handed.lock().unwrap_or_else(PoisonError::into_inner);
+            handed.take()
+        });
+        let losses = outputs
+            .into_iter()
+            .zip(cotangents)
+            .filter_map(|(output, cotangent)| Some(inject(output, cotangent?)));
+        let loss = losses.reduce(|sum, loss| sum + loss).expect("a gradient came by an output");
+        let mut inner = handed_over(&sums, || loss.backward());
         for (input, parent) in inputs.into_iter().zip(operation.parents) {
             let Some(parent) = parent else { continue };
             let gradient = input.grad_remove(&mut inner).unwrap_or_else(|| input.inner().zeros_like());
@@ -361,6 +433,35 @@ mod tests {
             }
             assert_eq!(gradients[0].is_some(), tracked.up);
             assert!(gradients[2].is_none(), "a parameter that nothing reads has no gradient");
+        }
+    }
+
+    #[test]
+    fn gradients_come_by_every_output_that_is_read() {
+        let both = |part: &Part, [x, y]: [Tensor<3>; 2]| {
+            let first = part.forward([x, y.clone()]);
+            [first.clone(), first * y]
+        };
+        type Outputs = [Tensor<3>; 2];
+        for (device, read) in
+            devices().iter().flat_map(|device| [[1, 0], [0, 1], [1, 2]].map(|read| (device, read)))
+        {
+            let run = |call: &dyn Fn(&Part, Outputs) -> Outputs| {
+                let part = Part::new(1, device).train();
+                let x = random::<3>([2, 3, WIDTH], 20, device).autodiff().require_grad();
+                let outputs = call(&part, [x.clone(), random([2, 3, WIDTH], 21, device).autodiff()]);
+                // An output that is read twice, or not at all.
+                let cotangents = (0..).map(|seed| random::<3>([2, 3, WIDTH], 30 + seed, device));
+                let times = outputs.iter().zip(read).flat_map(|(output, times)| vec![output.clone(); times]);
+                let losses = times.zip(cotangents).map(|(output, cotangent)| inject(output, cotangent));
+                let gradients = losses.reduce(|sum, loss| sum + loss).unwrap().backward();
+                [x.grad(&gradients).map(values), part.up.val().grad(&gradients).map(values)]
+                    .map(Option::unwrap)
+            };
+            let found = run(&|part, inputs| recomputed_outputs(part, inputs, both));
+            for (found, expected) in found.iter().zip(run(&both)) {
+                assert_close(found, &expected, 1e-4);
+            }
         }
     }
 

@@ -7,7 +7,7 @@ mod attention;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use fewstep_kernels::{
-    Gelu, KeyMask, Modulation, RotaryTable, gated_residual, gelu, norm_modulate, recomputed, split_tokens,
+    Gelu, KeyMask, Modulation, RotaryTable, gated_residual, gelu, norm_modulate, recomputed_outputs,
 };
 
 use self::attention::{JointAttention, OwnAttention};
@@ -241,20 +241,21 @@ impl Block {
         if !shared.recomputes_now() {
             return self.kept(streams, shared);
         }
-        let (text, image) = (streams.text.dims()[1], streams.image.dims()[1]);
-        let joint = self.recomputed(streams, shared, |block, streams, shared| {
+        let [image, text] = self.recomputed(streams, shared, |block, streams, shared| {
             let Streams { image, text } = block.kept(streams, shared);
-            Tensor::cat(vec![text, image], 1)
-        }); // [B, S + N, D]
-        Streams { text: split_tokens(joint.clone(), 0..text), image: split_tokens(joint, text..text + image) }
+            [image, text]
+        });
+        Streams { image, text }
     }
 
     /// The image after a last block: nothing reads its text any more.
     pub(crate) fn forward_image(&self, streams: Streams, shared: &Shared) -> Tensor<3> {
-        match shared.recomputes_now() {
-            true => self.recomputed(streams, shared, Self::kept_image),
-            false => self.kept_image(streams, shared),
+        if !shared.recomputes_now() {
+            return self.kept_image(streams, shared);
         }
+        let [image] =
+            self.recomputed(streams, shared, |block, streams, shared| [block.kept_image(streams, shared)]);
+        image
     }
 
     fn kept(&self, streams: Streams, shared: &Shared) -> Streams {
@@ -270,14 +271,14 @@ impl Block {
         self.image_after(streams.image, attended.image, modulations.image, shared)
     }
 
-    fn recomputed(
+    fn recomputed<const K: usize>(
         &self,
         streams: Streams,
         shared: &Shared,
-        forward: fn(&Self, Streams, &Shared) -> Tensor<3>,
-    ) -> Tensor<3> {
+        forward: fn(&Self, Streams, &Shared) -> [Tensor<3>; K],
+    ) -> [Tensor<3>; K] {
         let (time, shared) = shared.apart();
-        recomputed(self, [streams.image, streams.text, time], move |block, [image, text, time]| {
+        recomputed_outputs(self, [streams.image, streams.text, time], move |block, [image, text, time]| {
             forward(block, Streams { image, text }, &shared.at(time))
         })
     }
