@@ -82,7 +82,7 @@ fn project<const P: usize, const N: usize, const D: usize>(
     let inputs: [Input; N] = inputs.try_into().unwrap_or_else(|_| unreachable!("N is 1 + {INPUTS} P"));
     let weights = std::array::from_fn::<_, P, _>(|index| tensors(&inputs, index)[WEIGHT].learning_node());
     operation(inputs, |values, tracked| {
-        let (output, hidden) = forward(&layout, &values, &shape);
+        let [output, hidden] = forward(&layout, &values, &shape);
         let saved = Saved::new(layout, values, hidden, tracked);
         let pullback: Pullback<N> = Box::new(move |gradient| {
             with_sums(&weights, |sums| saved.pull_back(gradient, &input_shape, sums))
@@ -140,12 +140,30 @@ impl Layout {
         Matrix::strided(&matrix[part.first_column..], self.rows, part.output, self.width)
     }
 
-    /// Room for `rows` rows of each branch's rank.
-    fn branch_buffers(&self) -> Vec<Vec<f32>> {
-        self.parts
-            .iter()
-            .map(|part| unwritten(part.low_rank.map_or(0, |branch| self.rows * branch.rank)))
-            .collect()
+    /// Room for `rows` rows of each branch's rank, one branch after the other.
+    fn branches(&self) -> Vec<f32> {
+        unwritten(self.rows * self.parts.iter().map(Part::rank).sum::<usize>())
+    }
+
+    /// What belongs to each part of what [`Layout::branches`] gave.
+    fn of_parts<'a>(&self, branches: &'a [f32]) -> Vec<&'a [f32]> {
+        let mut rest = branches;
+        let of_part = |part: &Part| {
+            let (branch, others) = rest.split_at(self.rows * part.rank());
+            rest = others;
+            branch
+        };
+        self.parts.iter().map(of_part).collect()
+    }
+
+    fn of_parts_mut<'a>(&self, branches: &'a mut [f32]) -> Vec<&'a mut [f32]> {
+        let mut rest = branches;
+        let of_part = |part: &Part| {
+            let (branch, others) = std::mem::take(&mut rest).split_at_mut(self.rows * part.rank());
+            rest = others;
+            branch
+        };
+        self.parts.iter().map(of_part).collect()
     }
 
     fn column_sums(&self, part: &Part, matrix: &[f32]) -> Vec<f32> {
@@ -171,18 +189,21 @@ impl Part {
         Self { first_column, output, has_bias, low_rank, rounded_to }
     }
 
+    fn rank(&self) -> usize {
+        self.low_rank.map_or(0, |branch| branch.rank)
+    }
+
     fn weight<'a>(&self, tensors: &'a [Values], input: usize) -> Matrix<'a> {
         Matrix::of_numbers(Numbers::new(&tensors[WEIGHT], self.rounded_to), self.output, input)
     }
 
     /// Axes of one of its tensors.
     fn shape(&self, tensor: usize, input: usize) -> Vec<usize> {
-        let rank = self.low_rank.map_or(0, |branch| branch.rank);
         match tensor {
             WEIGHT => vec![self.output, input],
             BIAS => vec![self.output],
-            DOWN => vec![rank, input],
-            _ => vec![self.output, rank],
+            DOWN => vec![self.rank(), input],
+            _ => vec![self.output, self.rank()],
         }
     }
 }
@@ -192,19 +213,18 @@ fn tensors<T>(inputs: &[T], index: usize) -> &[T] {
     &inputs[1 + index * INPUTS..][..INPUTS]
 }
 
-/// The output, kept by a recomputed part, and what [`hidden`] gives.
-fn forward(layout: &Layout, values: &[Values], shape: &[usize]) -> (Values, Vec<Vec<f32>>) {
-    let mut found = None;
-    let [output] = computed_once(|| {
+/// The output, and what [`hidden`] gives; a recomputed part keeps both.
+fn forward(layout: &Layout, values: &[Values], shape: &[usize]) -> [Values; 2] {
+    computed_once(|| {
         let hidden = hidden(layout, values);
-        let output = Values::from_vec(output(layout, values, &hidden), shape);
-        found = Some(hidden);
-        [output]
-    });
-    (output, found.unwrap_or_else(|| hidden(layout, values)))
+        let output = output(layout, values, &hidden);
+        let len = hidden.len();
+        [Values::from_vec(output, shape), Values::from_vec(hidden, &[len])]
+    })
 }
 
-fn output(layout: &Layout, values: &[Values], hidden: &[Vec<f32>]) -> Vec<f32> {
+fn output(layout: &Layout, values: &[Values], hidden: &[f32]) -> Vec<f32> {
+    let hidden = layout.of_parts(hidden);
     let mut output = unwritten(layout.rows * layout.width);
     if (1..=FEW_ROWS).contains(&layout.rows) {
         for (index, (part, hidden)) in layout.parts.iter().zip(hidden).enumerate() {
@@ -234,10 +254,11 @@ fn output(layout: &Layout, values: &[Values], hidden: &[Vec<f32>]) -> Vec<f32> {
 }
 
 /// `scale · x downᵀ` of each projection, empty where it has no branch.
-fn hidden(layout: &Layout, values: &[Values]) -> Vec<Vec<f32>> {
-    let mut hidden = layout.branch_buffers();
+fn hidden(layout: &Layout, values: &[Values]) -> Vec<f32> {
+    let mut hidden = layout.branches();
     let x = Matrix::new(&values[0], layout.rows, layout.input);
-    let products = layout.parts.iter().zip(&mut hidden).enumerate().filter_map(|(index, (part, hidden))| {
+    let of_parts = layout.of_parts_mut(&mut hidden);
+    let products = layout.parts.iter().zip(of_parts).enumerate().filter_map(|(index, (part, hidden))| {
         let Branch { rank, scale } = part.low_rank?;
         let down = Matrix::new(&tensors(values, index)[DOWN], rank, layout.input).transposed();
         Some(Product { scale, ..Product::new(MatrixMut::new(hidden, layout.rows, rank), x, down) })
@@ -261,7 +282,7 @@ fn few_rows(
     output: &mut [f32],
 ) {
     let Layout { rows, input, width, .. } = *layout;
-    let rank = part.low_rank.map_or(0, |branch| branch.rank);
+    let rank = part.rank();
     let weight = Numbers::new(&tensors[WEIGHT], part.rounded_to);
     let mut sums = unwritten(part.output * rows);
     parallel::for_each(sums.chunks_mut(WEIGHT_ROWS * rows).enumerate(), |(piece, sums)| {
@@ -290,21 +311,19 @@ struct Saved<const N: usize> {
     layout: Layout,
     values: [Values; N],
     /// What [`hidden`] gave.
-    hidden: Vec<Vec<f32>>,
+    hidden: Values,
     tracked: [bool; N],
 }
 
 impl<const N: usize> Saved<N> {
     /// Lets go of the input and of `x downᵀ` where no tracked weight needs them.
-    fn new(layout: Layout, mut values: [Values; N], mut hidden: Vec<Vec<f32>>, tracked: [bool; N]) -> Self {
+    fn new(layout: Layout, mut values: [Values; N], mut hidden: Values, tracked: [bool; N]) -> Self {
         let projections = || tracked[1..].chunks_exact(INPUTS);
         if !projections().any(|tracked| tracked[WEIGHT] || tracked[DOWN]) {
             values[0] = Values::from_vec(Vec::new(), &[0]);
         }
-        for (hidden, tracked) in hidden.iter_mut().zip(projections()) {
-            if !tracked[UP] {
-                *hidden = Vec::new();
-            }
+        if !projections().any(|tracked| tracked[UP]) {
+            hidden = Values::from_vec(Vec::new(), &[0]);
         }
         Self { layout, values, hidden, tracked }
     }
@@ -317,6 +336,7 @@ impl<const N: usize> Saved<N> {
         sums: &mut [Option<Sum>],
     ) -> [Option<Values>; N] {
         let inner = self.inner_gradients(&gradient);
+        let inner = self.layout.of_parts(&inner);
         let shapes: [Vec<usize>; N] = std::array::from_fn(|index| match index.checked_sub(1) {
             None => input_shape.to_vec(),
             Some(index) => self.layout.parts[index / INPUTS].shape(index % INPUTS, self.layout.input),
@@ -335,7 +355,7 @@ impl<const N: usize> Saved<N> {
         let mut products: Vec<Product> =
             of_input.iter_mut().map(|into| self.input_gradient(&gradient, &inner, into)).collect();
         for (index, gradients) in of_parameters.chunks_exact_mut(INPUTS).enumerate() {
-            products.extend(self.parameter_gradients(index, &gradient, &inner[index], gradients));
+            products.extend(self.parameter_gradients(index, &gradient, inner[index], gradients));
         }
         products.extend(sums.iter_mut().flatten().filter_map(Sum::due));
         multiply_all(products);
@@ -355,16 +375,16 @@ impl<const N: usize> Saved<N> {
     }
 
     /// The gradients of `x downᵀ`; empty without a branch.
-    fn inner_gradients(&self, gradient: &[f32]) -> Vec<Vec<f32>> {
+    fn inner_gradients(&self, gradient: &[f32]) -> Vec<f32> {
         let layout = &self.layout;
-        let mut inner = layout.branch_buffers();
-        let products =
-            layout.parts.iter().zip(&mut inner).enumerate().filter_map(|(index, (part, inner))| {
-                let Branch { rank, scale } = part.low_rank?;
-                let up = Matrix::new(&tensors(&self.values, index)[UP], part.output, rank);
-                let into = MatrixMut::new(inner, layout.rows, rank);
-                Some(Product { scale, ..Product::new(into, layout.columns(part, gradient), up) })
-            });
+        let mut inner = layout.branches();
+        let of_parts = layout.of_parts_mut(&mut inner);
+        let products = layout.parts.iter().zip(of_parts).enumerate().filter_map(|(index, (part, inner))| {
+            let Branch { rank, scale } = part.low_rank?;
+            let up = Matrix::new(&tensors(&self.values, index)[UP], part.output, rank);
+            let into = MatrixMut::new(inner, layout.rows, rank);
+            Some(Product { scale, ..Product::new(into, layout.columns(part, gradient), up) })
+        });
         multiply_all(products.collect());
         inner
     }
@@ -380,7 +400,7 @@ impl<const N: usize> Saved<N> {
         let Layout { rows, input, .. } = self.layout;
         let part = &self.layout.parts[index];
         let columns = self.layout.columns(part, gradient).transposed();
-        let rank = part.low_rank.map_or(0, |branch| branch.rank);
+        let rank = part.rank();
         gradients.iter_mut().enumerate().filter_map(move |(tensor, into)| {
             let into = into.as_mut()?;
             if tensor == BIAS {
@@ -392,7 +412,7 @@ impl<const N: usize> Saved<N> {
                 DOWN => {
                     (Matrix::new(inner, rows, rank).transposed(), Matrix::new(&self.values[0], rows, input))
                 }
-                _ => (columns, Matrix::new(&self.hidden[index], rows, rank)),
+                _ => (columns, Matrix::new(self.layout.of_parts(&self.hidden)[index], rows, rank)),
             };
             let shape = part.shape(tensor, input);
             Some(Product::new(MatrixMut::new(into, shape[0], shape[1]), left, right))
@@ -402,7 +422,7 @@ impl<const N: usize> Saved<N> {
     fn input_gradient<'a>(
         &'a self,
         gradient: &'a [f32],
-        inner: &'a [Vec<f32>],
+        inner: &[&'a [f32]],
         into: &'a mut [f32],
     ) -> Product<'a> {
         let Layout { rows, input, .. } = self.layout;
