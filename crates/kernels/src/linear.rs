@@ -268,10 +268,10 @@ fn hidden(layout: &Layout, values: &[Values]) -> Vec<f32> {
 }
 
 /// Rows of x up to which a product is as fast as its weight is read, once and as it lies.
-const FEW_ROWS: usize = 8;
+const FEW_ROWS: usize = 4;
 
 /// Rows of a weight that one piece of work reads.
-const WEIGHT_ROWS: usize = 64;
+const WEIGHT_ROWS: usize = 128;
 
 /// One projection of few rows of x, by inner products, into its columns of the output.
 fn few_rows(

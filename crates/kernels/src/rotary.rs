@@ -141,6 +141,10 @@ const INPUTS: usize = 3;
 const QKV: usize = 0;
 const NORM_Q: usize = 1;
 
+/// Tokens from the one that is worked on to the one that memory is asked for: they lie further apart than what processors
+/// ask for by themselves.
+const TOKENS_AHEAD: usize = 4;
+
 impl Joint {
     fn new(text: &QkvStream, image: &QkvStream, heads: usize, rotary: &RotaryTable, epsilon: f32) -> Self {
         let ([batch, tokens, width], [image_batch, _, image_width]) = (text.qkv.dims(), image.qkv.dims());
@@ -204,6 +208,8 @@ impl Joint {
         for (token, output) in output.chunks_exact_mut(self.dim).enumerate() {
             let row = sample * self.tokens[stream] + token;
             let x = chunk(values[QKV], (row * 3 + part) * self.heads + head, self.dim);
+            let ahead = x.as_ptr().wrapping_add(TOKENS_AHEAD * 3 * self.heads * self.dim);
+            simd::prefetch_lines(ahead, self.dim.div_ceil(simd::LINE));
             if part == 2 {
                 output.copy_from_slice(x);
                 continue;
@@ -281,7 +287,10 @@ impl Joint {
         for (index, output) in output.chunks_exact_mut(self.dim).enumerate() {
             let (part, head) = (index / self.heads, index % self.heads);
             let slab = (part * self.batch + sample) * self.heads + head;
-            output.copy_from_slice(chunk(gradient, slab * self.total() + position, self.dim));
+            let gradient = chunk(gradient, slab * self.total() + position, self.dim);
+            let ahead = gradient.as_ptr().wrapping_add(TOKENS_AHEAD * self.dim);
+            simd::prefetch_lines(ahead, self.dim.div_ceil(simd::LINE));
+            output.copy_from_slice(gradient);
             if part < 2 {
                 self.rotary.rotate(position, output, -1.0);
             }

@@ -65,6 +65,15 @@ pub(crate) fn prefetch(address: *const f32) {
     let _ = address;
 }
 
+/// Asks for cache lines that follow each other.
+#[inline(always)]
+pub(crate) fn prefetch_lines(first: *const f32, lines: usize) {
+    (0..lines).for_each(
+        #[inline(always)]
+        |line| prefetch(first.wrapping_add(line * LINE)),
+    );
+}
+
 /// `e^x` with a relative error of about 1e-7 (Cephes' polynomial on ±ln2/2), in instructions that vectorise.
 ///
 /// Arguments below -87 give about 1e-38 and those above 88 about 1.6e38: no zero, infinity or denormal comes out.

@@ -3,7 +3,7 @@
 use pulp::{MemMask, Simd};
 
 use super::{Output, pack};
-use crate::simd::{LINE, prefetch};
+use crate::simd::{LINE, prefetch_lines};
 
 /// The most rows of a tile, and the most registers side by side in a row.
 const ROWS: usize = 8;
@@ -226,15 +226,6 @@ impl Turned {
             }
         }
     }
-}
-
-/// Asks for cache lines that follow each other.
-#[inline(always)]
-fn prefetch_lines(first: *const f32, lines: usize) {
-    (0..lines).for_each(
-        #[inline(always)]
-        |line| prefetch(first.wrapping_add(line * LINE)),
-    );
 }
 
 /// The last register of a row.
