@@ -41,12 +41,12 @@ FAMILIES = {"flux": "FLUX.1", "sd15": "Stable Diffusion 1.5", "sd3": "Stable Dif
 ROWS = {
     "lora-checkpointing": Row("distillation step, LoRA, checkpointing in both", "lora-checkpointing", "lora-checkpointing", 0.50, 0.35),
     "lora-least": Row("distillation step, LoRA, our least memory against its fastest", "lora-least", "lora", 0.75, 0.30),
-    "lora-against-fastest": Row("distillation step, LoRA, our checkpointing against its fastest", "lora-checkpointing", "lora", None),
+    "lora-against-fastest": Row("distillation step, LoRA, our checkpointing against its fastest", "lora-checkpointing", "lora", 0.75, 0.30),
     "full-checkpointing": Row("distillation step, full, checkpointing in both", "full-checkpointing", "full-checkpointing", 0.50, 0.50),
     "lora": Row("distillation step, LoRA, checkpointing in neither", "lora", "lora", 0.65, 0.50),
     "lora-default": Row("the same with one student step in memory at a time", "lora-default", "lora", None),
     "full": Row("distillation step, full, checkpointing in neither", "full", "full", None),
-    "sixteen-steps": Row("memory at 16 student steps against 4, one at a time (both ours)", "sixteen-steps", None, None, 1.05),
+    "sixteen-steps": Row("memory at 16 student steps against 4, checkpointing (both ours)", "sixteen-steps", None, None, 1.05),
     "mmdit-train": Row("plain training step, batch 8", "mmdit-train", "mmdit-train", 0.75),
     "mmdit-forward": Row("forward without gradients, batch 8", "mmdit-forward", "mmdit-forward", 0.70),
     "vae-decode": Row("autoencoder, decoding 256 x 256", "vae-decode", "vae-decode", 1.0, loss_tolerance=1e-5),
@@ -121,7 +121,7 @@ class Comparison:
     def distill(self, name):
         """The peer's run by `fewstep train`, from its weights, text states, latents and adapters.
 
-        All student steps are recorded, as the peer's graph holds them; by default, and for the least memory, only the last one is."""
+        All student steps are recorded, as the peer's graph holds them; for the least memory only the last one is."""
         student_steps = 16 if name == "sixteen-steps" else 4
         weights = json.dumps([f"{self.inputs}/transformer/diffusion_pytorch_model.safetensors"])
         command = ["--task", "direct_distill:train", "--model_paths", weights, "--dataset_base_path",
@@ -130,8 +130,8 @@ class Comparison:
             command += ["--trainable_models", "dit"]
         else:
             command += ["--lora_base_model", "dit", "--lora_rank", "8", "--lora_checkpoint", f"{self.inputs}/lora.safetensors"]
-        if not name.endswith(("default", "steps", "least")):
-            command += ["--recorded_steps", str(student_steps)]
+        if not name.endswith(("default", "steps")):
+            command += ["--recorded_steps", "1" if name.endswith("least") else str(student_steps)]
         if name.endswith(("checkpointing", "steps", "least")):
             command.append("--use_gradient_checkpointing")
         return self.train(command)

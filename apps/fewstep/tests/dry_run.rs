@@ -286,6 +286,17 @@ fn a_run_too_large_for_the_machine_says_what_would_fit() {
     let alternatives = told["alternatives"].as_array().unwrap();
     let needed = |at: &Value| at["needed_bytes"].as_u64().unwrap();
     assert!(alternatives.iter().all(|other| needed(other) <= bytes("needed_bytes")), "{alternatives:?}");
+    // Where several student steps are recorded, one would take less; it is no choice where there is one already.
+    let step = |told: &Value| -> u64 {
+        let parts = told["memory"]["phases"][1]["parts"].as_array().unwrap();
+        parts.iter().map(|part| part["bytes"].as_u64().unwrap()).sum()
+    };
+    let checkpointing = ["--use_gradient_checkpointing", "--recorded_steps", "1"];
+    let [(four, _), (one, _)] = [&checkpointing[..1], &checkpointing].map(|flags| fixture.told(flags));
+    assert!(step(&one) < step(&four), "{one}");
+    let of_one = "--recorded-steps 1";
+    assert!(four["alternatives"].to_string().contains(of_one), "{four}");
+    assert!(!one["alternatives"].to_string().contains(of_one) && !told.to_string().contains(of_one), "{one}");
     if bytes("free_memory_bytes") < bytes("needed_bytes") {
         let said = String::from_utf8_lossy(&fixture.dry(&[]).stderr).into_owned();
         assert!(said.contains("warning: the run needs") && said.contains("hint: "), "{said}");

@@ -116,10 +116,11 @@ fn a_model_folder_is_told_with_what_it_takes() {
     let secs = |told: &Value, name: &str| told["time"][name].as_f64().unwrap();
     let plain = "secs_per_distillation_step";
     let again = "secs_per_distillation_step_with_checkpointing";
-    assert!(
-        secs(&on_gpu, again) > secs(&on_gpu, plain) && secs(&told, again) == secs(&told, plain),
-        "{told}"
-    );
+    // All four steps are recorded then, which saves three evaluations; on other devices four are computed again.
+    let saved = (secs(&told, plain) - secs(&told, again)) / secs(&told, "secs_per_evaluation");
+    assert!((2.9..3.1).contains(&saved) && secs(&on_gpu, again) > secs(&on_gpu, plain), "{told}");
+    let four = "distillation_with_checkpointing_in_all";
+    assert!(held(&told, four) > held(&told, "training_with_checkpointing_in_all"), "{told}");
     let text = fewstep(&["inspect", &teacher().to_string_lossy(), "--height", "64", "--width", "64"]);
     let text = String::from_utf8(text.stdout).unwrap();
     assert!(text.starts_with("kind: model folder\n") && text.contains("\n  transformer:\n"), "{text}");

@@ -54,8 +54,8 @@ pub(super) fn model(path: &Path, args: &InspectArgs) -> Result<Value> {
             "trained_parameters": footprint.trained,
         },
         "memory_gib": {
-            "f32": memory(&footprint, WeightType::F32, args.lora_rank.is_some()),
-            "bf16": memory(&footprint, WeightType::BF16, args.lora_rank.is_some()),
+            "f32": memory(&footprint, WeightType::F32, args),
+            "bf16": memory(&footprint, WeightType::BF16, args),
         },
         "time": time(&footprint, args),
     }))
@@ -86,7 +86,7 @@ fn json(path: &Path) -> Result<Value> {
 
 /// What is held in memory, in GiB, where frozen weights are stored in a number type; all else is f32. The optimiser is
 /// AdamW.
-fn memory(footprint: &Footprint, dtype: WeightType, is_lora: bool) -> Value {
+fn memory(footprint: &Footprint, dtype: WeightType, args: &InspectArgs) -> Value {
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     let f32 = |numbers: u64| gib(numbers * WeightType::F32.bytes() as u64);
     let weights = |trained: &str| {
@@ -96,13 +96,15 @@ fn memory(footprint: &Footprint, dtype: WeightType, is_lora: bool) -> Value {
             .sum();
         gib(bytes)
     };
-    let (frozen, adapters, in_training) = match is_lora {
+    let (frozen, adapters, in_training) = match args.lora_rank.is_some() {
         true => (weights(""), f32(footprint.trained), weights("")),
         false => (weights(""), 0.0, weights(footprint.denoiser)),
     };
     let (gradients, moments) = (f32(footprint.gradients()), f32(footprint.moments()));
     let activations = footprint.activations;
     let trained = in_training + adapters + gradients + moments;
+    let distillation =
+        activations.of_training(true, recorded_steps(true).min(args.num_inference_steps) as u64);
     json!({
         "weights": rounded(frozen),
         "weights_training": rounded(in_training),
@@ -115,7 +117,13 @@ fn memory(footprint: &Footprint, dtype: WeightType, is_lora: bool) -> Value {
         "drawing_in_all": rounded(frozen + f32(activations.drawing)),
         "training_in_all": rounded(trained + f32(activations.training)),
         "training_with_checkpointing_in_all": rounded(trained + f32(activations.checkpointed)),
+        "distillation_with_checkpointing_in_all": rounded(trained + f32(distillation)),
     })
+}
+
+/// Student steps that direct distillation records by default.
+fn recorded_steps(use_gradient_checkpointing: bool) -> usize {
+    Recipe { use_gradient_checkpointing, ..Recipe::default() }.student_steps_recorded()
 }
 
 /// Operations, and the time they take at a speed.
@@ -127,8 +135,10 @@ fn time(footprint: &Footprint, args: &InspectArgs) -> Value {
     let steps = args.num_inference_steps;
     let drawing = steps as u64 * footprint.flops.forward;
     let secs = |operations: u64| rounded(operations as f64 / speed);
-    let recorded = Recipe::default().recorded_steps;
-    let distilling = |checkpointed| secs(footprint.flops.distillation_step(steps, recorded, checkpointed));
+    let distilling = |checkpointed| {
+        let recorded = recorded_steps(checkpointed);
+        secs(footprint.flops.distillation_step(steps, recorded, checkpointed))
+    };
     json!({
         "tflops_per_sec": rounded(speed / 1e12),
         "speed": source,

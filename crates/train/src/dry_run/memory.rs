@@ -199,7 +199,7 @@ impl Facts<'_> {
         };
         let recorded = match self.recipe.task.objective() {
             Objective::FlowMatching => 1,
-            Objective::Distillation => self.recipe.recorded_steps.min(bucket.num_inference_steps),
+            Objective::Distillation => self.recipe.student_steps_recorded().min(bucket.num_inference_steps),
         };
         let checkpointed = self.recipe.checkpoints_gradients();
         let recorded = evaluations * recorded.max(1) as u64;

@@ -308,7 +308,7 @@ fn epoch_flops(
         Objective::FlowMatching => flops.training_evaluation(checkpointed) as f64,
         Objective::Distillation => {
             let guided = evaluations(recipe.student_guidance.scale(bucket.cfg_scale).into());
-            let (steps, recorded) = (bucket.num_inference_steps, recipe.recorded_steps);
+            let (steps, recorded) = (bucket.num_inference_steps, recipe.student_steps_recorded());
             guided * flops.distillation_step(steps, recorded, checkpointed) as f64
         }
     };

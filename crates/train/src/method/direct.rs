@@ -53,7 +53,7 @@ impl Direct {
             training_grid: recipe.training_grid,
             student_guidance: recipe.student_guidance,
             student_start: recipe.student_start,
-            recorded_steps: recipe.recorded_steps,
+            recorded_steps: recipe.student_steps_recorded(),
             teacher: recipe.online_teacher.then(|| Box::new(teacher())),
         }
     }

@@ -62,7 +62,7 @@ impl Recipe {
             ("num_frames", self.num_frames.unwrap_or(1), MAX_FRAMES),
             ("num_inference_steps", self.num_inference_steps, MAX_STEPS),
             ("teacher_num_inference_steps", self.teacher_num_inference_steps.unwrap_or(1), MAX_STEPS),
-            ("recorded_steps", self.recorded_steps, MAX_STEPS),
+            ("recorded_steps", self.recorded_steps.unwrap_or(1), MAX_STEPS),
             ("sample_num_inference_steps", self.sample_num_inference_steps.unwrap_or(1), MAX_STEPS),
         ]
     }

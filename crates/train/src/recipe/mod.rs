@@ -238,9 +238,10 @@ pub struct Recipe {
     #[arg(long, help_heading = "Method")]
     pub use_gradient_checkpointing: bool,
     /// direct_distill: student steps, counted from the last, whose activations are kept on the way to the picture instead
-    /// of evaluating the denoiser again on the way back; each but the first takes the memory of an evaluation more
-    #[arg(long, default_value_t = 1, help_heading = "Method")]
-    pub recorded_steps: usize,
+    /// of evaluating the denoiser again on the way back; each but the first takes the memory of an evaluation more. By
+    /// default 1, and 4 with gradient checkpointing, which keeps little of each
+    #[arg(long, help_heading = "Method")]
+    pub recorded_steps: Option<usize>,
     /// direct_distill: distance between the pictures of student and teacher
     #[arg(long, value_enum, default_value = "mse", help_heading = "Method")]
     pub loss: Distance,

@@ -46,6 +46,10 @@ impl From<Compat> for Peer {
     }
 }
 
+/// Student steps that are recorded where their blocks are computed again: as many as most students have. What is kept of
+/// each is little beside the weights, and each saves an evaluation.
+const CHECKPOINTED_STEPS: usize = 4;
+
 impl Recipe {
     /// How the model computes: as the peer where one is named, with the recipe's own choices where it has any.
     pub fn conventions(&self) -> Conventions {
@@ -68,6 +72,12 @@ impl Recipe {
     /// Whether the denoiser's blocks are recomputed in backward passes.
     pub fn checkpoints_gradients(&self) -> bool {
         self.use_gradient_checkpointing || self.use_gradient_checkpointing_offload
+    }
+
+    /// The student steps of direct distillation that are recorded, where there are as many.
+    pub fn student_steps_recorded(&self) -> usize {
+        let usual = if self.checkpoints_gradients() { CHECKPOINTED_STEPS } else { 1 };
+        self.recorded_steps.unwrap_or(usual)
     }
 
     /// Steps and guidance of an online teacher of a model that is usually run so.

@@ -115,9 +115,28 @@ fn the_adjoint_gradient_of_adapters_equals_the_tape() {
 #[test]
 fn the_adjoint_gradient_of_recomputed_blocks_equals_the_tape() {
     let bench = Bench::new().with_teacher_data();
-    let recipe = Recipe { use_gradient_checkpointing: true, ..bench.recipe() };
-    adjoint_equals_tape(&recipe, &bench);
-    adjoint_equals_tape(&Recipe { lora_base_model: Some("transformer".into()), ..recipe }, &bench);
+    for recorded_steps in [None, Some(1)] {
+        let recipe = Recipe { use_gradient_checkpointing: true, recorded_steps, ..bench.recipe() };
+        adjoint_equals_tape(&recipe, &bench);
+        adjoint_equals_tape(&Recipe { lora_base_model: Some("transformer".into()), ..recipe }, &bench);
+    }
+}
+
+#[test]
+fn four_steps_are_recorded_where_blocks_are_computed_again_and_else_one() {
+    let recipe = |use_gradient_checkpointing, recorded_steps| Recipe {
+        use_gradient_checkpointing,
+        recorded_steps,
+        ..Recipe::default()
+    };
+    for (recipe, expected) in [
+        (recipe(false, None), 1),
+        (recipe(true, None), 4),
+        (recipe(true, Some(2)), 2),
+        (recipe(false, Some(0)), 0),
+    ] {
+        assert_eq!(recipe.student_steps_recorded(), expected);
+    }
 }
 
 #[test]
@@ -125,6 +144,7 @@ fn the_adjoint_gradient_is_the_same_whatever_is_recorded() {
     let bench = Bench::new().with_teacher_data();
     // The data's students take three steps.
     for recorded_steps in [0, 2, 3, 9] {
+        let recorded_steps = Some(recorded_steps);
         adjoint_equals_tape(&Recipe { recorded_steps, ..bench.recipe() }, &bench);
     }
 }
