@@ -144,9 +144,11 @@ impl<'a> Product<'a> {
                 && pack::lies_in_rows(right.transposed())
                 && matches!(right.values, Numbers::F32(_))
         };
+        let only_its_transpose_lies = |term: &(Matrix, Matrix)| {
+            !pack::lies_in_rows(term.0) && is_read_in_place([columns, rows], &turned(term))
+        };
         rows <= TURNED_ROWS && columns >= TURNED_COLUMNS && self.terms.iter().all(lies_by_columns)
-            || !reads_in_place([rows, columns], &self.terms)
-                && reads_in_place([columns, rows], &self.terms.iter().map(turned).collect::<Vec<_>>())
+            || columns <= FEW && rows > 2 * FEW && self.terms.iter().all(only_its_transpose_lies)
     }
 
     fn multiplications(&self) -> usize {
@@ -186,14 +188,12 @@ fn turned<'a>(&(left, right): &(Matrix<'a>, Matrix<'a>)) -> (Matrix<'a>, Matrix<
     (right.transposed(), left.transposed())
 }
 
-/// Whether a product of so many rows and columns reads its right factor as it lies: where few rows meet it, packing it
-/// would take longer than the product does.
-fn reads_in_place([rows, columns]: [usize; 2], terms: &[(Matrix, Matrix)]) -> bool {
-    let lanes = simd::lanes();
-    let [(_, right)] = terms else { return false };
-    let in_registers = columns >= IN_PLACE_COLUMNS && columns.is_multiple_of(lanes);
+/// Whether the right factor of a term is read as it lies, in a product of so many rows and columns. Next to a left factor
+/// that is packed it pays where few rows meet it.
+fn is_read_in_place([rows, columns]: [usize; 2], (left, right): &(Matrix, Matrix)) -> bool {
+    let has_whole_registers = columns.is_multiple_of(simd::lanes());
     let lies = pack::lies_in_rows(*right) && matches!(right.values, Numbers::F32(_));
-    rows <= IN_PLACE_ROWS && in_registers && lies
+    has_whole_registers && lies && (rows <= FEW || pack::lies_in_rows(*left))
 }
 
 /// Summands of each element of the output.
@@ -227,9 +227,8 @@ const LEFT_ROWS: usize = 48;
 const TURNED_ROWS: usize = 96;
 const TURNED_COLUMNS: usize = 256;
 
-/// The most rows, and the least columns, of a product that reads its right factor as it lies.
-const IN_PLACE_ROWS: usize = 64;
-const IN_PLACE_COLUMNS: usize = 128;
+/// Rows or columns for which it does not pay to pack what they meet.
+const FEW: usize = 64;
 
 /// Panels that a piece packs at one time.
 const PIECE_PANELS: usize = 8;
@@ -252,8 +251,6 @@ struct Plan<'a> {
     scale: f32,
     /// The output is written by columns: rows, columns and terms are those of its transpose.
     is_turned: bool,
-    /// The right factor of the only term is read as it lies.
-    is_in_place: bool,
     terms: Vec<(Matrix<'a>, Matrix<'a>)>,
     rows: usize,
     columns: usize,
@@ -285,6 +282,8 @@ struct Visit {
     segments: Vec<Segment>,
     /// Of all segments.
     depth: usize,
+    /// Of those whose right factors are packed.
+    packed_depth: usize,
     is_first: bool,
 }
 
@@ -292,6 +291,8 @@ struct Visit {
 struct Segment {
     term: usize,
     range: Range<usize>,
+    /// The right factor is read as it lies.
+    is_in_place: bool,
 }
 
 impl<'a> Plan<'a> {
@@ -304,20 +305,18 @@ impl<'a> Plan<'a> {
             (rows, columns) = (columns, rows);
             terms.iter_mut().for_each(|term| *term = turned(term));
         }
-        let is_in_place = reads_in_place([rows, columns], &terms);
         let lanes = simd::lanes();
         let (tile_rows, registers) = tile::shape(lanes);
         let panels = columns.div_ceil(lanes).div_ceil(registers);
         // A left factor that has to be packed is so once for each group, and the right one once for each block of rows.
         let is_packed = terms.iter().any(|(left, _)| !pack::lies_in_rows(*left));
-        let (per_thread, least) = if is_in_place {
-            (PACKED_PIECES_PER_THREAD, 1)
-        } else if is_turned || panels == 1 {
-            (WHOLE_PIECES_PER_THREAD, PIECE_PANELS)
-        } else if is_packed {
-            (PACKED_PIECES_PER_THREAD, PIECE_PANELS)
-        } else {
-            (PIECES_PER_THREAD, 1)
+        let is_in_place = terms.iter().all(|term| is_read_in_place([rows, columns], term));
+        let (per_thread, least) = match (is_packed, is_in_place) {
+            (true, true) => (PACKED_PIECES_PER_THREAD, 1),
+            (false, true) => (PIECES_PER_THREAD, 1),
+            (_, false) if is_turned || panels == 1 => (WHOLE_PIECES_PER_THREAD, PIECE_PANELS),
+            (true, false) => (PACKED_PIECES_PER_THREAD, PIECE_PANELS),
+            (false, false) => (PIECES_PER_THREAD, 1),
         };
         let least = least.min(panels.max(1));
         let wanted = if threads > 1 { threads * per_thread } else { 1 };
@@ -331,7 +330,6 @@ impl<'a> Plan<'a> {
             start,
             scale,
             is_turned,
-            is_in_place,
             terms,
             rows,
             columns,
@@ -380,10 +378,13 @@ impl<'a> Plan<'a> {
             let range =
                 from.clamp(before, before + depth) - before..to.clamp(before, before + depth) - before;
             before += depth;
-            Segment { term, range }
+            let is_in_place = is_read_in_place([self.rows, self.columns], &self.terms[term]);
+            Segment { term, range, is_in_place }
         });
-        let segments = segments.filter(|segment| !segment.range.is_empty()).collect();
-        Visit { segments, depth: to - from, is_first: visit == 0 }
+        let segments: Vec<_> = segments.filter(|segment| !segment.range.is_empty()).collect();
+        let packed = segments.iter().filter(|segment| !segment.is_in_place);
+        let packed_depth = packed.map(|segment| segment.range.len()).sum();
+        Visit { segments, depth: to - from, packed_depth, is_first: visit == 0 }
     }
 
     fn depth(&self) -> usize {
@@ -418,36 +419,38 @@ impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
     /// Adds the products of one visit.
     #[inline(always)]
     fn add<S: pulp::Simd>(&self, simd: S, visit: Visit, scratch: &mut pack::Scratch) {
-        let (plan, depth) = (self.plan, visit.depth);
+        let (plan, depth) = (self.plan, visit.packed_depth);
         let widths = self.panels.iter().map(|panel| panel.registers * S::F32_LANES);
-        scratch.reserve(depth * widths.sum::<usize>(), LEFT_ROWS * depth);
+        scratch.reserve(depth * widths.sum::<usize>(), LEFT_ROWS * visit.depth);
         let mut before = 0;
-        let packed = if plan.is_in_place { &[] } else { &visit.segments[..] };
-        for Segment { term, range } in packed {
+        for Segment { term, range, is_in_place } in &visit.segments {
+            if *is_in_place {
+                continue;
+            }
             let part = pack::Part { right: plan.terms[*term].1, rows: range.clone(), before, depth };
             pack::pack_right(simd, part, &self.panels, scratch);
             before += range.len();
         }
-        let mut lefts = Vec::with_capacity(visit.segments.len());
+        let mut factors = Vec::with_capacity(visit.segments.len());
         for block in self.rows.clone().step_by(LEFT_ROWS) {
             let block = block..self.rows.end.min(block + LEFT_ROWS);
-            self.lefts::<S>(&visit.segments, block.clone(), scratch, &mut lefts);
-            self.tiles(simd, block, &mut lefts, &visit, scratch);
+            self.factors::<S>(&visit.segments, block.clone(), scratch, &mut factors);
+            self.tiles(simd, block, &mut factors, &visit, scratch);
         }
     }
 
-    /// The rows of every segment's left factor: packed first, then pointed at.
+    /// Every segment's factors: the left one's rows packed first, then pointed at, and the right one where it is not packed.
     #[inline(always)]
-    fn lefts<S: pulp::Simd>(
+    fn factors<S: pulp::Simd>(
         &self,
         segments: &[Segment],
         rows: Range<usize>,
         scratch: &mut pack::Scratch,
-        lefts: &mut Vec<tile::Rows>,
+        factors: &mut Vec<tile::Factors>,
     ) {
         let left = |term: usize| self.plan.terms[term].0;
         let mut offset = 0;
-        for Segment { term, range } in segments {
+        for Segment { term, range, .. } in segments {
             pack::pack_left::<S>(left(*term), rows.clone(), range.clone(), offset, scratch);
             offset += LEFT_ROWS * range.len();
         }
@@ -456,32 +459,24 @@ impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
         // A weight is read from memory, few rows of values have just been written.
         let rows_ahead = if IS_TURNED { tile_rows.div_ceil(panels) } else { 1 };
         let neighbours = pack::Neighbours { panels, rows_ahead };
-        lefts.clear();
+        factors.clear();
         offset = 0;
-        for Segment { term, range } in segments {
+        for Segment { term, range, is_in_place } in segments {
             let (rows, columns) = (rows.clone(), range.clone());
-            lefts.push(pack::left_rows::<S>(left(*term), rows, columns, offset, neighbours, scratch));
+            let rows = pack::left_rows::<S>(left(*term), rows, columns, offset, neighbours, scratch);
+            let right = is_in_place.then(|| pack::right_rows(self.plan.terms[*term].1, range.clone()));
+            factors.push(tile::Factors { left: rows, right });
             offset += LEFT_ROWS * range.len();
         }
     }
 
-    /// A panel of the right factor where it is read as it lies, and its rows' stride.
-    #[inline(always)]
-    fn in_place(&self, visit: &Visit, panel: &Panel) -> Option<(*const f32, usize)> {
-        let [Segment { term, range }] = &visit.segments[..] else { return None };
-        let (_, right) = self.plan.terms[*term];
-        let stride = right.shape.row_stride;
-        let first = range.start * stride + panel.columns.start;
-        self.plan.is_in_place.then(|| (right.values.f32s()[first..].as_ptr(), stride))
-    }
-
-    /// All panels' tiles of some rows, whose left factors lie at `lefts`.
+    /// All panels' tiles of some rows, whose factors lie at `factors`.
     #[inline(always)]
     fn tiles<S: pulp::Simd>(
         &self,
         simd: S,
         rows: Range<usize>,
-        lefts: &mut [tile::Rows],
+        factors: &mut [tile::Factors],
         visit: &Visit,
         scratch: &pack::Scratch,
     ) {
@@ -506,12 +501,10 @@ impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
                     (plan.into.0.wrapping_add(first), plan.stride, start)
                 };
                 let width = panel.registers * S::F32_LANES;
-                let (right, right_stride) =
-                    self.in_place(visit, panel).unwrap_or((scratch.panels(offset), width));
                 let tile = tile::Tile {
-                    lefts,
-                    right,
-                    right_stride,
+                    factors,
+                    packed: scratch.panels(offset),
+                    first_column: panel.columns.start,
                     index,
                     into,
                     stride,
@@ -529,9 +522,9 @@ impl<const IS_TURNED: bool> Piece<'_, '_, IS_TURNED> {
                     // SAFETY: as above.
                     unsafe { turned.write(into, plan.stride, [tile_rows, columns], start) };
                 }
-                offset += visit.depth * width;
+                offset += visit.packed_depth * width;
             }
-            lefts.iter_mut().for_each(tile::Rows::skip_tile);
+            factors.iter_mut().for_each(|factors| factors.left.skip_tile());
         }
     }
 }
@@ -574,8 +567,9 @@ mod tests {
             (5, 8, 300),
             (300, 9, 40),
             (17, 65, 999),
-            (11, IN_PLACE_COLUMNS + 32, 450),
-            (IN_PLACE_COLUMNS + 32, 11, 450),
+            (11, 3 * FEW, 450),
+            (3 * FEW, 11, 450),
+            (FEW + 9, FEW, 450),
             (TURNED_ROWS, TURNED_COLUMNS, 450),
         ];
         // Interpreters are slow.

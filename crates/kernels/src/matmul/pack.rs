@@ -273,6 +273,12 @@ pub(super) fn left_rows<S: Simd>(
     Rows { first, row_stride: 1, term_stride: tile_rows, tile_stride: tile_rows * depth, depth, part, ahead }
 }
 
+/// Where some rows of a right factor lie, and the elements from one to the next.
+pub(super) fn right_rows(right: Matrix, rows: Range<usize>) -> (*const f32, usize) {
+    let stride = right.shape.row_stride;
+    (right.values.f32s()[rows.start * stride..].as_ptr(), stride)
+}
+
 /// Writes `source`, `rows` rows of `columns`, as columns: `target[column · target_stride + row]`.
 #[inline(always)]
 pub(super) fn transpose(

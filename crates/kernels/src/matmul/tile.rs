@@ -40,6 +40,14 @@ impl Rows {
     }
 }
 
+/// Some terms' factors.
+#[derive(Clone, Copy)]
+pub(super) struct Factors {
+    pub(super) left: Rows,
+    /// The right one's first row, and the elements from one row to the next, where it is read as it lies.
+    pub(super) right: Option<(*const f32, usize)>,
+}
+
 /// What is read after a tile and its neighbours. A tile asks for a piece of it before each part of its terms.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
@@ -62,12 +70,12 @@ pub(super) struct Ahead {
 /// While it is computed it asks memory, a few lines at a time, for the output that it will write and for what is read
 /// next. All lines at once would hold up the loads of the terms.
 pub(super) struct Tile<'a> {
-    /// The rows of each term's left factor.
-    pub(super) lefts: &'a [Rows],
-    /// The same terms' right factors, one after the other, the tile's columns of each row in whole registers.
-    pub(super) right: *const f32,
-    /// Elements from one of their rows to the next.
-    pub(super) right_stride: usize,
+    /// Those of all terms.
+    pub(super) factors: &'a [Factors],
+    /// The right factors that are packed, one after the other, the tile's columns of each row in whole registers.
+    pub(super) packed: *const f32,
+    /// The tile's, of the right factors that are not.
+    pub(super) first_column: usize,
     /// Its place among the tiles of the same rows.
     pub(super) index: usize,
     pub(super) into: *mut f32,
@@ -81,7 +89,7 @@ pub(super) struct Tile<'a> {
 
 impl Tile<'_> {
     /// # Safety
-    /// All rows of `lefts` are readable as far as they say, `right` for `registers` in as many rows as their depths' sum,
+    /// All rows of left factors are readable as far as they say, right factors for `registers` in as many rows,
     /// `into` may be written in `rows` rows of `columns`, and a row that is added has as many columns.
     #[inline(always)]
     pub(super) unsafe fn multiply<S: Simd>(self, simd: S, registers: usize) {
@@ -116,8 +124,12 @@ impl Tile<'_> {
     #[inline(always)]
     unsafe fn sum<S: Simd, const M: usize, const R: usize>(self, simd: S) {
         let mut sums = [[simd.splat_f32s(0.0); R]; M];
-        let mut panel = self.right;
-        for left in self.lefts {
+        let mut packed = self.packed;
+        for Factors { left, right } in self.factors {
+            let (mut panel, panel_stride) = match right {
+                Some((first, stride)) => (first.wrapping_add(self.first_column), *stride),
+                None => (packed, R * S::F32_LANES),
+            };
             let mut terms = left.first;
             let mut ahead = left.ahead.first.wrapping_add(self.index * left.ahead.panel_stride);
             let (mut rest, mut row) = (left.depth, self.into.cast_const());
@@ -143,8 +155,11 @@ impl Tile<'_> {
                         }
                     }
                     terms = terms.wrapping_add(left.term_stride);
-                    panel = panel.wrapping_add(self.right_stride);
+                    panel = panel.wrapping_add(panel_stride);
                 }
+            }
+            if right.is_none() {
+                packed = panel;
             }
         }
         // SAFETY: as `multiply`'s.
