@@ -146,23 +146,14 @@ impl Layout {
     }
 
     /// What belongs to each part of what [`Layout::branches`] gave.
-    fn of_parts<'a>(&self, branches: &'a [f32]) -> Vec<&'a [f32]> {
-        let mut rest = branches;
-        let of_part = |part: &Part| {
-            let (branch, others) = rest.split_at(self.rows * part.rank());
-            rest = others;
-            branch
-        };
+    fn of_parts<'a>(&self, mut branches: &'a [f32]) -> Vec<&'a [f32]> {
+        let of_part = |part: &Part| branches.split_off(..self.rows * part.rank()).expect("each has its room");
         self.parts.iter().map(of_part).collect()
     }
 
-    fn of_parts_mut<'a>(&self, branches: &'a mut [f32]) -> Vec<&'a mut [f32]> {
-        let mut rest = branches;
-        let of_part = |part: &Part| {
-            let (branch, others) = std::mem::take(&mut rest).split_at_mut(self.rows * part.rank());
-            rest = others;
-            branch
-        };
+    fn of_parts_mut<'a>(&self, mut branches: &'a mut [f32]) -> Vec<&'a mut [f32]> {
+        let of_part =
+            |part: &Part| branches.split_off_mut(..self.rows * part.rank()).expect("each has its room");
         self.parts.iter().map(of_part).collect()
     }
 

@@ -91,49 +91,48 @@ where
         scoped(&TAPE, Tape::Recording(Vec::new()), || forward(&module, inputs.clone().map(Tensor::inner)));
     let nodes = inputs.each_ref().map(|input| graph_tensor::<B, 3>(input.clone()).node());
     let inputs = inputs.map(Tensor::inner);
-    let cotangents: Cotangents<K> = Arc::new([const { Mutex::new(None) }; K]);
+    let cotangents = outputs.each_ref().map(|_| Cotangent::default());
     let stand_in = Tensor::<1>::zeros([1], &outputs[0].device());
-    let (kept, handed) = (kept.into_results(), Arc::clone(&cotangents));
+    let (kept, handed) = (kept.into_results(), cotangents.clone());
     let state = State { module, inputs, kept, parameters, cotangents: handed, forward: Arc::new(forward) };
     let part = Recomputed::<M, F, K>(PhantomData).prepare::<NoCheckpointing>(nodes);
     let OpsKind::Tracked(part) = part.compute_bound().stateful() else { unreachable!("an input is tracked") };
     let part = part.finish(state, plain_tensor::<B, 1>(stand_in.clone()));
-    let mut indices = 0..K;
+    let mut cotangents = cotangents.into_iter();
     outputs.map(|output| {
-        let index = indices.next().expect("as many as outputs");
-        let state = Handed { cotangents: Arc::clone(&cotangents), index, stand_in: stand_in.clone() };
-        let node = PartOutput::<K>.prepare::<NoCheckpointing>([part.node()]).compute_bound().stateful();
+        let cotangent = cotangents.next().expect("one for each output");
+        let state = Handed { cotangent, stand_in: stand_in.clone() };
+        let node = PartOutput.prepare::<NoCheckpointing>([part.node()]).compute_bound().stateful();
         let OpsKind::Tracked(node) = node else { unreachable!("the part is tracked") };
         Tensor::from_primitive::<Autodiff<B>>(node.finish(state, plain_tensor::<B, 3>(output)))
     })
 }
 
-/// Gradients of a part's outputs on their way to its node; `None` for those that nobody reads.
-type Cotangents<const K: usize> = Arc<[Mutex<Option<Tensor<3>>>; K]>;
+/// The gradient of one of a part's outputs on its way to the part's node; `None` where nobody reads the output.
+type Cotangent = Arc<Mutex<Option<Tensor<3>>>>;
 
 /// The node of one of a part's outputs.
 #[derive(Debug)]
-struct PartOutput<const K: usize>;
+struct PartOutput;
 
 #[derive(Clone, Debug)]
-struct Handed<const K: usize> {
-    cotangents: Cotangents<K>,
-    index: usize,
+struct Handed {
+    cotangent: Cotangent,
     /// The gradient of the output of the part's own node.
     stand_in: Tensor<1>,
 }
 
-impl<B, const K: usize> Backward<B, 1> for PartOutput<K>
+impl<B> Backward<B, 1> for PartOutput
 where
     B: Backend,
     DispatchTensor: DispatchKindConversion<B>,
 {
-    type State = Handed<K>;
+    type State = Handed;
 
     fn backward(self, operation: Ops<Self::State, 1>, gradients: &mut Gradients, _: &mut Checkpointer) {
-        let cotangent = Tensor::from_primitive::<B>(gradients.consume::<B>(&operation.node));
-        let Handed { cotangents, index, stand_in } = operation.state;
-        *cotangents[index].lock().unwrap_or_else(PoisonError::into_inner) = Some(cotangent);
+        let gradient = Tensor::from_primitive::<B>(gradients.consume::<B>(&operation.node));
+        let Handed { cotangent, stand_in } = operation.state;
+        *cotangent.lock().unwrap_or_else(PoisonError::into_inner) = Some(gradient);
         for parent in operation.parents.into_iter().flatten() {
             gradients.register::<B>(parent.id, plain_tensor::<B, 1>(stand_in.clone()));
         }
@@ -250,7 +249,7 @@ struct State<B, M, F, const N: usize, const K: usize> {
     /// From the first run.
     kept: VecDeque<Values>,
     parameters: Learning<B>,
-    cotangents: Cotangents<K>,
+    cotangents: [Cotangent; K],
     forward: Arc<F>,
 }
 
@@ -297,10 +296,8 @@ where
         let (outputs, left) = scoped(&TAPE, Tape::Replaying(kept), || forward(&module, inputs.clone()));
         assert!(left.into_results().is_empty(), "both runs of a recomputed part do the same operations");
         let sums = parameters.beside(&Learning::<B>::of(&module));
-        let cotangents = cotangents.each_ref().map(|handed| {
-            let mut handed = handed.lock().unwrap_or_else(PoisonError::into_inner);
-            handed.take()
-        });
+        let cotangents =
+            cotangents.map(|cotangent| cotangent.lock().unwrap_or_else(PoisonError::into_inner).take());
         let losses = outputs
             .into_iter()
             .zip(cotangents)

@@ -105,9 +105,7 @@ fn pack_rows<S: Simd>(simd: S, part: Part, panels: &[Panel], scratch: &mut Scrat
             match right.values {
                 Numbers::F32(values) => {
                     let ahead = values.as_ptr().wrapping_add(start + LINES_AHEAD * right.shape.row_stride);
-                    for element in (0..columns.len()).step_by(LINE) {
-                        simd::prefetch(ahead.wrapping_add(element));
-                    }
+                    simd::prefetch_lines(ahead, columns.len().div_ceil(LINE));
                     copy(simd, &values[start..][..columns.len()], target);
                 }
                 numbers => numbers.widen(start..start + columns.len(), target),
@@ -207,9 +205,7 @@ pub(super) fn pack_left<S: Simd>(
         let source = &source[column * column_stride..];
         if row_stride == 1 {
             let ahead = source.as_ptr().wrapping_add(LINES_AHEAD * column_stride);
-            for row in (0..count).step_by(LINE) {
-                simd::prefetch(ahead.wrapping_add(row));
-            }
+            simd::prefetch_lines(ahead, count.div_ceil(LINE));
         }
         for (tile, source) in source[..copied].chunks_exact(tile_rows).enumerate() {
             target[(tile * depth + column) * tile_rows..][..tile_rows].copy_from_slice(source);

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::data::DataOutline;
 use super::memory::{Facts, estimate, footprint};
-use crate::recipe::{Objective, Recipe, Stage, Task};
+use crate::recipe::{Recipe, Stage, Task};
 
 /// A change of a recipe.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -43,7 +43,7 @@ pub(super) fn of(facts: &Facts<'_>) -> Result<Vec<Alternative>, ModelError> {
         let change = format!("adapters instead of all weights: --lora-base-model {base} --lora-rank {RANK}");
         found.push(alternative(facts, change, &changed, facts.data)?);
     }
-    if records_several(facts) {
+    if recipe.student_steps_recorded().min(facts.student_steps()) > 1 {
         let recorded_steps = Some(1);
         all = Recipe { recorded_steps, ..all };
         let changed = Recipe { recorded_steps, ..recipe.clone() };
@@ -80,13 +80,6 @@ fn alternative(
     };
     let changed = Facts { recipe, data, trained, ..*facts };
     Ok(Alternative { change, needed_bytes: estimate(&changed)?.peak().bytes() })
-}
-
-/// Whether more than one student step is held at a time.
-fn records_several(facts: &Facts<'_>) -> bool {
-    let student_steps = facts.data.batches.iter().map(|bucket| bucket.num_inference_steps).max().unwrap_or(0);
-    let distils = facts.recipe.task.objective() == Objective::Distillation;
-    distils && facts.recipe.student_steps_recorded().min(student_steps) > 1
 }
 
 /// A whole task as its two halves.

@@ -146,14 +146,18 @@ impl Facts<'_> {
         if self.recipe.device == DeviceName::Cpu {
             return self.trained;
         }
-        let evaluations = match self.recipe.task.objective() {
+        let several = self.student_steps() > 1 || self.recipe.gradient_accumulation_steps > 1;
+        if several { 2 * self.trained } else { self.trained }
+    }
+
+    /// The most student steps of a batch; 1 where nothing is distilled.
+    pub(super) fn student_steps(&self) -> usize {
+        match self.recipe.task.objective() {
             Objective::FlowMatching => 1,
             Objective::Distillation => {
                 self.data.batches.iter().map(|bucket| bucket.num_inference_steps).max().unwrap_or(1)
             }
-        };
-        let several = evaluations > 1 || self.recipe.gradient_accumulation_steps > 1;
-        if several { 2 * self.trained } else { self.trained }
+        }
     }
 
     /// Devices other than the CPU multiply with copies of frozen weights of two bytes, and keep them for the backward where
