@@ -104,9 +104,10 @@ fn a_model_folder_is_told_with_what_it_takes() {
     assert!((secs("secs_per_evaluation") - secs("tflop_per_evaluation")).abs() < 1e-9, "{time}");
     let drawn = secs("secs_per_batch_drawn") / secs("secs_per_evaluation");
     assert!((drawn - 4.0).abs() < 0.05, "{time}");
-    // Four steps: seven evaluations and, with frozen weights, four backwards of about the same work.
+    // Four steps: with frozen weights four backwards of about the work of an evaluation each, and seven evaluations, three
+    // of which take over a third of their work, the second half of each MLP.
     let distilled = secs("secs_per_distillation_step") / secs("secs_per_evaluation");
-    assert!((11.0..12.0).contains(&distilled), "{time}");
+    assert!((10.0..11.0).contains(&distilled), "{time}");
     // Other devices keep nothing inside of blocks that are computed again, and more inside of those that are not.
     let on_gpu = inspect(&teacher(), &[&flags[..], &["--device", "cuda:0"]].concat());
     let held = |told: &Value, name: &str| told["memory_gib"]["f32"][name].as_f64().unwrap();
@@ -116,9 +117,14 @@ fn a_model_folder_is_told_with_what_it_takes() {
     let secs = |told: &Value, name: &str| told["time"][name].as_f64().unwrap();
     let plain = "secs_per_distillation_step";
     let again = "secs_per_distillation_step_with_checkpointing";
-    // All four steps are recorded then, which saves three evaluations; on other devices four are computed again.
+    // All four steps are recorded then, which saves what is left of three evaluations; on other devices four are computed
+    // again, and nothing is taken over.
     let saved = (secs(&told, plain) - secs(&told, again)) / secs(&told, "secs_per_evaluation");
-    assert!((2.9..3.1).contains(&saved) && secs(&on_gpu, again) > secs(&on_gpu, plain), "{told}");
+    assert!((1.7..2.3).contains(&saved) && secs(&on_gpu, again) > secs(&on_gpu, plain), "{told}");
+    assert!(
+        (11.0..12.0).contains(&(secs(&on_gpu, plain) / secs(&on_gpu, "secs_per_evaluation"))),
+        "{on_gpu}"
+    );
     let four = "distillation_with_checkpointing_in_all";
     assert!(held(&told, four) > held(&told, "training_with_checkpointing_in_all"), "{told}");
     let text = fewstep(&["inspect", &teacher().to_string_lossy(), "--height", "64", "--width", "64"]);

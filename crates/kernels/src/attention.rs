@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::matmul::{Matrix, MatrixMut, Output, multiply};
-use crate::recompute::computed_once;
+use crate::recompute::{Price, computed_once};
 use crate::{parallel, plain, simd};
 
 /// Query rows whose scores exist at one time.
@@ -68,7 +68,7 @@ pub fn attention(qkv: Tensor<5>, options: AttentionOptions) -> Tensor<3> {
     }
     let attention = Attention { batch, heads, queries: tokens, keys: tokens, dim, options };
     operation([Input::new(qkv)], |[qkv], _| {
-        let [output, log_sums] = computed_once(|| attention.forward(thirds(&qkv)));
+        let [output, log_sums] = computed_once(Price::High, || attention.forward(thirds(&qkv)));
         let pullback: Pullback<1> = Box::new(move |gradient| {
             let mut output = unwritten(qkv.len());
             let (query, rest) = output.split_at_mut(qkv.len() / 3);
@@ -101,7 +101,8 @@ pub fn cross_attention(query: Tensor<3>, key: Tensor<3>, value: Tensor<3>, heads
     let attention = Attention { batch, heads, queries, keys, dim, options };
     operation([query, key, value].map(Input::new), |[query, key, value], tracked| {
         let apart = [query, key, value].map(|x| attention.apart(&x));
-        let [output, log_sums] = computed_once(|| attention.forward(apart.each_ref().map(Vec::as_slice)));
+        let [output, log_sums] =
+            computed_once(Price::Usual, || attention.forward(apart.each_ref().map(Vec::as_slice)));
         let pullback: Pullback<3> = Box::new(move |gradient| {
             let mut found = apart.each_ref().map(|x| unwritten(x.len()));
             let slices = found.each_mut().map(Vec::as_mut_slice);

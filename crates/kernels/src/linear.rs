@@ -8,7 +8,7 @@ use burn::tensor::{DType, Tensor};
 use crate::extension::{Input, Pullback, Values, is_fused, operation, unwritten};
 use crate::gradient_sums::{Factors, Sum, with_sums};
 use crate::matmul::{Matrix, MatrixMut, Output, Product, multiply_all};
-use crate::recompute::computed_once;
+use crate::recompute::{Price, computed_once};
 use crate::weight::{HalfType, Numbers};
 use crate::{parallel, plain, simd};
 
@@ -204,9 +204,15 @@ fn tensors<T>(inputs: &[T], index: usize) -> &[T] {
     &inputs[1 + index * INPUTS..][..INPUTS]
 }
 
-/// The output, and what [`hidden`] gives; a recomputed part keeps both.
+/// Whether [`crate::Remembered`] has the output of a layer of such an input: it reads twice as many numbers as it gives.
+pub fn makes_few_of_many([input, output]: [usize; 2]) -> bool {
+    input >= 2 * output
+}
+
+/// The output, and what [`hidden`] gives; both are kept where they would be computed again.
 fn forward(layout: &Layout, values: &[Values], shape: &[usize]) -> [Values; 2] {
-    computed_once(|| {
+    let price = if makes_few_of_many([layout.input, layout.width]) { Price::High } else { Price::Usual };
+    computed_once(price, || {
         let hidden = hidden(layout, values);
         let output = output(layout, values, &hidden);
         let len = hidden.len();

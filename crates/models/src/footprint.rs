@@ -117,16 +117,36 @@ pub struct Activations {
     pub checkpointed: u64,
     /// Of [`Activations::checkpointed`], what is kept for each evaluation whose backward is yet to come.
     pub checkpointed_graph: u64,
+    /// What an evaluation that is not recorded leaves to its repetition with a graph; the CPU's does.
+    pub remembered: u64,
+}
+
+/// Sampling steps of which direct distillation keeps something on the way to the picture for the way back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeptSteps {
+    /// The last ones, with a graph.
+    pub recorded: usize,
+    /// Those before them, with the results that are dear for their size; they are evaluated again.
+    pub remembered: usize,
+}
+
+impl KeptSteps {
+    /// What of so many steps is kept.
+    pub fn among(self, num_inference_steps: usize) -> Self {
+        let recorded = self.recorded.min(num_inference_steps);
+        Self { recorded, remembered: self.remembered.min(num_inference_steps - recorded) }
+    }
 }
 
 impl Activations {
-    /// The worst moment of a training step that keeps the graphs of so many evaluations.
-    pub fn of_training(&self, checkpointed: bool, recorded_evaluations: u64) -> u64 {
+    /// The worst moment of a training step that keeps these sampling steps, each of so many evaluations.
+    pub fn of_training(&self, checkpointed: bool, kept: KeptSteps, evaluations: u64) -> u64 {
         let (one, graph) = match checkpointed {
             true => (self.checkpointed, self.checkpointed_graph),
             false => (self.training, self.graph),
         };
-        one + recorded_evaluations.saturating_sub(1) * graph
+        let recorded = evaluations * kept.recorded.max(1) as u64;
+        one + (recorded - 1) * graph + evaluations * kept.remembered as u64 * self.remembered
     }
 }
 
@@ -137,6 +157,8 @@ pub struct Flops {
     pub forward: u64,
     /// Of it, what is computed again where blocks are: on the CPU convolutions, since the products of projections are kept.
     pub recomputed: u64,
+    /// Of it, what an evaluation is spared that remembers the one before it, on the CPU.
+    pub remembered: u64,
     /// The backward of one evaluation.
     pub backward: u64,
 }
@@ -219,14 +241,12 @@ impl Flops {
 
     /// One optimiser step of direct distillation: every sampling step is run to get there, those that are not recorded
     /// then once more with a graph, and, where blocks are checkpointed, part of their inside again.
-    pub fn distillation_step(
-        &self,
-        num_inference_steps: usize,
-        recorded_steps: usize,
-        checkpointed: bool,
-    ) -> u64 {
-        let repeated = num_inference_steps.saturating_sub(recorded_steps);
-        repeated as u64 * self.forward + num_inference_steps as u64 * self.training_evaluation(checkpointed)
+    pub fn distillation_step(&self, num_inference_steps: usize, kept: KeptSteps, checkpointed: bool) -> u64 {
+        let KeptSteps { recorded, remembered } = kept.among(num_inference_steps);
+        let [steps, repeated] =
+            [num_inference_steps, num_inference_steps - recorded].map(|steps| steps as u64);
+        steps * self.training_evaluation(checkpointed) + repeated * self.forward
+            - remembered as u64 * self.remembered
     }
 }
 

@@ -37,7 +37,7 @@ pub use conventions::{Conventions, DecodeRange, GuidanceRule, Peer};
 pub use error::ModelError;
 pub use extent::Extent;
 pub use family::{AUTOENCODER, Defaults, MAX_FRAMES};
-pub use footprint::{Activations, Encoding, Flops, Footprint, Workload};
+pub use footprint::{Activations, Encoding, Flops, Footprint, KeptSteps, Workload};
 pub use load_options::{Components, DTYPES, LoadOptions};
 pub use model::{Denoiser, Model, check_weights, expected_tensors, loaded_components};
 pub use named::{NamedMapper, NamedVisitor, map_named, visit_named};

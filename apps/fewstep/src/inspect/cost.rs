@@ -4,7 +4,9 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use fewstep_device::DeviceName;
-use fewstep_models::{Components, Footprint, ModelSource, WeightFiles, WeightType, Workload, check_weights};
+use fewstep_models::{
+    Components, Footprint, KeptSteps, ModelSource, WeightFiles, WeightType, Workload, check_weights,
+};
 use fewstep_train::Recipe;
 use serde_json::{Value, json};
 
@@ -103,8 +105,7 @@ fn memory(footprint: &Footprint, dtype: WeightType, args: &InspectArgs) -> Value
     let (gradients, moments) = (f32(footprint.gradients()), f32(footprint.moments()));
     let activations = footprint.activations;
     let trained = in_training + adapters + gradients + moments;
-    let distillation =
-        activations.of_training(true, recorded_steps(true).min(args.num_inference_steps) as u64);
+    let distillation = activations.of_training(true, kept_steps(true).among(args.num_inference_steps), 1);
     json!({
         "weights": rounded(frozen),
         "weights_training": rounded(in_training),
@@ -121,9 +122,9 @@ fn memory(footprint: &Footprint, dtype: WeightType, args: &InspectArgs) -> Value
     })
 }
 
-/// Student steps that direct distillation records by default.
-fn recorded_steps(use_gradient_checkpointing: bool) -> usize {
-    Recipe { use_gradient_checkpointing, ..Recipe::default() }.student_steps_recorded()
+/// Student steps of which direct distillation keeps something by default.
+fn kept_steps(use_gradient_checkpointing: bool) -> KeptSteps {
+    Recipe { use_gradient_checkpointing, ..Recipe::default() }.kept_steps()
 }
 
 /// Operations, and the time they take at a speed.
@@ -135,10 +136,8 @@ fn time(footprint: &Footprint, args: &InspectArgs) -> Value {
     let steps = args.num_inference_steps;
     let drawing = steps as u64 * footprint.flops.forward;
     let secs = |operations: u64| rounded(operations as f64 / speed);
-    let distilling = |checkpointed| {
-        let recorded = recorded_steps(checkpointed);
-        secs(footprint.flops.distillation_step(steps, recorded, checkpointed))
-    };
+    let distilling =
+        |checkpointed| secs(footprint.flops.distillation_step(steps, kept_steps(checkpointed), checkpointed));
     json!({
         "tflops_per_sec": rounded(speed / 1e12),
         "speed": source,

@@ -4,7 +4,7 @@ use super::config::{Configs, TransformerConfig};
 use crate::footprint::{Encoding, Evaluation, Workload};
 use crate::model::token_grid;
 use crate::parts::autoencoder_kl::{AutoencoderKlConfig, latent_factor};
-use crate::parts::cost::{Batch, Held};
+use crate::parts::cost::{Batch, Held, Remembered};
 use crate::parts::patches::PATCH;
 use crate::parts::t5;
 use crate::parts::timestep::TIME_FEATURES;
@@ -43,6 +43,7 @@ impl TransformerConfig {
             largest: batch.block(heads).max(single),
             passed: (blocks + singles) * tokens * width,
             results: blocks * batch.block_results(heads) + singles * results,
+            remembered: self.remembered(batch),
             scores: (blocks + singles) * batch.scores(heads),
             largest_scores: batch.scores(heads),
             // Gradients of what the last projection reads, of the activation's output and input, and of the residual.
@@ -65,7 +66,14 @@ impl TransformerConfig {
         let embedders = if self.guidance_embeds { 2 } else { 1 };
         let time = (embedders * TIME_FEATURES as u64 + pooled + (embedders + 3) * width) * width;
         let weights = blocks * batch.block_products(heads) + singles * single + ends + time;
-        batch.flops(weights, (blocks + singles) * batch.attention_products(heads))
+        batch.flops(weights, (blocks + singles) * batch.attention_products(heads), self.remembered(batch))
+    }
+
+    fn remembered(&self, batch: &Batch) -> Remembered {
+        let (heads, tokens) = (self.heads(), batch.tokens());
+        let width = heads.width() as u64;
+        let single = Remembered::attention(tokens, heads) + Remembered::layer(tokens, [5 * width, width]);
+        self.num_layers as u64 * batch.block_remembered(heads) + self.num_single_layers as u64 * single
     }
 }
 

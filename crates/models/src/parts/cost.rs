@@ -2,6 +2,10 @@
 //!
 //! D is the width, K the heads, N and S the image and text tokens, T = N + S, r the rank of the adapters.
 
+use std::ops::{Add, Mul};
+
+use fewstep_kernels::makes_few_of_many;
+
 use super::double_stream::Heads;
 use crate::footprint::{Activations, Flops, Workload};
 
@@ -46,6 +50,8 @@ pub(crate) struct Held {
     /// The results inside of all blocks that the CPU keeps where they are computed again: the outputs of attention and of
     /// projections.
     pub(crate) results: u64,
+    /// What the CPU remembers from one evaluation to the next.
+    pub(crate) remembered: Remembered,
     /// Scores of all attentions.
     pub(crate) scores: u64,
     /// Those of the largest.
@@ -54,6 +60,45 @@ pub(crate) struct Held {
     pub(crate) backward: u64,
     /// Without a graph.
     pub(crate) drawing: u64,
+}
+
+/// Results of one sample that `fewstep_kernels::Remembered` has, and what they spare.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Remembered {
+    pub(crate) numbers: u64,
+    pub(crate) products: u64,
+}
+
+impl Remembered {
+    /// Attention of tokens among themselves.
+    pub(crate) fn attention(tokens: u64, heads: Heads) -> Self {
+        let width = heads.width() as u64;
+        Self { numbers: tokens * (width + heads.count as u64), products: 2 * tokens * tokens * width }
+    }
+
+    /// A layer; nothing but where it makes few numbers of many.
+    pub(crate) fn layer(tokens: u64, [input, output]: [u64; 2]) -> Self {
+        match makes_few_of_many([input, output].map(|size| size as usize)) {
+            true => Self { numbers: tokens * output, products: tokens * input * output },
+            false => Self::default(),
+        }
+    }
+}
+
+impl Add for Remembered {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { numbers: self.numbers + other.numbers, products: self.products + other.products }
+    }
+}
+
+impl Mul<Remembered> for u64 {
+    type Output = Remembered;
+
+    fn mul(self, of_one: Remembered) -> Remembered {
+        Remembered { numbers: self * of_one.numbers, products: self * of_one.products }
+    }
 }
 
 impl Batch {
@@ -94,6 +139,12 @@ impl Batch {
         self.tokens() * (10 * heads.width() + heads.count) as u64 + 12 * heads.width() as u64
     }
 
+    /// Of [`Batch::block`], what is remembered: the attention's output, and the MLP's.
+    pub(crate) fn block_remembered(&self, heads: Heads) -> Remembered {
+        let (tokens, width) = (self.tokens(), heads.width() as u64);
+        Remembered::attention(tokens, heads) + Remembered::layer(tokens, [4 * width, width])
+    }
+
     /// The backward through the wider stream's activation: gradients of its output and input, and of the residual.
     pub(crate) fn backward(&self, heads: Heads) -> u64 {
         10 * self.image.max(self.text) * heads.width() as u64
@@ -129,7 +180,7 @@ impl Batch {
 
     /// Operations of the whole batch, by products of weights and of attentions for one sample; everything else is small
     /// against them, what recomputed blocks compute again included.
-    pub(crate) fn flops(&self, weights: u64, attention: u64) -> Flops {
+    pub(crate) fn flops(&self, weights: u64, attention: u64, remembered: Remembered) -> Flops {
         // Each product is undone by one for its input and, where the weight learns, one for the weight; an adapter's
         // are small. Attention computes its scores again and has four more products.
         let by_weights = if self.rank.is_some() { weights } else { 2 * weights };
@@ -138,6 +189,7 @@ impl Batch {
         Flops {
             forward,
             recomputed: if self.on_cpu { 0 } else { forward },
+            remembered: if self.on_cpu { flops(remembered.products) } else { 0 },
             backward: flops(by_weights + 5 * attention / 2),
         }
     }
@@ -158,7 +210,7 @@ impl Held {
             held.kept += KEPT_SCORES * held.scores;
             held.largest += KEPT_SCORES * held.largest_scores;
             held.drawing += DRAWN_SCORES * held.largest_scores;
-            held.results = 0;
+            (held.results, held.remembered) = (0, Remembered::default());
         }
         Activations {
             drawing: samples * held.drawing,
@@ -166,6 +218,7 @@ impl Held {
             graph: samples * held.kept,
             checkpointed: samples * (held.passed + held.results + held.largest + held.backward),
             checkpointed_graph: samples * (held.passed + held.results),
+            remembered: samples * held.remembered.numbers,
         }
     }
 }

@@ -4,7 +4,7 @@ use super::config::{TextEncoderConfig, TransformerConfig};
 use super::vae::{Vae, VaeConfig};
 use crate::footprint::{Encoding, Evaluation, Flops, Workload};
 use crate::model::token_grid;
-use crate::parts::cost::{Batch, Held};
+use crate::parts::cost::{Batch, Held, Remembered};
 use crate::parts::patches::PATCH;
 use crate::parts::timestep::TIME_FEATURES;
 use crate::{ModelError, ModelSource};
@@ -90,6 +90,7 @@ impl TransformerConfig {
             largest: batch.block(heads),
             passed: blocks * batch.tokens() * heads.width() as u64,
             results: blocks * batch.block_results(heads),
+            remembered: self.remembered(batch),
             scores: blocks * batch.scores(heads),
             largest_scores: batch.scores(heads),
             backward: batch.backward(heads),
@@ -104,6 +105,10 @@ impl TransformerConfig {
         let ends = 2 * batch.image * input * width + batch.text * joint * width;
         let time = TIME_FEATURES as u64 * width + 3 * width * width;
         let weights = blocks * batch.block_products(heads) + ends + time;
-        batch.flops(weights, blocks * batch.attention_products(heads))
+        batch.flops(weights, blocks * batch.attention_products(heads), self.remembered(batch))
+    }
+
+    fn remembered(&self, batch: &Batch) -> Remembered {
+        self.num_layers as u64 * batch.block_remembered(self.heads())
     }
 }

@@ -6,7 +6,8 @@ use crate::footprint::{Encoding, Evaluation, Flops, Workload};
 use crate::model::token_grid;
 use crate::parts::autoencoder_kl::AutoencoderKlConfig;
 use crate::parts::clip::{self, ClipTextConfig};
-use crate::parts::cost::Held;
+use crate::parts::cost::{Held, Remembered};
+use crate::parts::double_stream::Heads;
 use crate::{ModelError, ModelSource};
 
 /// What one evaluation on a batch takes.
@@ -32,6 +33,7 @@ pub(super) fn evaluation(source: &ModelSource, workload: &Workload) -> Result<Ev
         flops: Flops {
             forward,
             recomputed: if workload.on_cpu { flops(count.recomputed) } else { forward },
+            remembered: if workload.on_cpu { flops(count.remembered.products) } else { 0 },
             backward: flops(by_weights + 5 * count.attention / 2),
         },
     })
@@ -65,6 +67,8 @@ struct Count {
     passed: u64,
     /// What the CPU keeps inside of blocks that are computed again.
     results: u64,
+    /// What the CPU remembers from one evaluation to the next.
+    remembered: Remembered,
     /// Scores of all attentions.
     scores: u64,
     /// Those of the largest.
@@ -81,9 +85,9 @@ struct Count {
 
 impl Count {
     fn held(&self) -> Held {
-        let Self { kept, largest, passed, results, scores, largest_scores, backward, .. } = *self;
+        let Self { kept, largest, passed, results, remembered, scores, largest_scores, backward, .. } = *self;
         let drawing = self.skipped + self.moment;
-        Held { kept, largest, passed, results, scores, largest_scores, backward, drawing }
+        Held { kept, largest, passed, results, remembered, scores, largest_scores, backward, drawing }
     }
 
     fn unet(&mut self, config: &UnetConfig, latents: [usize; 2]) {
@@ -183,6 +187,10 @@ impl Count {
         // (4), the MLP's halves (8) and its output (1); keys and values of the text.
         let results = (17 * width + 2 * heads) * pixels + 2 * width * text;
         self.results += depth * results;
+        let of_heads = Heads { count: config.heads(stage), dim: (width / heads) as usize };
+        let of_text = 2 * Remembered::layer(text, [joint, width]);
+        let mlp = Remembered::layer(pixels, [4 * width, width]);
+        self.remembered = self.remembered + depth * (Remembered::attention(pixels, of_heads) + of_text + mlp);
         // What goes into each block, and the output.
         self.passed += ends + (depth + 1) * width * pixels;
         // Over the picture, and over the text.

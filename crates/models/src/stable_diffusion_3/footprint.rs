@@ -6,7 +6,7 @@ use crate::footprint::{Encoding, Evaluation, Workload};
 use crate::model::{check_sides, token_grid};
 use crate::parts::autoencoder_kl::{AutoencoderKlConfig, latent_factor};
 use crate::parts::clip;
-use crate::parts::cost::{Batch, Held};
+use crate::parts::cost::{Batch, Held, Remembered};
 use crate::parts::double_stream::ImageAttention;
 use crate::parts::patches::PATCH;
 use crate::parts::t5;
@@ -50,6 +50,7 @@ impl TransformerConfig {
             largest: batch.block(heads) + dual.min(1) * own,
             passed: blocks * batch.tokens() * width,
             results: blocks * batch.block_results(heads) + dual * own_results,
+            remembered: self.remembered(batch),
             scores: (blocks + dual) * batch.scores(heads),
             largest_scores: batch.scores(heads),
             backward: batch.backward(heads),
@@ -61,7 +62,13 @@ impl TransformerConfig {
         let (heads, blocks, dual) = (self.heads(), self.num_layers as u64, self.dual_blocks());
         let attention = blocks * batch.attention_products(heads)
             + dual * 2 * batch.image * batch.image * heads.width() as u64;
-        batch.flops(self.products(batch), attention)
+        batch.flops(self.products(batch), attention, self.remembered(batch))
+    }
+
+    fn remembered(&self, batch: &Batch) -> Remembered {
+        let heads = self.heads();
+        let own = Remembered::attention(batch.image, heads);
+        self.num_layers as u64 * batch.block_remembered(heads) + self.dual_blocks() * own
     }
 
     /// Products of all weights.

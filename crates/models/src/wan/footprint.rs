@@ -4,7 +4,7 @@
 use super::config::{self, TransformerConfig};
 use crate::footprint::{Encoding, Evaluation, Flops, Workload};
 use crate::model::token_grid;
-use crate::parts::cost::{Batch, Held};
+use crate::parts::cost::{Batch, Held, Remembered};
 use crate::parts::patches::PATCH;
 use crate::parts::t5;
 use crate::{ModelError, ModelSource};
@@ -54,6 +54,7 @@ impl TransformerConfig {
             largest: block,
             passed: blocks * image * width,
             results: blocks * results,
+            remembered: self.remembered(batch),
             scores: blocks * heads.count as u64 * image * (image + text),
             largest_scores: heads.count as u64 * image * image.max(text),
             backward: image * (4 * width + 2 * hidden),
@@ -74,6 +75,12 @@ impl TransformerConfig {
         let time = (frequencies + 7 * width) * width;
         let weights = blocks * (batch.image * per_image + batch.text * per_text) + ends + time;
         let attention = 2 * batch.image * (batch.image + batch.text) * width;
-        batch.flops(weights, blocks * attention)
+        batch.flops(weights, blocks * attention, self.remembered(batch))
+    }
+
+    fn remembered(&self, batch: &Batch) -> Remembered {
+        let (heads, hidden) = (self.heads(), self.ffn_dim as u64);
+        let mlp = Remembered::layer(batch.image, [hidden, heads.width() as u64]);
+        self.num_layers as u64 * (Remembered::attention(batch.image, heads) + mlp)
     }
 }

@@ -5,7 +5,7 @@ use super::transformer::continued;
 use crate::footprint::{Evaluation, Workload};
 use crate::model::token_grid;
 use crate::parts::autoencoder_kl::latent_factor;
-use crate::parts::cost::{Batch, Held};
+use crate::parts::cost::{Batch, Held, Remembered};
 use crate::parts::patches::PATCH;
 use crate::parts::timestep::TIME_FEATURES;
 use crate::{Flops, ModelError, ModelSource};
@@ -42,6 +42,7 @@ impl TransformerConfig {
             largest: block,
             passed: blocks * tokens * width,
             results: blocks * results,
+            remembered: self.remembered(batch),
             scores: blocks * batch.scores(heads),
             largest_scores: batch.scores(heads),
             backward: tokens * (4 * width + 3 * hidden),
@@ -60,6 +61,15 @@ impl TransformerConfig {
         let ends = 2 * batch.image * token * width + batch.text * joint * width;
         let apart = 2 * (batch.image * batch.image + batch.text * batch.text) * width;
         let attention = layers * batch.attention_products(self.heads()) + refiners * apart;
-        batch.flops(tokens + ends + TIME_FEATURES as u64 * 4 * time, attention)
+        batch.flops(tokens + ends + TIME_FEATURES as u64 * 4 * time, attention, self.remembered(batch))
+    }
+
+    fn remembered(&self, batch: &Batch) -> Remembered {
+        let of_block = |tokens| {
+            let mlp = Remembered::layer(tokens, [self.hidden(), self.dim].map(|size| size as u64));
+            Remembered::attention(tokens, self.heads()) + mlp
+        };
+        let refiners = of_block(batch.image) + of_block(batch.text);
+        self.n_layers as u64 * of_block(batch.tokens()) + self.n_refiner_layers as u64 * refiners
     }
 }

@@ -43,7 +43,7 @@ pub(super) fn of(facts: &Facts<'_>) -> Result<Vec<Alternative>, ModelError> {
         let change = format!("adapters instead of all weights: --lora-base-model {base} --lora-rank {RANK}");
         found.push(alternative(facts, change, &changed, facts.data)?);
     }
-    if recipe.student_steps_recorded().min(facts.student_steps()) > 1 {
+    if recipe.kept_steps().among(facts.student_steps()).recorded > 1 {
         let recorded_steps = Some(1);
         all = Recipe { recorded_steps, ..all };
         let changed = Recipe { recorded_steps, ..recipe.clone() };

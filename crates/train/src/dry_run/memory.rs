@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use fewstep_device::DeviceName;
-use fewstep_models::{Encoding, Footprint, Model, ModelError, ModelSource, WeightType, Workload};
+use fewstep_models::{Encoding, Footprint, KeptSteps, Model, ModelError, ModelSource, WeightType, Workload};
 use serde::Serialize;
 
 use super::data::{Bucket, DataOutline};
@@ -201,13 +201,12 @@ impl Facts<'_> {
                 .text_numbers(bucket.largest_batch, Footprint::of_encoding(self.source)?.per_token_training),
             false => 0,
         };
-        let recorded = match self.recipe.task.objective() {
-            Objective::FlowMatching => 1,
-            Objective::Distillation => self.recipe.student_steps_recorded().min(bucket.num_inference_steps),
+        let kept = match self.recipe.task.objective() {
+            Objective::FlowMatching => KeptSteps { recorded: 1, remembered: 0 },
+            Objective::Distillation => self.recipe.kept_steps().among(bucket.num_inference_steps),
         };
         let checkpointed = self.recipe.checkpoints_gradients();
-        let recorded = evaluations * recorded.max(1) as u64;
-        Ok(footprint.activations.of_training(checkpointed, recorded) + text)
+        Ok(footprint.activations.of_training(checkpointed, kept, evaluations) + text)
     }
 
     fn footprint(&self, bucket: &Bucket, batch_size: usize) -> Result<Footprint, ModelError> {

@@ -308,8 +308,8 @@ fn epoch_flops(
         Objective::FlowMatching => flops.training_evaluation(checkpointed) as f64,
         Objective::Distillation => {
             let guided = evaluations(recipe.student_guidance.scale(bucket.cfg_scale).into());
-            let (steps, recorded) = (bucket.num_inference_steps, recipe.student_steps_recorded());
-            guided * flops.distillation_step(steps, recorded, checkpointed) as f64
+            let steps = bucket.num_inference_steps;
+            guided * flops.distillation_step(steps, recipe.kept_steps(), checkpointed) as f64
         }
     };
     let teacher = match recipe.online_teacher {

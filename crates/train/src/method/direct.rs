@@ -1,17 +1,19 @@
 //! Direct distillation (METHODS, A): the student's few Euler steps from the teacher's noise end in the teacher's picture.
 //!
 //! The gradient through all steps is the discrete adjoint, so memory is that of one network evaluation with a graph, or
-//! of as many as are recorded on the way.
+//! of as many as are recorded on the way. Steps that are not are evaluated again on the way back, and the last of them
+//! take over what was dear of their first evaluation.
 
 use burn::module::Module;
 use burn::tensor::Tensor;
 #[cfg(test)]
 use fewstep_flow::Solver;
 use fewstep_flow::{SigmaGrid, adjoint, path};
+use fewstep_kernels::Remembered;
 #[cfg(test)]
 use fewstep_models::sampling::sample_latents;
 use fewstep_models::sampling::{Guidance, euler_trajectory, guided_velocity, latents_from_noise};
-use fewstep_models::{Condition, Denoiser, Model};
+use fewstep_models::{Condition, Denoiser, KeptSteps, Model};
 
 use super::{GradientSum, scalar};
 use crate::TrainError;
@@ -25,7 +27,7 @@ pub struct Direct {
     training_grid: TrainingGrid,
     student_guidance: StudentGuidance,
     student_start: StudentStart,
-    recorded_steps: usize,
+    kept_steps: KeptSteps,
     /// Boxed: a model is hundreds of times larger than the rest.
     teacher: Option<Box<OnlineTeacher>>,
 }
@@ -53,7 +55,7 @@ impl Direct {
             training_grid: recipe.training_grid,
             student_guidance: recipe.student_guidance,
             student_start: recipe.student_start,
-            recorded_steps: recipe.student_steps_recorded(),
+            kept_steps: recipe.kept_steps(),
             teacher: recipe.online_teacher.then(|| Box::new(teacher())),
         }
     }
@@ -71,18 +73,27 @@ impl Direct {
         let record = |state, sigma| {
             adjoint::Recorded::new(state, |state| guided_velocity(model, state, sigma, &guidance))
         };
-        let first_recorded = problem.grid.steps().saturating_sub(self.recorded_steps);
-        let mut recorded = Vec::new();
+        let steps = problem.grid.steps();
+        let kept = self.kept_steps.among(steps);
+        let first_recorded = steps - kept.recorded;
+        let first_remembered = first_recorded - kept.remembered;
+        let (mut recorded, mut remembered) = (Vec::new(), Vec::new());
         let states = {
             // Dropped before the optimiser runs, which updates weights in place only if it holds the one handle.
             let frozen = model.valid();
             euler_trajectory(&frozen, &problem.grid, problem.start, |step, state, sigma| {
-                if step < first_recorded {
-                    return guided_velocity(&frozen, state, sigma, &problem.guidance);
+                if step >= first_recorded {
+                    let step = record(state, sigma);
+                    let velocity = step.velocity();
+                    recorded.push(step);
+                    return velocity;
                 }
-                let step = record(state, sigma);
-                let velocity = step.velocity();
-                recorded.push(step);
+                let evaluate = || guided_velocity(&frozen, state, sigma, &problem.guidance);
+                if step < first_remembered {
+                    return evaluate();
+                }
+                let (velocity, results) = Remembered::of(evaluate);
+                remembered.push(results);
                 velocity
             })
         };
@@ -90,7 +101,9 @@ impl Direct {
         let loss = |state| self.loss(model.finish(state, &problem.grid), problem.target);
         let (loss, cotangent) = loss_gradient(drawn, share, loss);
         adjoint::backward(&problem.grid, &states, cotangent, |_, state, sigma, cotangent| {
-            let step = recorded.pop().unwrap_or_else(|| record(state, sigma));
+            let step = recorded.pop().unwrap_or_else(|| {
+                remembered.pop().unwrap_or_default().taken_over_in(|| record(state, sigma))
+            });
             sum.add(model, || {
                 let product = step.pull_back(cotangent);
                 (product.parameters, product.input_gradient)

@@ -1,7 +1,7 @@
 //! The peers' choices as keys of a recipe, and their flags that are none.
 
 use clap::Args;
-use fewstep_models::{Conventions, Defaults, Peer};
+use fewstep_models::{Conventions, Defaults, KeptSteps, Peer};
 use toml::{Table, toml};
 
 use super::{Activation, Compat, Dtype, OptimizerName, Recipe, StateNumbers};
@@ -46,9 +46,9 @@ impl From<Compat> for Peer {
     }
 }
 
-/// Student steps that are recorded where their blocks are computed again: as many as most students have. What is kept of
-/// each is little beside the weights, and each saves an evaluation.
-const CHECKPOINTED_STEPS: usize = 4;
+/// The last student steps of which something is kept: as many as most students have, so that memory does not grow with
+/// their number. Where blocks are computed again all of them are recorded: what is kept of each is little beside the weights.
+const KEPT_STEPS: usize = 4;
 
 impl Recipe {
     /// How the model computes: as the peer where one is named, with the recipe's own choices where it has any.
@@ -74,10 +74,11 @@ impl Recipe {
         self.use_gradient_checkpointing || self.use_gradient_checkpointing_offload
     }
 
-    /// The student steps of direct distillation that are recorded, where there are as many.
-    pub fn student_steps_recorded(&self) -> usize {
-        let usual = if self.checkpoints_gradients() { CHECKPOINTED_STEPS } else { 1 };
-        self.recorded_steps.unwrap_or(usual)
+    /// The student steps of direct distillation of which something is kept, where there are as many.
+    pub fn kept_steps(&self) -> KeptSteps {
+        let usual = if self.checkpoints_gradients() { KEPT_STEPS } else { 1 };
+        let recorded = self.recorded_steps.unwrap_or(usual);
+        KeptSteps { recorded, remembered: KEPT_STEPS.saturating_sub(recorded) }
     }
 
     /// Steps and guidance of an online teacher of a model that is usually run so.

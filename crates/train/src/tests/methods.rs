@@ -9,7 +9,7 @@ use fewstep_data::image::Resize;
 use fewstep_flow::SigmaGrid;
 use fewstep_flow::noise::TorchGenerator;
 use fewstep_flow::schedule::TrainingLevels;
-use fewstep_models::{Denoiser, Model, NamedVisitor, visit_named};
+use fewstep_models::{Denoiser, KeptSteps, Model, NamedVisitor, visit_named};
 
 use super::fixtures::{Bench, SIDE_PX, all_values, prompt, read};
 use crate::batch::{Batch, Plan, Planned};
@@ -123,27 +123,31 @@ fn the_adjoint_gradient_of_recomputed_blocks_equals_the_tape() {
 }
 
 #[test]
-fn four_steps_are_recorded_where_blocks_are_computed_again_and_else_one() {
+fn four_steps_are_kept_and_all_recorded_where_blocks_are_computed_again() {
     let recipe = |use_gradient_checkpointing, recorded_steps| Recipe {
         use_gradient_checkpointing,
         recorded_steps,
         ..Recipe::default()
     };
-    for (recipe, expected) in [
-        (recipe(false, None), 1),
-        (recipe(true, None), 4),
-        (recipe(true, Some(2)), 2),
-        (recipe(false, Some(0)), 0),
+    for (recipe, recorded, remembered) in [
+        (recipe(false, None), 1, 3),
+        (recipe(true, None), 4, 0),
+        (recipe(true, Some(2)), 2, 2),
+        (recipe(false, Some(0)), 0, 4),
+        (recipe(false, Some(9)), 9, 0),
     ] {
-        assert_eq!(recipe.student_steps_recorded(), expected);
+        assert_eq!(recipe.kept_steps(), KeptSteps { recorded, remembered });
     }
 }
 
 #[test]
-fn the_adjoint_gradient_is_the_same_whatever_is_recorded() {
+fn the_adjoint_gradient_is_the_same_whatever_is_kept() {
     let bench = Bench::new().with_teacher_data();
-    // The data's students take three steps.
-    for recorded_steps in [0, 2, 3, 9] {
+    let path = bench.path("data/metadata.csv");
+    let three_steps = std::fs::read_to_string(&path).unwrap();
+    // Of six steps some are neither recorded nor remembered.
+    for (steps, recorded_steps) in [(3, 0), (3, 2), (3, 3), (3, 9), (6, 0), (6, 1), (6, 5)] {
+        std::fs::write(&path, three_steps.replace(",cpu,3,", &format!(",cpu,{steps},"))).unwrap();
         let recorded_steps = Some(recorded_steps);
         adjoint_equals_tape(&Recipe { recorded_steps, ..bench.recipe() }, &bench);
     }

@@ -1,8 +1,9 @@
 //! Gradient checkpointing (arXiv 1604.06174): a part of a network as one node of the autodiff graph that keeps its inputs
 //! and runs again when its gradient is asked for. On the CPU, the results inside that are dear to compute
-//! ([`computed_once`]) are kept as well, and taken over by the second run.
+//! ([`computed_once`]) are kept as well, and taken over by the second run ([`results`]).
 
-use std::cell::RefCell;
+mod results;
+
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::marker::PhantomData;
@@ -20,8 +21,9 @@ use burn::tensor::Tensor;
 use crate::extension::{Values, graph_tensor, in_host_memory, plain_tensor};
 use crate::gradient_sums::{handed_over, tensor_added_to_sum};
 use crate::inject;
-use crate::scoped::scoped;
 use crate::twins::takes_plain_twins;
+pub use results::Remembered;
+pub(crate) use results::{Price, computed_once};
 
 /// `forward(module, inputs)`, whose inside is computed once more in the backward pass instead of being kept: all but, on
 /// the CPU, the outputs of attention and of linear layers.
@@ -51,7 +53,7 @@ where
     M: Module + 'static,
     F: Fn(&M, [Tensor<3>; N]) -> [Tensor<3>; K] + Send + Sync + 'static,
 {
-    if !inputs[0].device().is_autodiff() || takes_plain_twins() || Tape::is_in_use() {
+    if !inputs[0].device().is_autodiff() || takes_plain_twins() || results::in_part() {
         return forward(module, inputs);
     }
     if in_host_memory(&inputs[0]) {
@@ -87,14 +89,13 @@ where
         inputs[0] = inputs[0].clone().require_grad();
     }
     let module = module.valid();
-    let (outputs, kept) =
-        scoped(&TAPE, Tape::Recording(Vec::new()), || forward(&module, inputs.clone().map(Tensor::inner)));
+    let (outputs, kept) = results::first_run(|| forward(&module, inputs.clone().map(Tensor::inner)));
     let nodes = inputs.each_ref().map(|input| graph_tensor::<B, 3>(input.clone()).node());
     let inputs = inputs.map(Tensor::inner);
     let cotangents = outputs.each_ref().map(|_| Cotangent::default());
     let stand_in = Tensor::<1>::zeros([1], &outputs[0].device());
-    let (kept, handed) = (kept.into_results(), cotangents.clone());
-    let state = State { module, inputs, kept, parameters, cotangents: handed, forward: Arc::new(forward) };
+    let (handed, forward) = (cotangents.clone(), Arc::new(forward));
+    let state = State { module, inputs, kept, parameters, cotangents: handed, forward };
     let part = Recomputed::<M, F, K>(PhantomData).prepare::<NoCheckpointing>(nodes);
     let OpsKind::Tracked(part) = part.compute_bound().stateful() else { unreachable!("an input is tracked") };
     let part = part.finish(state, plain_tensor::<B, 1>(stand_in.clone()));
@@ -135,59 +136,6 @@ where
         *cotangent.lock().unwrap_or_else(PoisonError::into_inner) = Some(gradient);
         for parent in operation.parents.into_iter().flatten() {
             gradients.register::<B>(parent.id, plain_tensor::<B, 1>(stand_in.clone()));
-        }
-    }
-}
-
-/// What `compute` gives: in the second run of a recomputed part, what it gave in the first.
-pub(crate) fn computed_once<const N: usize>(compute: impl FnOnce() -> [Values; N]) -> [Values; N] {
-    if let Some(results) = Tape::replayed() {
-        return results;
-    }
-    let results = compute();
-    TAPE.with_borrow_mut(|tape| {
-        if let Tape::Recording(kept) = tape {
-            kept.extend(results.iter().cloned());
-        }
-    });
-    results
-}
-
-thread_local! {
-    /// Of the recomputed part that the thread is in.
-    static TAPE: RefCell<Tape> = const { RefCell::new(Tape::Absent) };
-}
-
-/// The results of one run of a recomputed part, in the order in which they came.
-enum Tape {
-    /// The thread is in no such part.
-    Absent,
-    /// The first run.
-    Recording(Vec<Values>),
-    /// The second run.
-    Replaying(VecDeque<Values>),
-}
-
-impl Tape {
-    fn is_in_use() -> bool {
-        TAPE.with_borrow(|tape| !matches!(tape, Self::Absent))
-    }
-
-    fn replayed<const N: usize>() -> Option<[Values; N]> {
-        TAPE.with_borrow_mut(|tape| match tape {
-            Self::Replaying(kept) => {
-                let mut next = || kept.pop_front().expect("both runs do the same operations");
-                Some([(); N].map(|()| next()))
-            }
-            _ => None,
-        })
-    }
-
-    fn into_results(self) -> VecDeque<Values> {
-        match self {
-            Self::Absent => VecDeque::new(),
-            Self::Recording(kept) => kept.into(),
-            Self::Replaying(left) => left,
         }
     }
 }
@@ -293,8 +241,7 @@ where
             let tracked = parents.next().is_some_and(Option::is_some);
             if tracked { input.require_grad() } else { input }
         });
-        let (outputs, left) = scoped(&TAPE, Tape::Replaying(kept), || forward(&module, inputs.clone()));
-        assert!(left.into_results().is_empty(), "both runs of a recomputed part do the same operations");
+        let outputs = results::second_run(kept, || forward(&module, inputs.clone()));
         let sums = parameters.beside(&Learning::<B>::of(&module));
         let cotangents =
             cotangents.map(|cotangent| cotangent.lock().unwrap_or_else(PoisonError::into_inner).take());
@@ -490,7 +437,7 @@ mod tests {
                 let runs = Arc::clone(&runs);
                 move |part: &Part, inputs: [Tensor<3>; 2]| {
                     for _ in 0..count {
-                        computed_once(|| {
+                        computed_once(Price::Usual, || {
                             runs.fetch_add(1, Ordering::Relaxed);
                             [Values::from_vec(vec![0.0], &[1])]
                         });
@@ -507,13 +454,13 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "both runs of a recomputed part do the same operations")]
+    #[should_panic(expected = "what is computed again does the same operations")]
     fn a_second_run_that_does_less_is_found_out() {
         let first = AtomicBool::new(true);
         let forgetful = move |part: &Part, inputs: [Tensor<3>; 2]| {
             let output = part.forward(inputs);
             if first.swap(false, Ordering::Relaxed) {
-                computed_once(|| [Values::from_vec(vec![0.0], &[1])]);
+                computed_once(Price::Usual, || [Values::from_vec(vec![0.0], &[1])]);
             }
             output
         };
