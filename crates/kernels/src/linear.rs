@@ -211,7 +211,8 @@ pub fn makes_few_of_many([input, output]: [usize; 2]) -> bool {
 
 /// The output, and what [`hidden`] gives; both are kept where they would be computed again.
 fn forward(layout: &Layout, values: &[Values], shape: &[usize]) -> [Values; 2] {
-    let price = if makes_few_of_many([layout.input, layout.width]) { Price::High } else { Price::Usual };
+    let is_dear = layout.rows <= FEW_ROWS || makes_few_of_many([layout.input, layout.width]);
+    let price = if is_dear { Price::High } else { Price::Usual };
     computed_once(price, || {
         let hidden = hidden(layout, values);
         let output = output(layout, values, &hidden);

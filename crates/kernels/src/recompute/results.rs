@@ -46,7 +46,7 @@ pub(crate) enum Price {
     /// Worth its memory for as long as the backward pass of its evaluation is under way.
     Usual,
     /// Worth its memory from one evaluation to the next: attention among the tokens of a picture, and layers that make few
-    /// numbers of many.
+    /// numbers of many, of their input or of their weight.
     High,
 }
 
@@ -107,8 +107,8 @@ pub(super) fn second_run<R>(results: VecDeque<Values>, part: impl FnOnce() -> R)
 
 /// What an evaluation computed at a high price, for the same evaluation of the same values. By default nothing.
 ///
-/// On the CPU that is what attention among a picture's tokens gives, and layers that make few numbers of many, the second
-/// of an MLP. Elsewhere, and inside of [`crate::with_plain_twins`], it is nothing.
+/// On the CPU that is what attention among a picture's tokens gives, and layers that make few numbers of many: the second
+/// of an MLP, and modulations, which read a weight for one row. Elsewhere, and inside of [`crate::with_plain_twins`], it is nothing.
 #[derive(Default)]
 pub struct Remembered(Option<VecDeque<Values>>);
 
