@@ -9,17 +9,17 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use burn::module::{Module, Param};
+use burn::module::Param;
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use clap::Parser;
 use fewstep::parse::named;
 use fewstep_device::DeviceName;
-use fewstep_flow::adjoint::{self, Recorded};
-use fewstep_models::sampling::{Guidance, euler_trajectory, guided_velocity};
+use fewstep_models::sampling::Guidance;
 use fewstep_models::{
-    Components, Condition, DTYPES, LoadOptions, Model, ModelSource, NamedMapper, WeightType, map_named,
+    Components, Condition, DTYPES, KeptSteps, LoadOptions, Model, ModelSource, NamedMapper, WeightType,
+    map_named,
 };
-use fewstep_train::method::GradientSum;
+use fewstep_train::method::{GradientSum, Rollout};
 use fewstep_train::{Optimizer, Recipe, Trainable, gradient_norm};
 
 /// What is timed.
@@ -52,6 +52,9 @@ struct Flags {
     /// Keep everything a backward needs instead of computing blocks again
     #[arg(long)]
     keep_blocks: bool,
+    /// Sampling steps whose graphs are kept on the way to the picture [default: as `train` has it]
+    #[arg(long)]
+    recorded_steps: Option<usize>,
     /// Optimiser steps; the first compiles kernels
     #[arg(long, default_value_t = 3)]
     steps: usize,
@@ -67,6 +70,7 @@ fn main() -> Result<()> {
         lora_base_model: Some("dit".into()),
         lora_rank: flags.lora_rank,
         use_gradient_checkpointing: !flags.keep_blocks,
+        recorded_steps: flags.recorded_steps,
         ..Recipe::default()
     };
     let mut model = model(&flags, &recipe, &device)?;
@@ -75,7 +79,7 @@ fn main() -> Result<()> {
     let (mut secs, mut losses) = (Vec::new(), Vec::new());
     for _ in 0..flags.steps {
         let start = Instant::now();
-        let (loss, gradients) = problem.step(&model, flags.num_inference_steps)?;
+        let (loss, gradients) = problem.step(&model, &flags, recipe.kept_steps())?;
         let gradients = gradients.finish();
         let norm = gradient_norm(&model, &gradients);
         model = optimizer.step(model, gradients, norm, recipe.learning_rate);
@@ -133,7 +137,6 @@ struct Problem {
     noise: Tensor<4>,
     target: Tensor<4>,
     guidance: Guidance,
-    side: usize,
 }
 
 impl Problem {
@@ -148,38 +151,16 @@ impl Problem {
             None => condition,
         };
         let guidance = Guidance::off(condition.with_frames(1));
-        Ok(Self { noise: latents(), target: latents(), guidance, side: flags.side })
+        Ok(Self { noise: latents(), target: latents(), guidance })
     }
 
-    /// Loss and gradients, as the method of direct distillation has them with one step recorded on the way.
-    fn step(&self, model: &Model, num_inference_steps: usize) -> Result<(f64, GradientSum)> {
-        let grid = model.sigma_grid(num_inference_steps, [self.side; 2])?;
-        let tracked =
-            Guidance { condition: self.guidance.condition.clone().autodiff(), ..self.guidance.clone() };
-        let record =
-            |state, sigma| Recorded::new(state, |state| guided_velocity(model, state, sigma, &tracked));
-        let mut last = None;
-        let states = {
-            let frozen = model.valid();
-            euler_trajectory(&frozen, &grid, self.noise.clone(), |step, state, sigma| {
-                if step + 1 < num_inference_steps {
-                    return guided_velocity(&frozen, state, sigma, &self.guidance);
-                }
-                let recorded = last.insert(record(state, sigma));
-                recorded.velocity()
-            })
-        };
-        let difference = states[num_inference_steps].clone() - self.target.clone();
-        let numbers: usize = difference.dims().iter().product();
-        let cotangent = difference.clone() * (2.0 / numbers as f32);
+    /// Loss and gradients, as the method of direct distillation has them.
+    fn step(&self, model: &Model, flags: &Flags, kept: KeptSteps) -> Result<(f64, GradientSum)> {
+        let grid = model.sigma_grid(flags.num_inference_steps, [flags.side; 2])?;
+        let rollout = Rollout { grid, start: self.noise.clone(), guidance: self.guidance.clone() };
         let mut sum = GradientSum::default();
-        adjoint::backward(&grid, &states, cotangent, |_, state, sigma, cotangent| {
-            let step = last.take().unwrap_or_else(|| record(state, sigma));
-            sum.add(model, || {
-                let product = step.pull_back(cotangent);
-                (product.parameters, product.input_gradient)
-            })
-        });
-        Ok((f64::from(difference.square().mean().into_scalar::<f32>()), sum))
+        let target = self.target.clone().autodiff();
+        let loss = |drawn: Tensor<4>| (drawn - target).square().mean();
+        Ok((rollout.add_gradient(model, kept, (1.0, &mut sum), loss), sum))
     }
 }

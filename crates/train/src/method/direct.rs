@@ -1,21 +1,11 @@
 //! Direct distillation (METHODS, A): the student's few Euler steps from the teacher's noise end in the teacher's picture.
-//!
-//! The gradient through all steps is the discrete adjoint, so memory is that of one network evaluation with a graph, or
-//! of as many as are recorded on the way. Steps that are not are evaluated again on the way back, and the last of them
-//! take over what was dear of their first evaluation.
 
-use burn::module::Module;
 use burn::tensor::Tensor;
-#[cfg(test)]
-use fewstep_flow::Solver;
-use fewstep_flow::{SigmaGrid, adjoint, path};
-use fewstep_kernels::Remembered;
-#[cfg(test)]
-use fewstep_models::sampling::sample_latents;
-use fewstep_models::sampling::{Guidance, euler_trajectory, guided_velocity, latents_from_noise};
-use fewstep_models::{Condition, Denoiser, KeptSteps, Model};
+use fewstep_flow::{SigmaGrid, path};
+use fewstep_models::sampling::latents_from_noise;
+use fewstep_models::{Denoiser, KeptSteps, Model};
 
-use super::{GradientSum, scalar};
+use super::{GradientSum, Rollout};
 use crate::TrainError;
 use crate::batch::Batch;
 use crate::recipe::{Distance, Recipe, StudentGuidance, StudentStart, TrainingGrid};
@@ -68,51 +58,12 @@ impl Direct {
         share: f32,
         sum: &mut GradientSum,
     ) -> Result<f64, TrainError> {
-        let problem = self.problem(model, batch)?;
-        let guidance = autodiff(problem.guidance.clone());
-        let record = |state, sigma| {
-            adjoint::Recorded::new(state, |state| guided_velocity(model, state, sigma, &guidance))
-        };
-        let steps = problem.grid.steps();
-        let kept = self.kept_steps.among(steps);
-        let first_recorded = steps - kept.recorded;
-        let first_remembered = first_recorded - kept.remembered;
-        let (mut recorded, mut remembered) = (Vec::new(), Vec::new());
-        let states = {
-            // Dropped before the optimiser runs, which updates weights in place only if it holds the one handle.
-            let frozen = model.valid();
-            euler_trajectory(&frozen, &problem.grid, problem.start, |step, state, sigma| {
-                if step >= first_recorded {
-                    let step = record(state, sigma);
-                    let velocity = step.velocity();
-                    recorded.push(step);
-                    return velocity;
-                }
-                let evaluate = || guided_velocity(&frozen, state, sigma, &problem.guidance);
-                if step < first_remembered {
-                    return evaluate();
-                }
-                let (velocity, results) = Remembered::of(evaluate);
-                remembered.push(results);
-                velocity
-            })
-        };
-        let drawn = states.last().expect("a rollout has a last state").clone();
-        let loss = |state| self.loss(model.finish(state, &problem.grid), problem.target);
-        let (loss, cotangent) = loss_gradient(drawn, share, loss);
-        adjoint::backward(&problem.grid, &states, cotangent, |_, state, sigma, cotangent| {
-            let step = recorded.pop().unwrap_or_else(|| {
-                remembered.pop().unwrap_or_default().taken_over_in(|| record(state, sigma))
-            });
-            sum.add(model, || {
-                let product = step.pull_back(cotangent);
-                (product.parameters, product.input_gradient)
-            })
-        });
-        Ok(loss)
+        let Problem { rollout, target } = self.problem(model, batch)?;
+        let loss = self.loss(model, rollout.grid.clone(), target);
+        Ok(rollout.add_gradient(model, self.kept_steps, (share, sum), loss))
     }
 
-    /// The same gradient from one graph over all steps: the tests' reference, whose memory grows with the steps.
+    /// The same gradient from one graph over all steps: the tests' reference.
     #[cfg(test)]
     pub(crate) fn step_on_tape(
         &self,
@@ -121,12 +72,9 @@ impl Direct {
         share: f32,
         sum: &mut GradientSum,
     ) -> Result<f64, TrainError> {
-        let problem = self.problem(model, batch)?;
-        let guidance = autodiff(problem.guidance);
-        let drawn = sample_latents(model, Solver::Euler, &problem.grid, problem.start.autodiff(), &guidance);
-        let loss = self.loss(model.finish(drawn, &problem.grid), problem.target);
-        sum.add(model, || (loss.clone().mul_scalar(share).backward(), ()));
-        Ok(scalar(loss))
+        let Problem { rollout, target } = self.problem(model, batch)?;
+        let loss = self.loss(model, rollout.grid.clone(), target);
+        Ok(rollout.add_gradient_on_tape(model, (share, sum), loss))
     }
 
     fn problem(&self, model: &Model, batch: &Batch<'_>) -> Result<Problem, TrainError> {
@@ -139,7 +87,8 @@ impl Direct {
         };
         let grid = self.training_grid.sigmas(model, group.num_inference_steps, group.extent)?;
         let start = self.start(model, noise, &target, &grid);
-        Ok(Problem { guidance, start: model.kept(start), grid, target })
+        let rollout = Rollout { guidance, start: model.kept(start), grid };
+        Ok(Problem { rollout, target })
     }
 
     /// The state at the first sigma of the grid.
@@ -154,35 +103,22 @@ impl Direct {
         }
     }
 
-    /// The loss of drawn latents; those have a graph.
-    fn loss(&self, drawn: Tensor<4>, target: Tensor<4>) -> Tensor<1> {
-        let squared = (drawn - target.autodiff()).square();
-        match self.distance {
-            Distance::Mse => squared.mean(),
-            Distance::PseudoHuber => (squared + self.huber_c * self.huber_c).sqrt().mean() - self.huber_c,
+    /// The loss of the last state of a grid; that has a graph.
+    fn loss(&self, model: &Model, grid: SigmaGrid, target: Tensor<4>) -> impl FnOnce(Tensor<4>) -> Tensor<1> {
+        move |state| {
+            let squared = (model.finish(state, &grid) - target.autodiff()).square();
+            match self.distance {
+                Distance::Mse => squared.mean(),
+                Distance::PseudoHuber => (squared + self.huber_c * self.huber_c).sqrt().mean() - self.huber_c,
+            }
         }
     }
 }
 
-/// What a batch asks of the student: from this state, on this grid, to that target.
+/// What a batch asks of the student.
 struct Problem {
-    grid: SigmaGrid,
-    guidance: Guidance,
-    start: Tensor<4>,
+    rollout: Rollout,
     target: Tensor<4>,
-}
-
-/// The loss, and the gradient of `share` times it, at the last state.
-fn loss_gradient(
-    state: Tensor<4>,
-    share: f32,
-    loss: impl FnOnce(Tensor<4>) -> Tensor<1>,
-) -> (f64, Tensor<4>) {
-    let state = state.autodiff().require_grad();
-    let loss = loss(state.clone());
-    let mut gradients = loss.clone().mul_scalar(share).backward();
-    let gradient = state.grad_remove(&mut gradients).expect("the loss depends on the last state");
-    (scalar(loss), gradient)
 }
 
 impl OnlineTeacher {
@@ -192,13 +128,5 @@ impl OnlineTeacher {
         // The teacher is told what it usually is, whatever its student is told.
         let guidance = batch.guidance(&self.model, self.cfg_scale)?.told(None);
         Ok(latents_from_noise(&self.model, &grid, noise, &guidance))
-    }
-}
-
-fn autodiff(guidance: Guidance) -> Guidance {
-    Guidance {
-        condition: guidance.condition.autodiff(),
-        unconditional: guidance.unconditional.map(Condition::autodiff),
-        cfg_scale: guidance.cfg_scale,
     }
 }

@@ -5,6 +5,7 @@
 
 mod direct;
 mod flow_matching;
+mod rollout;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
@@ -15,6 +16,7 @@ use fewstep_models::Model;
 pub use direct::{Direct, OnlineTeacher};
 pub use flow_matching::FlowMatching;
 pub(crate) use flow_matching::TRAINING_LEVELS;
+pub use rollout::Rollout;
 
 use crate::TrainError;
 use crate::batch::Batch;
