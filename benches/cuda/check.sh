@@ -14,7 +14,7 @@ fi
 cargo build -p fewstep-null-cuda
 cargo build -p fewstep --features cuda
 cargo build -p fewstep --features cuda --example distillation_step
-target=${CARGO_TARGET_DIR:-target}/debug
+target=$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/debug
 mkdir "$work/driver"
 cp "$target/libnull_cuda.so" "$work/driver/libcuda.so"
 export LD_LIBRARY_PATH="$work/driver"
