@@ -11,6 +11,8 @@ use std::thread::LocalKey;
 use crate::extension::Values;
 use crate::scoped::scoped;
 
+const SAME: &str = "what is computed again does the same operations";
+
 type Slot = LocalKey<RefCell<Results>>;
 
 thread_local! {
@@ -88,8 +90,6 @@ fn keep(slot: &'static Slot, results: &[Values]) {
     });
 }
 
-const SAME: &str = "what is computed again does the same operations";
-
 /// Whether the thread is in a recomputed part.
 pub(super) fn in_part() -> bool {
     PART.with_borrow(|results| !matches!(results, Results::Absent))
@@ -108,7 +108,8 @@ pub(super) fn second_run<R>(results: VecDeque<Values>, part: impl FnOnce() -> R)
 /// What an evaluation computed at a high price, for the same evaluation of the same values. By default nothing.
 ///
 /// On the CPU that is what attention among a picture's tokens gives, and layers that make few numbers of many: the second
-/// of an MLP, and modulations, which read a weight for one row. Elsewhere, and inside of [`crate::with_plain_twins`], it is nothing.
+/// of an MLP, and modulations, which read a weight for one row. Elsewhere, and inside of [`crate::with_plain_twins`], it
+/// is nothing.
 #[derive(Default)]
 pub struct Remembered(Option<VecDeque<Values>>);
 
@@ -143,7 +144,7 @@ fn taken_over_in<R>(slot: &'static Slot, results: VecDeque<Values>, run: impl Fn
 mod tests {
     use super::*;
 
-    /// The values of results of both prices, each of which is the number of computations so far; the computations.
+    /// Two results, one of each price: how many had been computed when each was.
     fn evaluated(count: &mut f32) -> [f32; 2] {
         [Price::Usual, Price::High].map(|price| {
             let [result] = computed_once(price, || {
