@@ -107,7 +107,7 @@ fn a_model_folder_is_told_with_what_it_takes() {
     // Four steps: with frozen weights four backwards of about the work of an evaluation each, and seven evaluations, three
     // of which take over a third of their work, the second half of each MLP.
     let distilled = secs("secs_per_distillation_step") / secs("secs_per_evaluation");
-    assert!((10.0..11.0).contains(&distilled), "{time}");
+    assert!((10.4..10.6).contains(&distilled), "{time}");
     // Other devices keep nothing inside of blocks that are computed again, and more inside of those that are not.
     let on_gpu = inspect(&teacher(), &[&flags[..], &["--device", "cuda:0"]].concat());
     let held = |told: &Value, name: &str| told["memory_gib"]["f32"][name].as_f64().unwrap();
@@ -120,7 +120,7 @@ fn a_model_folder_is_told_with_what_it_takes() {
     // All four steps are recorded then, which saves what is left of three evaluations; on other devices four are computed
     // again, and nothing is taken over.
     let saved = (secs(&told, plain) - secs(&told, again)) / secs(&told, "secs_per_evaluation");
-    assert!((1.7..2.3).contains(&saved) && secs(&on_gpu, again) > secs(&on_gpu, plain), "{told}");
+    assert!((1.7..1.9).contains(&saved) && secs(&on_gpu, again) > secs(&on_gpu, plain), "{told}");
     assert!(
         (11.0..12.0).contains(&(secs(&on_gpu, plain) / secs(&on_gpu, "secs_per_evaluation"))),
         "{on_gpu}"

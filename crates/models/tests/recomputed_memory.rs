@@ -89,7 +89,8 @@ fn recomputed_blocks_take_less_memory_than_kept_ones_and_remembered_evaluations_
         println!("{family}: {:.1} MB kept, {:.1} MB recomputed", kept / 1e6, recomputed / 1e6);
         assert!(recomputed < share * kept, "{family}: {recomputed} of {kept} bytes");
         println!("{family}: {:.2} MB remembered, {:.2} MB by formula", bytes / 1e6, said / 1e6);
-        // Modulations and the last layer are not spoken of.
-        assert!((0.85..1.15).contains(&(bytes / said)), "{family}: {bytes} bytes remembered of {said}");
+        // Modulations are not spoken of; of Stable Diffusion 3 a tenth is unexplained.
+        let most = if family == "sd3" { 1.1 } else { 1.05 };
+        assert!((0.95..most).contains(&(bytes / said)), "{family}: {bytes} bytes remembered of {said}");
     }
 }

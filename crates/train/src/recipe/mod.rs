@@ -239,7 +239,8 @@ pub struct Recipe {
     pub use_gradient_checkpointing: bool,
     /// direct_distill: student steps, counted from the last, whose activations are kept on the way to the picture instead
     /// of evaluating the denoiser again on the way back; each but the first takes the memory of an evaluation more. By
-    /// default 1, and 4 with gradient checkpointing, which keeps little of each. On the CPU a little is kept of four in any case
+    /// default 1, and 4 with gradient checkpointing, which keeps little of each. On the CPU a little is kept of four in
+    /// any case
     #[arg(long, help_heading = "Method")]
     pub recorded_steps: Option<usize>,
     /// direct_distill: distance between the pictures of student and teacher
